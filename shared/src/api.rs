@@ -1,0 +1,121 @@
+//! The bodies of the HTTP API, as the functions write them and the CLI reads them.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use crate::clock::Timestamp;
+use crate::job::{Abstention, Description, FailureCode, Job, Prediction, Quality, Stage, Status, Timings};
+
+/// The largest photo that a request may carry, in bytes: what is left of Lambda's 6 MB after base64.
+pub const MAX_PHOTO_BYTES: usize = 4 * 1024 * 1024;
+/// The longest that `?wait=` holds a request open, in seconds: below the 29–30 s at which API
+/// Gateway gives up.
+pub const MAX_WAIT_SECONDS: u32 = 25;
+/// Page size of `GET /results`: default and upper bound.
+pub const PAGE_DEFAULT: u32 = 20;
+pub const PAGE_MAX: u32 = 100;
+
+/// Stands under every prediction that leaves the system.
+pub const DISCLAIMER: &str = "Research demonstration, not a medical device: this is no diagnosis and no substitute \
+for one. Have any lesion that is new, changing, bleeding or that worries you seen by a doctor, whatever is written here.";
+
+/// `POST /submit` as JSON.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SubmitBody {
+    /// A JPEG, PNG or WebP photo of at most 4 MiB, in standard base64.
+    #[schema(content_encoding = "base64", example = "/9j/4AAQSkZJRg…")]
+    pub image: String,
+    /// Whether a description is wanted.
+    #[serde(default = "yes")]
+    #[schema(default = true)]
+    pub describe: bool,
+}
+
+/// `describe` where a request does not say.
+#[must_use]
+pub fn yes() -> bool {
+    true
+}
+
+/// The answer to `POST /submit`.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Submitted {
+    pub request_id: Uuid,
+    pub status: Status,
+}
+
+/// How a failed job is reported.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ResultError {
+    pub code: FailureCode,
+    pub message: String,
+    pub stage: Stage,
+    /// Whether an operator may send the job round again.
+    pub retryable: bool,
+}
+
+/// One job as its caller sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct JobResult {
+    pub request_id: Uuid,
+    pub status: Status,
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: Timestamp,
+    #[schema(value_type = String, format = DateTime)]
+    pub updated_at: Timestamp,
+    /// Highest first; empty until the model has run, and where it abstained.
+    pub predictions: Vec<Prediction>,
+    /// Set where the model gives no label for this photo.
+    pub abstained: Option<Abstention>,
+    pub quality: Option<Quality>,
+    /// SHA-256 of the model bundle's manifest.
+    pub model_digest: Option<String>,
+    pub description: Option<Description>,
+    pub timings_ms: Timings,
+    pub error: Option<ResultError>,
+    pub disclaimer: String,
+}
+
+impl From<&Job> for JobResult {
+    fn from(job: &Job) -> Self {
+        let reading = job.reading.as_ref();
+        Self {
+            request_id: job.id,
+            status: job.status,
+            created_at: job.created_at,
+            updated_at: job.updated_at,
+            predictions: reading.map(|reading| reading.predictions.clone()).unwrap_or_default(),
+            abstained: reading.and_then(|reading| reading.abstained),
+            quality: job.quality.clone(),
+            model_digest: reading.map(|reading| reading.model_digest.clone()),
+            description: job.description.clone(),
+            timings_ms: job.timings_ms.clone(),
+            error: job.failure.as_ref().map(|failure| ResultError {
+                code: failure.code,
+                message: failure.code.message().to_owned(),
+                stage: failure.stage,
+                retryable: failure.retryable,
+            }),
+            disclaimer: DISCLAIMER.to_owned(),
+        }
+    }
+}
+
+/// A page of the caller's jobs.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct JobPage {
+    /// Newest first.
+    pub results: Vec<JobResult>,
+    /// Pass as `?cursor=` for the next page; absent on the last.
+    pub next_cursor: Option<String>,
+}
+
+/// `GET /healthz`.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// `ok`
+    pub status: String,
+    pub version: String,
+}

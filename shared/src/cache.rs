@@ -1,0 +1,105 @@
+//! Raw outputs of the model by the key of what went in, so that the same photo of the same caller
+//! is not run twice. Losing the cache costs time and nothing else: no error leaves this module.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use redis::AsyncCommands;
+use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+
+use crate::config::{ConfigError, Env};
+
+/// An outage must not slow the pipeline: a cache that takes longer than this is not there.
+const TIMEOUT: Duration = Duration::from_millis(250);
+/// Entries in memory, some hundred bytes each.
+const MEMORY_CAPACITY: usize = 10_000;
+
+/// Where the outputs are kept.
+pub enum PredictionCache {
+    /// In this process, until it ends.
+    Memory(Mutex<HashMap<String, Entry>>),
+    /// Redis or Valkey (`REDIS_URL`).
+    Redis(ConnectionManager),
+}
+
+/// A value and when it ceases to be one.
+pub struct Entry {
+    value: Vec<u8>,
+    expires_at: Instant,
+}
+
+impl PredictionCache {
+    /// Redis where `REDIS_URL` is set, memory where it is not. The connection is made at first
+    /// use, so that Redis may come later than we do.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where `REDIS_URL` is no Redis URL.
+    pub fn from_env(env: &Env) -> Result<Self, ConfigError> {
+        let Some(url) = env.text("REDIS_URL")? else { return Ok(Self::memory()) };
+        let wrong = |error: redis::RedisError| ConfigError::new("REDIS_URL", error.category().to_owned());
+        let client = redis::Client::open(url).map_err(wrong)?;
+        let config = ConnectionManagerConfig::new()
+            .set_number_of_retries(1)
+            .set_connection_timeout(Some(TIMEOUT))
+            .set_response_timeout(Some(TIMEOUT));
+        ConnectionManager::new_lazy_with_config(client, config).map(Self::Redis).map_err(wrong)
+    }
+
+    #[must_use]
+    pub fn memory() -> Self {
+        Self::Memory(Mutex::new(HashMap::new()))
+    }
+
+    /// What is kept under `key`; `None` also where the cache cannot be reached.
+    pub async fn get(&self, key: &str) -> Option<Vec<u8>> {
+        match self {
+            Self::Memory(entries) => {
+                let entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
+                let entry = entries.get(key).filter(|entry| entry.expires_at > Instant::now())?;
+                Some(entry.value.clone())
+            }
+            Self::Redis(manager) => logged("get", manager.clone().get(key).await).flatten(),
+        }
+    }
+
+    /// Keeps `value` for `ttl`.
+    pub async fn put(&self, key: &str, value: Vec<u8>, ttl: Duration) {
+        match self {
+            Self::Memory(entries) => {
+                let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
+                if entries.len() >= MEMORY_CAPACITY {
+                    let now = Instant::now();
+                    entries.retain(|_, entry| entry.expires_at > now);
+                }
+                // Full of live entries: keeping the old ones is as good as any other choice.
+                if entries.len() < MEMORY_CAPACITY {
+                    entries.insert(key.to_owned(), Entry { value, expires_at: Instant::now() + ttl });
+                }
+            }
+            Self::Redis(manager) => {
+                let seconds = ttl.as_secs().max(1);
+                logged::<()>("put", manager.clone().set_ex(key, value, seconds).await);
+            }
+        }
+    }
+
+    /// Erases what is kept under `key`; `false` where the cache could not be reached.
+    pub async fn remove(&self, key: &str) -> bool {
+        match self {
+            Self::Memory(entries) => {
+                entries.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+                true
+            }
+            Self::Redis(manager) => logged::<()>("remove", manager.clone().del(key).await).is_some(),
+        }
+    }
+}
+
+fn logged<T>(operation: &str, result: redis::RedisResult<T>) -> Option<T> {
+    result
+        .inspect_err(|error| {
+            tracing::warn!(cache.operation = operation, error.kind = error.category(), "cache not reached")
+        })
+        .ok()
+}

@@ -1,0 +1,85 @@
+//! Named points between two writes of a handler, where a test kills the process (SIGKILL).
+//!
+//! In a release build [`here`] is empty and the names are not in the binary.
+
+#[cfg(debug_assertions)]
+use std::sync::OnceLock;
+
+macro_rules! points {
+    ($($variant:ident = $name:literal),+ $(,)?) => {
+        /// A point between two writes.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Point { $($variant),+ }
+
+        #[cfg(debug_assertions)]
+        impl Point {
+            /// Every point, in the order in which a job meets them.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// The name that `CRASH_AT` takes.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),+ }
+            }
+        }
+    };
+}
+
+points! {
+    BlobWritten = "blobs.written_before_rename",
+    SubmitPhotoStored = "submit.photo_stored",
+    SubmitRecordWritten = "submit.record_written",
+    SubmitMessageSent = "submit.message_sent",
+    InferenceClaimed = "inference.claimed",
+    InferenceFinished = "inference.finished",
+    InferenceCached = "inference.cached",
+    InferenceReleased = "inference.released",
+    InferenceHidden = "inference.hidden",
+    InferenceForgotten = "inference.forgotten",
+    QueueBeforeAck = "queue.before_ack",
+    EnrichmentClaimed = "enrichment.claimed",
+    EnrichmentAnswered = "enrichment.answered",
+    EnrichmentDeferred = "enrichment.deferred",
+    EnrichmentFinished = "enrichment.finished",
+    FeedBeforeCursor = "feed.before_cursor",
+    ResultTombstoned = "result.tombstoned",
+    ResultBlobsErased = "result.blobs_erased",
+    ResultForgetSent = "result.forget_sent",
+    SweepWritten = "sweep.written",
+    SweepSent = "sweep.sent",
+    SweepErased = "sweep.erased",
+    SweepForgetSent = "sweep.forget_sent",
+    SweepTombstoneSettled = "sweep.tombstone_settled",
+    SweepOrphanErased = "sweep.orphan_erased",
+}
+
+#[cfg(debug_assertions)]
+static ARMED: OnceLock<Point> = OnceLock::new();
+
+/// Chooses the point at which this process will die.
+///
+/// # Errors
+/// The name of no point.
+#[cfg(debug_assertions)]
+pub fn arm(name: &str) -> Result<(), String> {
+    let point = Point::ALL.iter().find(|point| point.name() == name);
+    let point = point.ok_or_else(|| format!("there is no crash point {name:?}"))?;
+    let _ = ARMED.set(*point);
+    Ok(())
+}
+
+/// Kills this process if `point` was armed.
+#[cfg(debug_assertions)]
+pub fn here(point: Point) {
+    if ARMED.get() == Some(&point) {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+/// Nothing, in a release build.
+#[cfg(not(debug_assertions))]
+#[inline]
+pub fn here(_: Point) {}

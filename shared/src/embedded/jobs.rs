@@ -1,0 +1,301 @@
+//! The records in SQLite, and their change feed: a row in `changes` per write, in the write's own
+//! transaction, with a durable cursor per consumer.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use super::sqlite::Sqlite;
+use crate::clock::{Timestamp, from_millis};
+use crate::error::Error;
+use crate::job::{Fence, Job, Record};
+use crate::ports::{Created, Idempotency, JobStore};
+
+const VERSION: u32 = 1;
+const SCHEMA: &str = "
+    CREATE TABLE jobs (
+        id TEXT PRIMARY KEY,
+        caller TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        claim INTEGER NOT NULL,
+        status TEXT,                -- NULL: a tombstone
+        due_at INTEGER,             -- milliseconds since the epoch, as all times here
+        expires_at INTEGER NOT NULL,
+        record TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX jobs_due ON jobs (due_at) WHERE due_at IS NOT NULL;
+    CREATE INDEX jobs_expiry ON jobs (expires_at);
+    CREATE INDEX jobs_caller ON jobs (caller, id) WHERE status IS NOT NULL;
+    CREATE TABLE idempotency (
+        caller TEXT NOT NULL,
+        key TEXT NOT NULL,
+        fingerprint TEXT NOT NULL,
+        id TEXT NOT NULL,
+        expires_at INTEGER NOT NULL,
+        PRIMARY KEY (caller, key)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX idempotency_expiry ON idempotency (expires_at);
+    CREATE TABLE changes (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        dispatch TEXT
+    ) STRICT;
+    CREATE TABLE cursors (consumer TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+";
+
+/// One write to one record: what the feed's filters look at, and no health data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    pub seq: i64,
+    pub id: Uuid,
+    pub version: u64,
+    pub dispatch: Option<String>,
+}
+
+/// Jobs in one SQLite file.
+#[derive(Clone)]
+pub struct SqliteJobStore {
+    sqlite: Sqlite,
+    /// Rung after every write, so that the feed's consumers need not wait for their next look.
+    changed: Arc<Notify>,
+}
+
+impl SqliteJobStore {
+    /// # Errors
+    /// Where the file cannot be opened or is of another version.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let sqlite = Sqlite::open(path, "the job store", VERSION, SCHEMA)?;
+        Ok(Self { sqlite, changed: Arc::new(Notify::new()) })
+    }
+
+    /// Completes when something was written since the last call.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// The changes behind the consumer's cursor that match `dispatch`, and the position up to
+    /// which the feed was read.
+    ///
+    /// # Errors
+    /// Where the store cannot be reached.
+    pub async fn changes(
+        &self,
+        consumer: &'static str,
+        dispatch: &'static str,
+        limit: u32,
+    ) -> Result<(Vec<Change>, i64), Error> {
+        self.sqlite
+            .call(move |db| {
+                let cursor = cursor(db, consumer)?;
+                let sql = "SELECT seq, id, version, dispatch FROM changes WHERE seq > ?1 AND dispatch = ?2 ORDER BY seq LIMIT ?3";
+                let mut statement = db.prepare_cached(sql)?;
+                let changes = statement.query_map(params![cursor, dispatch, limit], change)?.collect::<Result<Vec<_>, _>>()?;
+                let full = changes.len() as u64 == u64::from(limit);
+                let newest = "SELECT coalesce(max(seq), ?1) FROM changes";
+                let end = match changes.last() {
+                    Some(last) if full => last.seq,
+                    _ => db.query_row(newest, [cursor], |row| row.get(0))?,
+                };
+                Ok((changes, end))
+            })
+            .await
+    }
+
+    /// Moves the consumer's cursor. With one consumer, what lies behind it is of no more use and is
+    /// deleted.
+    ///
+    /// # Errors
+    /// Where the store cannot be reached.
+    pub async fn advance(&self, consumer: &'static str, seq: i64) -> Result<(), Error> {
+        self.sqlite
+            .call(move |db| {
+                if seq <= cursor(db, consumer)? {
+                    return Ok(());
+                }
+                let sql = "INSERT INTO cursors VALUES (?1, ?2) ON CONFLICT (consumer) DO UPDATE SET seq = excluded.seq";
+                db.prepare_cached(sql)?.execute(params![consumer, seq])?;
+                let sql = "DELETE FROM changes WHERE seq <= (SELECT min(seq) FROM cursors)";
+                db.prepare_cached(sql)?.execute([])?;
+                Ok(())
+            })
+            .await
+    }
+
+    /// Deletes expired records and idempotency items, as DynamoDB's TTL does. Returns how many
+    /// records went.
+    ///
+    /// # Errors
+    /// Where the store cannot be reached.
+    pub async fn remove_expired(&self, now: Timestamp) -> Result<usize, Error> {
+        let now = now.timestamp_millis();
+        self.sqlite
+            .call(move |db| {
+                db.execute("DELETE FROM idempotency WHERE expires_at <= ?1", [now])?;
+                // A record that is still due is swept first.
+                db.execute("DELETE FROM jobs WHERE expires_at <= ?1 AND due_at IS NULL", [now])
+            })
+            .await
+    }
+}
+
+impl JobStore for SqliteJobStore {
+    async fn create(&self, job: &Job, idempotency: Option<&Idempotency>) -> Result<Created, Error> {
+        let record = encode(&Record::Job(job.clone()))?;
+        let (job, idempotency) = (job.clone(), idempotency.cloned());
+        let created = self
+            .sqlite
+            .call(move |db| {
+                if let Some(item) = idempotency {
+                    let now = job.created_at.timestamp_millis();
+                    db.execute(
+                        "DELETE FROM idempotency WHERE caller = ?1 AND key = ?2 AND expires_at <= ?3",
+                        params![item.caller, item.key, now],
+                    )?;
+                    let sql = "INSERT INTO idempotency VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING";
+                    let expires_at = item.expires_at.timestamp_millis();
+                    let values = params![item.caller, item.key, item.fingerprint, item.id.to_string(), expires_at];
+                    if db.execute(sql, values)? == 0 {
+                        let taken = find_idempotency(db, &item.caller, &item.key, now)?;
+                        return taken.map(Created::KeyTaken).ok_or(rusqlite::Error::QueryReturnedNoRows);
+                    }
+                }
+                let sql = "INSERT INTO jobs (id, caller, version, claim, status, due_at, expires_at, record)
+                    VALUES (:id, :caller, :version, :claim, :status, :due_at, :expires_at, :record)";
+                db.prepare_cached(sql)?.execute(named_params! {
+                    ":id": job.id.to_string(),
+                    ":caller": job.caller,
+                    ":version": job.version,
+                    ":claim": job.claim,
+                    ":status": job.status.as_str(),
+                    ":due_at": job.due_at.map(|due| due.timestamp_millis()),
+                    ":expires_at": job.expires_at.timestamp_millis(),
+                    ":record": record,
+                })?;
+                append_change(db, job.id, job.version, job.dispatch.map(crate::job::Dispatch::as_str))?;
+                Ok(Created::New)
+            })
+            .await?;
+        self.changed.notify_one();
+        Ok(created)
+    }
+
+    async fn idempotency(&self, caller: &str, key: &str, now: Timestamp) -> Result<Option<Idempotency>, Error> {
+        let (caller, key) = (caller.to_owned(), key.to_owned());
+        self.sqlite.call(move |db| find_idempotency(db, &caller, &key, now.timestamp_millis())).await
+    }
+
+    async fn get(&self, id: Uuid) -> Result<Option<Record>, Error> {
+        let sql = "SELECT record FROM jobs WHERE id = ?1";
+        let found: Option<String> = self
+            .sqlite
+            .call(move |db| db.prepare_cached(sql)?.query_row([id.to_string()], |row| row.get(0)).optional())
+            .await?;
+        found.as_deref().map(decode).transpose()
+    }
+
+    async fn replace(&self, fence: Fence, after: &Record) -> Result<bool, Error> {
+        let record = encode(after)?;
+        let (version, claim, status, expires_at, dispatch) = match after {
+            Record::Job(job) => (job.version, job.claim, Some(job.status.as_str()), job.expires_at, job.dispatch),
+            Record::Tombstone(tombstone) => (tombstone.version, 0, None, tombstone.expires_at, None),
+        };
+        let due_at = after.due_at().map(|due| due.timestamp_millis());
+        let dispatch = dispatch.map(crate::job::Dispatch::as_str);
+        let written = self
+            .sqlite
+            .call(move |db| {
+                let sql = "UPDATE jobs SET version = :version, claim = :claim, status = :status, due_at = :due_at,
+                        expires_at = :expires_at, record = :record
+                    WHERE id = :id AND version = :old_version AND claim = :old_claim AND status IS :old_status";
+                let rows = db.prepare_cached(sql)?.execute(named_params! {
+                    ":version": version,
+                    ":claim": claim,
+                    ":status": status,
+                    ":due_at": due_at,
+                    ":expires_at": expires_at.timestamp_millis(),
+                    ":record": record,
+                    ":id": fence.id.to_string(),
+                    ":old_version": fence.version,
+                    ":old_claim": fence.claim,
+                    ":old_status": fence.status.map(crate::job::Status::as_str),
+                })?;
+                if rows == 1 {
+                    append_change(db, fence.id, version, dispatch)?;
+                }
+                Ok(rows == 1)
+            })
+            .await?;
+        self.changed.notify_one();
+        Ok(written)
+    }
+
+    async fn due(&self, now: Timestamp, limit: u32) -> Result<Vec<Record>, Error> {
+        let sql = "SELECT record FROM jobs WHERE due_at <= ?1 ORDER BY due_at LIMIT ?2";
+        let now = now.timestamp_millis();
+        let found = self.sqlite.call(move |db| records(db, sql, params![now, limit])).await?;
+        found.iter().map(|record| decode(record)).collect()
+    }
+
+    async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>, Error> {
+        let sql =
+            "SELECT record FROM jobs WHERE caller = ?1 AND status IS NOT NULL AND id < ?2 ORDER BY id DESC LIMIT ?3";
+        let before = before.unwrap_or(Uuid::max()).to_string();
+        let caller = caller.to_owned();
+        let found = self.sqlite.call(move |db| records(db, sql, params![caller, before, limit])).await?;
+        let found: Vec<Record> = found.iter().map(|record| decode(record)).collect::<Result<_, _>>()?;
+        Ok(found.into_iter().filter_map(Record::into_job).collect())
+    }
+}
+
+fn records(db: &Connection, sql: &str, values: impl rusqlite::Params) -> rusqlite::Result<Vec<String>> {
+    db.prepare_cached(sql)?.query_map(values, |row| row.get(0))?.collect()
+}
+
+fn cursor(db: &Connection, consumer: &str) -> rusqlite::Result<i64> {
+    let sql = "SELECT seq FROM cursors WHERE consumer = ?1";
+    Ok(db.prepare_cached(sql)?.query_row([consumer], |row| row.get(0)).optional()?.unwrap_or(0))
+}
+
+fn append_change(db: &Connection, id: Uuid, version: u64, dispatch: Option<&str>) -> rusqlite::Result<()> {
+    let sql = "INSERT INTO changes (id, version, dispatch) VALUES (?1, ?2, ?3)";
+    db.prepare_cached(sql)?.execute(params![id.to_string(), version, dispatch])?;
+    Ok(())
+}
+
+fn change(row: &Row<'_>) -> rusqlite::Result<Change> {
+    Ok(Change { seq: row.get(0)?, id: id(row, 1)?, version: row.get(2)?, dispatch: row.get(3)? })
+}
+
+fn id(row: &Row<'_>, column: usize) -> rusqlite::Result<Uuid> {
+    let text: String = row.get(column)?;
+    let wrong = |error| rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(error));
+    Uuid::parse_str(&text).map_err(wrong)
+}
+
+fn find_idempotency(db: &Connection, caller: &str, key: &str, now: i64) -> rusqlite::Result<Option<Idempotency>> {
+    let sql = "SELECT caller, key, fingerprint, id, expires_at FROM idempotency
+        WHERE caller = ?1 AND key = ?2 AND expires_at > ?3";
+    let mut statement = db.prepare_cached(sql)?;
+    let found = statement.query_row(params![caller, key, now], |row| {
+        Ok(Idempotency {
+            caller: row.get(0)?,
+            key: row.get(1)?,
+            fingerprint: row.get(2)?,
+            id: id(row, 3)?,
+            expires_at: from_millis(row.get(4)?),
+        })
+    });
+    found.optional()
+}
+
+fn encode(record: &Record) -> Result<String, Error> {
+    serde_json::to_string(record).map_err(Error::internal)
+}
+
+fn decode(text: &str) -> Result<Record, Error> {
+    serde_json::from_str(text).map_err(Error::internal)
+}

@@ -1,0 +1,13 @@
+//! The ports of the embedded host: SQLite files and a directory, in one process.
+//!
+//! Records and queue lie in two files and commit apart, as DynamoDB and SQS do, so that the faults
+//! between them can be found here. Both survive `kill -9` (WAL, `synchronous=FULL`).
+
+mod blobs;
+mod jobs;
+mod queue;
+mod sqlite;
+
+pub use blobs::DirBlobStore;
+pub use jobs::{Change, SqliteJobStore};
+pub use queue::{Delivery, SqliteJobQueue};

@@ -1,0 +1,155 @@
+//! The queue in SQLite, with SQS's rules: a received message is hidden for a while and comes back
+//! unless it is acknowledged; one that was received too often becomes a dead letter.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use chrono::TimeDelta;
+use rusqlite::params;
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use super::sqlite::Sqlite;
+use crate::clock::{Clock, Timestamp};
+use crate::error::Error;
+use crate::message::Message;
+use crate::ports::JobQueue;
+
+const VERSION: u32 = 1;
+const SCHEMA: &str = "
+    CREATE TABLE messages (
+        id TEXT PRIMARY KEY,
+        body TEXT NOT NULL,
+        visible_at INTEGER NOT NULL,    -- milliseconds since the epoch, as all times here
+        receive_count INTEGER NOT NULL DEFAULT 0,
+        receipt TEXT UNIQUE,
+        sent_at INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX messages_visible ON messages (visible_at);
+    CREATE TABLE dead_letters (
+        id TEXT PRIMARY KEY,
+        body TEXT NOT NULL,
+        receive_count INTEGER NOT NULL,
+        sent_at INTEGER NOT NULL,
+        died_at INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+";
+
+/// A received message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delivery {
+    pub id: String,
+    pub body: String,
+    /// Valid until the message becomes visible again.
+    pub receipt: String,
+    pub receive_count: u32,
+}
+
+/// A queue in one SQLite file.
+#[derive(Clone)]
+pub struct SqliteJobQueue {
+    sqlite: Sqlite,
+    clock: Clock,
+    max_receive_count: u32,
+    sent: Arc<Notify>,
+}
+
+impl SqliteJobQueue {
+    /// `max_receive_count` must exceed `MAX_ATTEMPTS`, or jobs die in the queue before their
+    /// attempts are used up.
+    ///
+    /// # Errors
+    /// Where the file cannot be opened or is of another version.
+    pub fn open(path: &Path, clock: Clock, max_receive_count: u32) -> Result<Self, Error> {
+        let sqlite = Sqlite::open(path, "the queue", VERSION, SCHEMA)?;
+        Ok(Self { sqlite, clock, max_receive_count, sent: Arc::new(Notify::new()) })
+    }
+
+    /// Completes when a message was sent since the last call.
+    pub async fn sent(&self) {
+        self.sent.notified().await;
+    }
+
+    /// The visible message that has waited longest, hidden for `visibility` from now.
+    ///
+    /// # Errors
+    /// Where the queue cannot be reached.
+    pub async fn receive(&self, visibility: TimeDelta) -> Result<Option<Delivery>, Error> {
+        let now = self.clock.now();
+        let max = self.max_receive_count;
+        self.sqlite
+            .call(move |db| {
+                let at = now.timestamp_millis();
+                let sql = "INSERT INTO dead_letters SELECT id, body, receive_count, sent_at, ?1 FROM messages
+                    WHERE visible_at <= ?1 AND receive_count >= ?2";
+                if db.prepare_cached(sql)?.execute(params![at, max])? > 0 {
+                    db.execute(
+                        "DELETE FROM messages WHERE visible_at <= ?1 AND receive_count >= ?2",
+                        params![at, max],
+                    )?;
+                }
+                let sql = "UPDATE messages SET visible_at = ?1, receipt = ?2, receive_count = receive_count + 1
+                    WHERE id = (SELECT id FROM messages WHERE visible_at <= ?3 ORDER BY visible_at LIMIT 1)
+                    RETURNING id, body, receipt, receive_count";
+                let receipt = Uuid::new_v4().to_string();
+                let hidden_until = (now + visibility).timestamp_millis();
+                let mut statement = db.prepare_cached(sql)?;
+                let mut rows = statement.query(params![hidden_until, receipt, at])?;
+                let Some(row) = rows.next()? else { return Ok(None) };
+                let delivery =
+                    Delivery { id: row.get(0)?, body: row.get(1)?, receipt: row.get(2)?, receive_count: row.get(3)? };
+                // The statement must be run to its end for its write to count.
+                while rows.next()?.is_some() {}
+                Ok(Some(delivery))
+            })
+            .await
+    }
+
+    /// Deletes a received message; a receipt that is no longer valid is ignored, as SQS does.
+    ///
+    /// # Errors
+    /// Where the queue cannot be reached.
+    pub async fn acknowledge(&self, receipt: &str) -> Result<(), Error> {
+        let receipt = receipt.to_owned();
+        self.sqlite
+            .call(move |db| db.prepare_cached("DELETE FROM messages WHERE receipt = ?1")?.execute([receipt]))
+            .await?;
+        Ok(())
+    }
+
+    /// How many messages wait, hidden ones included, and how many are dead letters.
+    ///
+    /// # Errors
+    /// Where the queue cannot be reached.
+    pub async fn depth(&self) -> Result<(u64, u64), Error> {
+        let sql = "SELECT (SELECT count(*) FROM messages), (SELECT count(*) FROM dead_letters)";
+        self.sqlite.call(move |db| db.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?)))).await
+    }
+
+    /// Sends any text, as another build or an operator might.
+    ///
+    /// # Errors
+    /// Where the queue cannot be reached.
+    pub async fn send_body(&self, body: String) -> Result<(), Error> {
+        let now: Timestamp = self.clock.now();
+        let sql = "INSERT INTO messages (id, body, visible_at, sent_at) VALUES (?1, ?2, ?3, ?3)";
+        let id = Uuid::now_v7().to_string();
+        self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![id, body, now.timestamp_millis()])).await?;
+        self.sent.notify_one();
+        Ok(())
+    }
+}
+
+impl JobQueue for SqliteJobQueue {
+    async fn send(&self, message: Message) -> Result<(), Error> {
+        self.send_body(message.encode()).await
+    }
+
+    async fn set_visibility(&self, receipt: &str, seconds: u32) -> Result<(), Error> {
+        let visible_at = (self.clock.now() + TimeDelta::seconds(i64::from(seconds))).timestamp_millis();
+        let receipt = receipt.to_owned();
+        let sql = "UPDATE messages SET visible_at = ?1 WHERE receipt = ?2";
+        self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![visible_at, receipt])).await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,118 @@
+//! One SQLite file behind one thread, which commits what has piled up in one transaction: many
+//! callers share the price of one fsync.
+
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
+use tokio::sync::oneshot;
+
+use crate::error::Error;
+
+/// Calls that share one commit, at most.
+const MAX_BATCH: usize = 64;
+/// How long another process may hold the file.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Answers its caller once it is known whether the batch was committed.
+type Reply = Box<dyn FnOnce(Result<(), &str>) + Send>;
+/// Runs inside the batch's transaction.
+type Call = Box<dyn FnOnce(&Connection) -> Reply + Send>;
+
+/// A handle to the thread; the thread ends with the last handle.
+#[derive(Clone)]
+pub(super) struct Sqlite {
+    calls: Sender<Call>,
+    what: &'static str,
+}
+
+impl Sqlite {
+    /// Opens or creates the file. `schema` is run where the file is new; a file of another
+    /// `version` is refused.
+    pub(super) fn open(path: &Path, what: &'static str, version: u32, schema: &str) -> Result<Self, Error> {
+        let connection = connect(path, version, schema).map_err(|error| Error::unavailable(what, error))?;
+        let (calls, inbox) = channel();
+        std::thread::Builder::new()
+            .name(what.to_owned())
+            .spawn(move || serve(connection, &inbox))
+            .map_err(|error| Error::unavailable(what, error))?;
+        Ok(Self { calls, what })
+    }
+
+    /// Runs `work` and returns when what it wrote is on the disk. Where `work` fails, what it
+    /// wrote is undone, and nothing else of the batch.
+    pub(super) async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (sender, receiver) = oneshot::channel();
+        let call: Call = Box::new(move |connection| {
+            let result = savepoint(connection, work);
+            Box::new(move |committed| {
+                let result = committed.map_err(str::to_owned).and_then(|()| result.map_err(|error| error.to_string()));
+                // The caller may have gone; the write stands all the same.
+                let _ = sender.send(result);
+            })
+        });
+        let unavailable = |cause: String| Error::unavailable(self.what, cause);
+        self.calls.send(call).map_err(|_| unavailable("its thread has ended".into()))?;
+        receiver.await.map_err(|_| unavailable("its thread has ended".into()))?.map_err(unavailable)
+    }
+}
+
+fn connect(path: &Path, version: u32, schema: &str) -> rusqlite::Result<Connection> {
+    let mut connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    // Deleted health data is overwritten, not only forgotten.
+    connection.pragma_update(None, "secure_delete", "ON")?;
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let found: u32 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    if found == 0 {
+        transaction.execute_batch(schema)?;
+        transaction.pragma_update(None, "user_version", version)?;
+    } else if found != version {
+        let message = format!("the file has schema version {found}, this build reads {version}");
+        return Err(rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(1), Some(message)));
+    }
+    transaction.commit()?;
+    Ok(connection)
+}
+
+fn savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+    connection.execute_batch("SAVEPOINT one")?;
+    let result = work(connection);
+    let end = if result.is_ok() { "RELEASE one" } else { "ROLLBACK TO one; RELEASE one" };
+    connection.execute_batch(end)?;
+    result
+}
+
+fn serve(mut connection: Connection, inbox: &Receiver<Call>) {
+    while let Ok(first) = inbox.recv() {
+        let calls = std::iter::once(first).chain(inbox.try_iter().take(MAX_BATCH - 1)).collect();
+        serve_batch(&mut connection, calls);
+    }
+}
+
+fn serve_batch(connection: &mut Connection, calls: Vec<Call>) {
+    let transaction = match connection.transaction_with_behavior(TransactionBehavior::Immediate) {
+        Ok(transaction) => transaction,
+        Err(error) => {
+            let busy = error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy);
+            tracing::warn!(error.code = "sqlite_begin", sqlite.busy = busy, error.chain = %error, "batch not begun");
+            // Dropping the calls drops their reply channels: every caller is told.
+            return;
+        }
+    };
+    let replies: Vec<Reply> = calls.into_iter().map(|call| call(&transaction)).collect();
+    let committed = commit(transaction);
+    for reply in replies {
+        reply(committed.as_ref().map(|&()| ()).map_err(String::as_str));
+    }
+}
+
+fn commit(transaction: Transaction<'_>) -> Result<(), String> {
+    transaction.commit().map_err(|error| format!("commit failed: {error}"))
+}

@@ -1,0 +1,152 @@
+//! Every error that our code answers over HTTP, and the only table of statuses.
+//!
+//! The outer message is for the caller; the cause goes to the log and nowhere else.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+type Source = Box<dyn std::error::Error + Send + Sync>;
+
+/// What went wrong, sorted by what the caller does about it. The names are part of the API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Code {
+    InvalidRequest,
+    Unauthorized,
+    Forbidden,
+    NotFound,
+    MethodNotAllowed,
+    IdempotencyConflict,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+    HeicNotSupported,
+    PhotoUnreadable,
+    TooManyRequests,
+    Internal,
+    Unavailable,
+}
+
+impl Code {
+    /// The HTTP status that goes with the code.
+    #[must_use]
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::InvalidRequest => 400,
+            Self::Unauthorized => 401,
+            Self::Forbidden => 403,
+            Self::NotFound => 404,
+            Self::MethodNotAllowed => 405,
+            Self::IdempotencyConflict => 409,
+            Self::PayloadTooLarge => 413,
+            Self::UnsupportedMediaType | Self::HeicNotSupported => 415,
+            Self::PhotoUnreadable => 422,
+            Self::TooManyRequests => 429,
+            Self::Internal => 500,
+            Self::Unavailable => 503,
+        }
+    }
+
+    /// The name on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidRequest => "invalid_request",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::IdempotencyConflict => "idempotency_conflict",
+            Self::PayloadTooLarge => "payload_too_large",
+            Self::UnsupportedMediaType => "unsupported_media_type",
+            Self::HeicNotSupported => "heic_not_supported",
+            Self::PhotoUnreadable => "photo_unreadable",
+            Self::TooManyRequests => "too_many_requests",
+            Self::Internal => "internal",
+            Self::Unavailable => "unavailable",
+        }
+    }
+}
+
+/// An error with its message for the caller and, apart, its cause for the log.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {message}", code.as_str())]
+pub struct Error {
+    code: Code,
+    message: String,
+    #[source]
+    source: Option<Source>,
+}
+
+impl Error {
+    #[must_use]
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), source: None }
+    }
+
+    /// A dependency did not do its part; another try may succeed.
+    #[must_use]
+    pub fn unavailable(what: &'static str, source: impl Into<Source>) -> Self {
+        let message = format!("{what} is not available at the moment. Try again.");
+        Self { code: Code::Unavailable, message, source: Some(source.into()) }
+    }
+
+    /// A bug or a broken record; trying again does not help.
+    #[must_use]
+    pub fn internal(source: impl Into<Source>) -> Self {
+        Self { code: Code::Internal, message: "Something went wrong on our side.".into(), source: Some(source.into()) }
+    }
+
+    #[must_use]
+    pub fn not_found() -> Self {
+        Self::new(Code::NotFound, "There is no such request.")
+    }
+
+    #[must_use]
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    #[must_use]
+    pub fn http_status(&self) -> u16 {
+        self.code.http_status()
+    }
+
+    /// Whether the same call may succeed later.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(self.code, Code::Unavailable | Code::TooManyRequests)
+    }
+
+    /// The whole chain of causes in one line, for the log.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            text.push_str(": ");
+            text.push_str(&cause.to_string());
+            source = cause.source();
+        }
+        text
+    }
+}
+
+/// The one body shape of every error.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    pub error: ErrorDetail,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ErrorDetail {
+    pub code: Code,
+    /// For a person; may change between releases.
+    pub message: String,
+    /// Names this HTTP exchange in the log; also the `x-request-id` header.
+    pub request_id: String,
+}

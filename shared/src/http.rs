@@ -1,0 +1,136 @@
+//! What every HTTP function needs around its routes: who is calling, the id of the exchange, and
+//! the one shape of an error.
+
+use std::time::Instant;
+
+use axum::Json;
+use axum::extract::{FromRequestParts, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use uuid::Uuid;
+
+use crate::error::{Code, Error, ErrorBody, ErrorDetail};
+
+tokio::task_local! {
+    static REQUEST_ID: String;
+}
+
+/// The id of the HTTP exchange that this task works on.
+#[must_use]
+pub fn request_id() -> String {
+    REQUEST_ID.try_with(Clone::clone).unwrap_or_default()
+}
+
+/// Who is calling. The host puts it into the request after it has checked the credentials; a
+/// request without one is answered 401.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
+        let caller = parts.extensions.get::<Self>().cloned();
+        caller.ok_or_else(|| Error::new(Code::Unauthorized, "Send an API key or a token."))
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let request_id = request_id();
+        if self.http_status() >= 500 {
+            tracing::error!(error.code = self.code().as_str(), error.chain = self.chain(), "request failed");
+        }
+        let status = StatusCode::from_u16(self.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let detail = ErrorDetail { code: self.code(), message: self.message().to_owned(), request_id };
+        let mut response = (status, Json(ErrorBody { error: detail })).into_response();
+        if self.is_retryable() {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
+        }
+        response
+    }
+}
+
+/// Gives the exchange an id, answers it in `x-request-id`, and logs one line without query or body.
+pub async fn trace(request: Request, next: Next) -> Response {
+    let id = Uuid::new_v4().to_string();
+    let started = Instant::now();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let mut response = REQUEST_ID.scope(id.clone(), next.run(request)).await;
+    tracing::info!(
+        request.id = id,
+        http.method = %method,
+        http.path = path,
+        http.status = response.status().as_u16(),
+        duration_ms = started.elapsed().as_secs_f64() * 1e3,
+        "request answered"
+    );
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    response
+}
+
+/// For axum's fallback: no such route.
+pub async fn no_route() -> Error {
+    Error::new(Code::NotFound, "There is nothing at this address; see /openapi.json.")
+}
+
+/// For axum's method fallback.
+pub async fn no_method() -> Error {
+    Error::new(Code::MethodNotAllowed, "This address does not take that method; see /openapi.json.")
+}
+
+/// Whether a request was addressed to this machine by a page or program of this machine: the
+/// `Host`, and the `Origin` where a browser sends one, are loopback names. A page elsewhere that
+/// has its own name point to 127.0.0.1 (DNS rebinding) fails this.
+#[must_use]
+pub fn is_loopback(headers: &HeaderMap) -> bool {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let origin = headers.get(header::ORIGIN).map(|origin| origin.to_str().unwrap_or(""));
+    let origin_host = origin.map(|origin| origin.split_once("://").map_or("", |(_, host)| host));
+    host.is_some_and(is_loopback_authority) && origin_host.is_none_or(is_loopback_authority)
+}
+
+fn is_loopback_authority(authority: &str) -> bool {
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map_or("", |(host, _)| host),
+        None => authority.split_once(':').map_or(authority, |(host, _)| host),
+    };
+    host.eq_ignore_ascii_case("localhost") || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn loopback(host: &str, origin: Option<&str>) -> bool {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::HOST, host.parse().unwrap());
+        if let Some(origin) = origin {
+            headers.insert(header::ORIGIN, origin.parse().unwrap());
+        }
+        is_loopback(&headers)
+    }
+
+    #[test]
+    fn only_loopback_names_pass() {
+        assert!(loopback("localhost:8080", None));
+        assert!(loopback("127.0.0.1:8080", Some("http://localhost:3000")));
+        assert!(loopback("[::1]:8080", Some("http://[::1]")));
+        for (host, origin) in [
+            ("attacker.example:8080", None),
+            ("127.0.0.1.attacker.example", None),
+            ("localhost.attacker.example", None),
+            ("192.168.0.7:8080", None),
+            ("localhost:8080", Some("https://attacker.example")),
+            ("localhost:8080", Some("null")),
+            ("", None),
+        ] {
+            assert!(!loopback(host, origin), "{host} {origin:?}");
+        }
+        assert!(!is_loopback(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,70 @@
+//! The one LLM client: an OpenAI-compatible server, or none (then the template describes).
+//!
+//! Prompts, answers and keys are never logged.
+
+pub mod openai;
+pub mod template;
+
+use std::time::Duration;
+
+use chrono::TimeDelta;
+
+use crate::config::{ConfigError, Env};
+
+pub use openai::OpenAi;
+
+/// Who writes descriptions.
+pub enum Llm {
+    /// Nobody: the template does.
+    Offline,
+    OpenAi(OpenAi),
+}
+
+/// One request, as every provider understands it.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    pub system: String,
+    pub user: String,
+    /// A JSON schema (name and schema) that the answer must satisfy.
+    pub schema: Option<(&'static str, serde_json::Value)>,
+}
+
+/// A complete answer.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    pub text: String,
+    pub finish_reason: Option<String>,
+    pub prompt_tokens: Option<u64>,
+    pub completion_tokens: Option<u64>,
+}
+
+/// Why there is no complete answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{code}")]
+pub struct LlmError {
+    /// For the ledger and the log: `llm_rate_limited`, `llm_unavailable`, `llm_timeout`,
+    /// `llm_refused`, `llm_invalid_response`.
+    pub code: &'static str,
+    /// Whether another try may succeed.
+    pub retryable: bool,
+    /// How long the server asked us to wait.
+    pub retry_after: Option<Duration>,
+}
+
+impl LlmError {
+    /// [`Self::retry_after`] as the state machine wants it.
+    #[must_use]
+    pub fn wait(&self) -> Option<TimeDelta> {
+        self.retry_after.and_then(|wait| TimeDelta::from_std(wait).ok())
+    }
+}
+
+impl Llm {
+    /// `LLM_BASE_URL` set: that server; unset: offline.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where a variable does not parse or one without the others makes no sense.
+    pub fn from_env(env: &Env) -> Result<Self, ConfigError> {
+        Ok(OpenAi::from_env(env)?.map_or(Self::Offline, Self::OpenAi))
+    }
+}

@@ -1,0 +1,184 @@
+//! `POST {LLM_BASE_URL}/chat/completions` as OpenAI, Mistral, Ollama, vLLM and others serve it.
+//!
+//! Wire format: OpenAI's API reference, "Create chat completion".
+
+use std::time::{Duration, Instant};
+
+use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::{Client, StatusCode};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Answer, LlmError, Prompt};
+use crate::config::{ConfigError, Env};
+
+/// An answer larger than this is not read on.
+const MAX_RESPONSE_BYTES: usize = 1024 * 1024;
+/// The first pause between two tries; doubles, with full jitter.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// Tries within one call of [`OpenAi::complete`].
+const MAX_TRIES: u32 = 3;
+
+/// A server that speaks OpenAI's protocol.
+pub struct OpenAi {
+    client: Client,
+    url: reqwest::Url,
+    model: String,
+    key: Option<SecretString>,
+    max_tokens: u32,
+    temperature: f32,
+    /// For one try, from connect to the last byte.
+    attempt_timeout: Duration,
+}
+
+impl OpenAi {
+    /// `LLM_BASE_URL` (such as `https://api.openai.com/v1`), `LLM_MODEL`, `LLM_API_KEY`,
+    /// `LLM_MAX_TOKENS`, `LLM_TEMPERATURE`, `LLM_TIMEOUT_SECONDS`; `None` where there is no base URL.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where one does not parse, or the model is missing.
+    pub fn from_env(env: &Env) -> Result<Option<Self>, ConfigError> {
+        let Some(base) = env.text("LLM_BASE_URL")? else { return Ok(None) };
+        let url = format!("{}/chat/completions", base.trim_end_matches('/'));
+        let url: reqwest::Url =
+            url.parse().map_err(|_| ConfigError::new("LLM_BASE_URL", "is no URL such as https://api.openai.com/v1"))?;
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(ConfigError::new("LLM_BASE_URL", "must begin with http:// or https://"));
+        }
+        let model =
+            env.text("LLM_MODEL")?.ok_or_else(|| ConfigError::new("LLM_MODEL", "is needed with LLM_BASE_URL"))?;
+        // Another part of the process may have installed a provider before; either will do.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = Client::builder()
+            .connect_timeout(Duration::from_secs(5))
+            // A redirect would send the key and the labels to somebody else.
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .map_err(|_| ConfigError::new("LLM_BASE_URL", "the HTTP client could not be set up"))?;
+        Ok(Some(Self {
+            client,
+            url,
+            model: model.to_owned(),
+            key: env.secret("LLM_API_KEY")?,
+            max_tokens: env.number("LLM_MAX_TOKENS", 500, 1, 100_000)?,
+            temperature: env.number("LLM_TEMPERATURE", 0.7, 0.0, 2.0)?,
+            attempt_timeout: Duration::from_secs(env.number("LLM_TIMEOUT_SECONDS", 30, 1, 600)?),
+        }))
+    }
+
+    /// Asks, and asks again where that may help, until `deadline`.
+    ///
+    /// # Errors
+    /// [`LlmError`] of the last try.
+    pub async fn complete(&self, prompt: &Prompt, deadline: Instant) -> Result<Answer, LlmError> {
+        let body = self.body(prompt);
+        let mut tries = 1;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let error = match tokio::time::timeout(left.min(self.attempt_timeout), self.attempt(&body)).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) => error,
+                Err(_) => retryable("llm_timeout"),
+            };
+            let jitter = FIRST_PAUSE.mul_f64(f64::from(1 << (tries - 1)) * rand::random_range(0.5..1.0));
+            let pause = error.retry_after.unwrap_or(jitter);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !error.retryable || tries == MAX_TRIES || pause >= left {
+                return Err(error);
+            }
+            tokio::time::sleep(pause).await;
+            tries += 1;
+        }
+    }
+
+    fn body(&self, prompt: &Prompt) -> Value {
+        let mut body = json!({
+            "model": self.model,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "messages": [
+                {"role": "system", "content": prompt.system},
+                {"role": "user", "content": prompt.user},
+            ],
+        });
+        if let Some((name, schema)) = &prompt.schema {
+            body["response_format"] =
+                json!({"type": "json_schema", "json_schema": {"name": name, "strict": true, "schema": schema}});
+        }
+        body
+    }
+
+    async fn attempt(&self, body: &Value) -> Result<Answer, LlmError> {
+        let mut request = self.client.post(self.url.clone()).json(body);
+        if let Some(key) = &self.key {
+            request = request.bearer_auth(key.expose_secret());
+        }
+        let mut response = request.send().await.map_err(|_| retryable("llm_unavailable"))?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err(refusal(status, response.headers()));
+        }
+        let mut bytes = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|_| retryable("llm_unavailable"))? {
+            bytes.extend_from_slice(&chunk);
+            if bytes.len() > MAX_RESPONSE_BYTES {
+                return Err(finally("llm_invalid_response"));
+            }
+        }
+        let completion: Completion = serde_json::from_slice(&bytes).map_err(|_| finally("llm_invalid_response"))?;
+        let usage = completion.usage.unwrap_or_default();
+        let choice = completion.choices.into_iter().next().ok_or(finally("llm_invalid_response"))?;
+        Ok(Answer {
+            text: choice.message.content.unwrap_or_default(),
+            finish_reason: choice.finish_reason,
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+        })
+    }
+}
+
+fn retryable(code: &'static str) -> LlmError {
+    LlmError { code, retryable: true, retry_after: None }
+}
+
+fn finally(code: &'static str) -> LlmError {
+    LlmError { code, retryable: false, retry_after: None }
+}
+
+fn refusal(status: StatusCode, headers: &HeaderMap) -> LlmError {
+    match status.as_u16() {
+        429 => LlmError { retry_after: retry_after(headers), ..retryable("llm_rate_limited") },
+        408 | 500..=599 => LlmError { retry_after: retry_after(headers), ..retryable("llm_unavailable") },
+        _ => finally("llm_refused"),
+    }
+}
+
+/// `Retry-After` in seconds; a date is not honoured, the backoff stands in.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds: u64 = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
+#[derive(Deserialize)]
+struct Completion {
+    choices: Vec<Choice>,
+    usage: Option<Usage>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    message: Content,
+    finish_reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Content {
+    content: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+struct Usage {
+    prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
+}

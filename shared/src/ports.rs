@@ -1,0 +1,82 @@
+//! What the functions need of the world. Each trait has two implementations that users run:
+//! AWS's and the embedded host's.
+//!
+//! Every method is safe to call twice. Errors are [`Error::unavailable`] where another try may
+//! succeed.
+
+use std::future::Future;
+
+use uuid::Uuid;
+
+use crate::clock::Timestamp;
+use crate::error::Error;
+use crate::job::{Fence, Job, Record};
+use crate::message::Message;
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// What remembers a client's `Idempotency-Key`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Idempotency {
+    pub caller: String,
+    pub key: String,
+    /// SHA-256 of the parsed fields and the bytes as received, in hex.
+    pub fingerprint: String,
+    pub id: Uuid,
+    pub expires_at: Timestamp,
+}
+
+/// What [`JobStore::create`] did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Created {
+    New,
+    /// The key was taken first by another request.
+    KeyTaken(Idempotency),
+}
+
+/// The records, and the change feed that every write to them appends to.
+pub trait JobStore: Send + Sync + 'static {
+    /// Writes a new job and its idempotency item in one transaction.
+    fn create(&self, job: &Job, idempotency: Option<&Idempotency>) -> impl Future<Output = Result<Created>> + Send;
+
+    /// A live idempotency item.
+    fn idempotency(
+        &self,
+        caller: &str,
+        key: &str,
+        now: Timestamp,
+    ) -> impl Future<Output = Result<Option<Idempotency>>> + Send;
+
+    fn get(&self, id: Uuid) -> impl Future<Output = Result<Option<Record>>> + Send;
+
+    /// Writes `after` where the record that `fence` names still stands; `false` where it does not.
+    fn replace(&self, fence: Fence, after: &Record) -> impl Future<Output = Result<bool>> + Send;
+
+    /// Records with `due_at` at or before `now`, longest due first, at most `limit`.
+    fn due(&self, now: Timestamp, limit: u32) -> impl Future<Output = Result<Vec<Record>>> + Send;
+
+    /// A caller's live jobs with ids below `before`, newest first, at most `limit`.
+    fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> impl Future<Output = Result<Vec<Job>>> + Send;
+}
+
+/// The queue in front of inference: at least once, in no promised order.
+pub trait JobQueue: Send + Sync + 'static {
+    fn send(&self, message: Message) -> impl Future<Output = Result<()>> + Send;
+
+    /// Hides a received message for `seconds` from now.
+    fn set_visibility(&self, receipt: &str, seconds: u32) -> impl Future<Output = Result<()>> + Send;
+}
+
+/// Photos and model bundles, by key. Keys use `/` and hold no `..`.
+pub trait BlobStore: Send + Sync + 'static {
+    /// Writes the whole blob or nothing; an existing one is replaced.
+    fn put(&self, key: &str, bytes: Vec<u8>) -> impl Future<Output = Result<()>> + Send;
+
+    fn get(&self, key: &str) -> impl Future<Output = Result<Option<Vec<u8>>>> + Send;
+
+    /// Deletes everything under `prefix`, which ends in `/`.
+    fn delete_prefix(&self, prefix: &str) -> impl Future<Output = Result<()>> + Send;
+
+    /// The next level of names under `prefix` that sort after `after`, in order, at most `limit`.
+    fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> impl Future<Output = Result<Vec<String>>> + Send;
+}
