@@ -1,0 +1,258 @@
+//! Writes the description of a finished prediction and completes the job.
+//!
+//! Triggered by the change feed where a record carries the marker `dispatch = "enrichment"`. Reads
+//! the record. Writes, in this order: the claim, which takes the marker off; then the completed
+//! record, or the record with a later `due_at`. An LLM failure is never a batch failure: sweep
+//! marks the job again.
+
+pub mod guard;
+
+use std::time::{Duration, Instant};
+
+use aws_lambda_events::event::dynamodb::{Event, EventRecord};
+use aws_lambda_events::event::streams::{DynamoDbBatchItemFailure, DynamoDbEventResponse};
+use futures_util::future::join_all;
+use serde::Deserialize;
+use serde_json::json;
+use shared::Error;
+use shared::clock::{Clock, Timestamp};
+use shared::crash::{self, Point};
+use shared::job::{Description, DescriptionSource, Job, LlmCall, Policy, Reading, Record, Refused};
+use shared::llm::{Answer, Llm, LlmError, Prompt, template};
+use shared::ports::JobStore;
+use shared::transition::{NotMoved, transition};
+use uuid::Uuid;
+
+const PROMPT: &str = include_str!("../prompts/describe-v1.txt");
+const PROMPT_VERSION: &str = "describe-v1";
+/// Kept from the lease for the last write, at most a quarter of it.
+const MARGIN: Duration = Duration::from_secs(3);
+
+/// What enrichment works with.
+pub struct Enrichment<J> {
+    pub jobs: J,
+    pub llm: Llm,
+    pub clock: Clock,
+    pub policy: Policy,
+}
+
+/// The key of a record in the feed.
+#[derive(Deserialize)]
+struct Keys {
+    id: Uuid,
+}
+
+/// The schema of the LLM's answer.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Explanation {
+    explanation: String,
+}
+
+impl<J: JobStore> Enrichment<J> {
+    /// Works a batch, all records at once. `deadline` is the invocation's end, and with it that of
+    /// every lease taken here. Only a store that cannot be reached fails a record.
+    pub async fn handle(&self, event: Event, deadline: Timestamp) -> DynamoDbEventResponse {
+        let worked = join_all(event.records.iter().map(|record| self.settle(record, deadline))).await;
+        let mut response = DynamoDbEventResponse::default();
+        for (record, worked) in event.records.iter().zip(worked) {
+            if !worked {
+                let mut failure = DynamoDbBatchItemFailure::default();
+                failure.item_identifier = record.change.sequence_number.clone();
+                response.batch_item_failures.push(failure);
+            }
+        }
+        response
+    }
+
+    /// Works one record of the feed; `false` where it must come back.
+    async fn settle(&self, record: &EventRecord, deadline: Timestamp) -> bool {
+        let keys: Result<Keys, _> = serde_dynamo::from_item(record.change.keys.clone());
+        let Ok(Keys { id }) = keys else {
+            // Coming back would not make it readable; sweep finds the job by its due time.
+            tracing::error!(error.code = "unreadable_change", event.id = record.event_id, "change without a job's key");
+            return true;
+        };
+        match self.process(id, deadline).await {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(job.id = %id, error.code = error.code().as_str(), error.chain = error.chain(), "job not described");
+                false
+            }
+        }
+    }
+
+    /// The rule for one job.
+    ///
+    /// # Errors
+    /// Where the store cannot be reached.
+    pub async fn process(&self, id: Uuid, lease_until: Timestamp) -> Result<(), Error> {
+        let Some(Record::Job(job)) = self.jobs.get(id).await? else { return Ok(()) };
+        let now = self.clock.now();
+        let claim = |job: &Job| Ok((job.claim_enrichment(now, lease_until, &self.policy)?, ()));
+        let job = match transition(&self.jobs, &job, claim).await {
+            Ok((job, ())) => job,
+            // A second delivery, a job that has moved on, or one that sweep must end.
+            Err(NotMoved::Refused(_) | NotMoved::Gone) => return Ok(()),
+            Err(NotMoved::Store(error)) => return Err(error),
+        };
+        crash::here(Point::EnrichmentClaimed);
+        let Some(reading) = job.reading.clone() else {
+            return Err(Error::internal("a job awaits a description of nothing"));
+        };
+        let started = Instant::now();
+        let (described, call) = self.describe(&job, &reading, lease_until).await;
+        crash::here(Point::EnrichmentAnswered);
+        let millis = (started.elapsed().as_secs_f64() * 1e4).round() / 10.0;
+        match described {
+            Ok(description) => self.finish(&job, description, call, millis).await,
+            Err(error) => self.defer(&job, &reading, &error, call, millis).await,
+        }
+    }
+
+    /// A description, and the call to the LLM that it took. Errors are those that a later call may
+    /// not meet.
+    async fn describe(
+        &self,
+        job: &Job,
+        reading: &Reading,
+        lease_until: Timestamp,
+    ) -> (Result<Description, LlmError>, Option<LlmCall>) {
+        let Llm::OpenAi(server) = &self.llm else { return (Ok(template::describe(reading, None)), None) };
+        let at = self.clock.now();
+        let lease = (lease_until - at).to_std().unwrap_or(Duration::ZERO);
+        let started = Instant::now();
+        let answer = server.complete(&prompt(reading), started + (lease - MARGIN.min(lease / 4))).await;
+        let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mut call = LlmCall {
+            claim: job.claim,
+            at,
+            latency_ms,
+            outcome: "ok".to_owned(),
+            finish_reason: None,
+            prompt_tokens: None,
+            completion_tokens: None,
+        };
+        let described = match answer {
+            Ok(answer) => {
+                call.finish_reason.clone_from(&answer.finish_reason);
+                call.prompt_tokens = answer.prompt_tokens;
+                call.completion_tokens = answer.completion_tokens;
+                Ok(description(reading, &answer).unwrap_or_else(|code| {
+                    call.outcome = code.to_owned();
+                    template::describe(reading, Some(code))
+                }))
+            }
+            Err(error) => {
+                call.outcome = error.code.to_owned();
+                // What another call would not cure is answered by the template at once.
+                if error.retryable { Err(error) } else { Ok(template::describe(reading, Some(error.code))) }
+            }
+        };
+        tracing::info!(
+            job.id = %job.id,
+            trace.id = job.trace_id,
+            llm.outcome = call.outcome,
+            llm.latency_ms = call.latency_ms,
+            llm.prompt_tokens = call.prompt_tokens,
+            llm.completion_tokens = call.completion_tokens,
+            "llm called"
+        );
+        (described, Some(call))
+    }
+
+    async fn finish(
+        &self,
+        job: &Job,
+        description: Description,
+        call: Option<LlmCall>,
+        millis: f64,
+    ) -> Result<(), Error> {
+        let now = self.clock.now();
+        let finish = |current: &Job| {
+            let mut next = current.finish_description(job.claim, description.clone(), now)?;
+            next.llm_calls.extend(call.clone());
+            next.timings_ms.describe = Some(millis);
+            Ok((next, ()))
+        };
+        let finished = transition(&self.jobs, job, finish).await;
+        crash::here(Point::EnrichmentFinished);
+        settled(job, finished.map(|_| ()))
+    }
+
+    async fn defer(
+        &self,
+        job: &Job,
+        reading: &Reading,
+        error: &LlmError,
+        call: Option<LlmCall>,
+        millis: f64,
+    ) -> Result<(), Error> {
+        let now = self.clock.now();
+        let defer = |current: &Job| {
+            let mut next = current.defer_description(job.claim, error.wait(), now, &self.policy)?;
+            next.llm_calls.extend(call.clone());
+            Ok((next, ()))
+        };
+        let deferred = transition(&self.jobs, job, defer).await;
+        crash::here(Point::EnrichmentDeferred);
+        match deferred {
+            Err(NotMoved::Refused(Refused::Exhausted)) => {
+                self.finish(job, template::describe(reading, Some(error.code)), call, millis).await
+            }
+            deferred => settled(job, deferred.map(|_| ())),
+        }
+    }
+}
+
+fn settled(job: &Job, moved: Result<(), NotMoved>) -> Result<(), Error> {
+    match moved {
+        Ok(()) => {
+            tracing::info!(job.id = %job.id, trace.id = job.trace_id, "description settled");
+            Ok(())
+        }
+        Err(NotMoved::Gone) => Ok(()),
+        Err(NotMoved::Refused(refused)) => {
+            tracing::warn!(job.id = %job.id, trace.id = job.trace_id, job.claim = job.claim, error.code = "claim_lost", error.chain = %refused, "claim lost");
+            Ok(())
+        }
+        Err(NotMoved::Store(error)) => Err(error),
+    }
+}
+
+/// Names and bands, nothing else: no number, no photo, no caller.
+fn prompt(reading: &Reading) -> Prompt {
+    let classes: Vec<_> = template::described(reading)
+        .into_iter()
+        .map(|class| json!({"name": class.name, "probability": template::band(class.probability)}))
+        .collect();
+    let schema = json!({
+        "type": "object",
+        "properties": {"explanation": {"type": "string"}},
+        "required": ["explanation"],
+        "additionalProperties": false,
+    });
+    Prompt {
+        system: PROMPT.to_owned(),
+        user: json!({"classes": classes}).to_string(),
+        schema: Some(("explanation", schema)),
+    }
+}
+
+/// The description around an answer.
+///
+/// # Errors
+/// The code of what keeps the answer out.
+fn description(reading: &Reading, answer: &Answer) -> Result<Description, &'static str> {
+    let explanation: Explanation = serde_json::from_str(answer.text.trim()).map_err(|_| "llm_invalid_answer")?;
+    // Typographic apostrophes are the one harmless thing that models write against the rules.
+    let text = explanation.explanation.replace('\u{2019}', "'");
+    let names: Vec<&str> = template::described(reading).into_iter().map(|class| class.name.as_str()).collect();
+    guard::check(&text, &names).map_err(guard::Refusal::code)?;
+    Ok(Description {
+        text: template::compose(reading, &text),
+        source: DescriptionSource::Llm,
+        version: PROMPT_VERSION.to_owned(),
+        fallback: None,
+    })
+}

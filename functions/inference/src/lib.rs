@@ -1,0 +1,295 @@
+//! Runs the model on submitted photos.
+//!
+//! Triggered by the queue. Reads the record and the photo. Writes, in this order: the claim; then
+//! either the finished record and after it the raw outputs (cache), or the released record and the
+//! message's visibility. A message may come twice or late: the claim decides, not the message.
+
+pub mod bundle;
+pub mod manifest;
+pub mod model;
+pub mod picture;
+pub mod quality;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
+use chrono::TimeDelta;
+use hmac::{Hmac, Mac};
+use sha2::{Digest, Sha256};
+use shared::Error;
+use shared::cache::PredictionCache;
+use shared::clock::{Clock, Timestamp};
+use shared::crash::{self, Point};
+use shared::job::{self, FailureCode, InferenceOutcome, Job, Policy, Quality, Record, Refused, Status, Timings};
+use shared::message::Message;
+use shared::ports::{BlobStore, JobQueue, JobStore};
+use shared::transition::{NotMoved, transition};
+
+use crate::model::{Model, RawOutputs};
+
+/// What inference works with.
+pub struct Inference<J, Q, B> {
+    pub jobs: J,
+    pub queue: Q,
+    pub blobs: B,
+    pub cache: PredictionCache,
+    /// Keys the cache, so that who can read it cannot try photos against it.
+    pub cache_secret: Vec<u8>,
+    pub model: Arc<Model>,
+    pub clock: Clock,
+    pub policy: Policy,
+}
+
+/// What becomes of a message.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nothing is left to do for it.
+    Acknowledge,
+    /// It comes back after this long.
+    Retry(TimeDelta),
+}
+
+/// A job's way through the model.
+struct Worked {
+    outcome: InferenceOutcome,
+    timings: Timings,
+    /// Fresh outputs, for the cache.
+    outputs: Option<RawOutputs>,
+}
+
+impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
+    /// Works a batch, each message by itself. `deadline` is the invocation's end, and with it that
+    /// of every lease taken here.
+    pub async fn handle(&self, event: SqsEvent, deadline: Timestamp) -> SqsBatchResponse {
+        let mut response = SqsBatchResponse::default();
+        for record in event.records {
+            if !self.settle(&record, deadline).await {
+                let mut failure = BatchItemFailure::default();
+                failure.item_identifier = record.message_id.unwrap_or_default();
+                response.batch_item_failures.push(failure);
+            }
+        }
+        response
+    }
+
+    /// Works one message; `false` where it must come back.
+    async fn settle(&self, record: &SqsMessage, deadline: Timestamp) -> bool {
+        let message = match Message::decode(record.body.as_deref().unwrap_or("")) {
+            Ok(message) => message,
+            Err(error) => {
+                let message_id = record.message_id.as_deref().unwrap_or("");
+                tracing::error!(message.id = message_id, error.code = "unreadable_message", error.chain = %error, "message not read");
+                return false;
+            }
+        };
+        match self.process(message, deadline).await {
+            Outcome::Acknowledge => true,
+            Outcome::Retry(delay) => {
+                let seconds = u32::try_from(delay.num_seconds()).unwrap_or(0);
+                let receipt = record.receipt_handle.as_deref().unwrap_or("");
+                if let Err(error) = self.queue.set_visibility(receipt, seconds).await {
+                    // It comes back when its first visibility timeout ends.
+                    tracing::warn!(error.chain = error.chain(), "message not hidden");
+                }
+                crash::here(Point::InferenceHidden);
+                false
+            }
+        }
+    }
+
+    /// The rule for one message.
+    pub async fn process(&self, message: Message, lease_until: Timestamp) -> Outcome {
+        let result = match message {
+            Message::Infer { id } => self.infer(id, lease_until).await,
+            Message::Forget { id } => self.forget(id).await,
+        };
+        result.unwrap_or_else(|error| {
+            tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "message not worked");
+            Outcome::Retry(self.policy.backoff)
+        })
+    }
+
+    async fn infer(&self, id: uuid::Uuid, lease_until: Timestamp) -> Result<Outcome, Error> {
+        let Some(Record::Job(job)) = self.jobs.get(id).await? else { return Ok(Outcome::Acknowledge) };
+        let now = self.clock.now();
+        let claim = |job: &Job| Ok((job.claim_inference(now, lease_until, &self.policy)?, ()));
+        let job = match transition(&self.jobs, &job, claim).await {
+            Ok((job, ())) => job,
+            // Worked already, being worked, or sweep's to end: this message has nothing to add.
+            Err(NotMoved::Refused(_) | NotMoved::Gone) => return Ok(Outcome::Acknowledge),
+            Err(NotMoved::Store(error)) => return Err(error),
+        };
+        crash::here(Point::InferenceClaimed);
+        match self.work(&job).await {
+            Ok(worked) => self.finish(&job, worked).await,
+            Err(error) => self.release(&job, &error).await,
+        }
+    }
+
+    async fn finish(&self, job: &Job, worked: Worked) -> Result<Outcome, Error> {
+        let now = self.clock.now();
+        let finish = |current: &Job| {
+            let mut next = current.finish_inference(job.claim, worked.outcome.clone(), now, &self.policy)?;
+            let earlier = std::mem::replace(&mut next.timings_ms, worked.timings.clone());
+            next.timings_ms.queued = earlier.queued;
+            next.timings_ms.total = earlier.total;
+            Ok((next, ()))
+        };
+        let done = match transition(&self.jobs, job, finish).await {
+            Ok((done, ())) => done,
+            Err(NotMoved::Refused(refused)) => return Ok(lost(job, refused)),
+            Err(NotMoved::Gone) => return Ok(Outcome::Acknowledge),
+            Err(NotMoved::Store(error)) => return Err(error),
+        };
+        crash::here(Point::InferenceFinished);
+        // Only after the record names the key: what nobody knows of, nobody can erase.
+        if let (Some(key), Some(outputs)) = (&done.cache_key, &worked.outputs) {
+            let ttl = (done.photo.expires_at - now).to_std().unwrap_or(Duration::ZERO);
+            self.cache.put(key, serde_json::to_vec(outputs).map_err(Error::internal)?, ttl).await;
+        }
+        crash::here(Point::InferenceCached);
+        tracing::info!(
+            job.id = %done.id,
+            trace.id = done.trace_id,
+            job.status = done.status.as_str(),
+            job.attempts = done.attempts.inference,
+            "photo read"
+        );
+        Ok(Outcome::Acknowledge)
+    }
+
+    async fn release(&self, job: &Job, cause: &Error) -> Result<Outcome, Error> {
+        tracing::warn!(
+            job.id = %job.id,
+            trace.id = job.trace_id,
+            error.code = cause.code().as_str(),
+            error.chain = cause.chain(),
+            job.attempts = job.attempts.inference,
+            "photo not read"
+        );
+        let now = self.clock.now();
+        let release = |current: &Job| Ok((current.release_inference(job.claim, now, &self.policy)?, ()));
+        let released = match transition(&self.jobs, job, release).await {
+            Ok((released, ())) => released,
+            Err(NotMoved::Refused(refused)) => return Ok(lost(job, refused)),
+            Err(NotMoved::Gone) => return Ok(Outcome::Acknowledge),
+            Err(NotMoved::Store(error)) => return Err(error),
+        };
+        crash::here(Point::InferenceReleased);
+        Ok(match released.status {
+            Status::Pending => Outcome::Retry(released.inference_backoff(&self.policy)),
+            _ => Outcome::Acknowledge,
+        })
+    }
+
+    /// Erases the cache entry of a deleted job.
+    async fn forget(&self, id: uuid::Uuid) -> Result<Outcome, Error> {
+        let Some(Record::Tombstone(tombstone)) = self.jobs.get(id).await? else { return Ok(Outcome::Acknowledge) };
+        let Some(key) = tombstone.cache_key else { return Ok(Outcome::Acknowledge) };
+        let erased = self.cache.remove(&key).await;
+        crash::here(Point::InferenceForgotten);
+        Ok(if erased { Outcome::Acknowledge } else { Outcome::Retry(self.policy.backoff) })
+    }
+
+    /// From the stored photo to an outcome. Errors are those that another attempt may cure.
+    async fn work(&self, job: &Job) -> Result<Worked, Error> {
+        let mut timings = Timings::default();
+        let started = Instant::now();
+        let Some(bytes) = self.blobs.get(&job::photo_key(job.id)).await? else {
+            let outcome = InferenceOutcome::Failed { code: FailureCode::PhotoMissing };
+            return Ok(Worked { outcome, timings, outputs: None });
+        };
+        timings.fetch = Some(millis(started));
+        let key = self.cache_key(job, &bytes);
+        let cached = self.cache.get(&key).await.and_then(|value| serde_json::from_slice(&value).ok());
+        let (model, orientation) = (Arc::clone(&self.model), job.photo.orientation);
+        let work = move || read_photo(&model, &bytes, orientation, cached, key, timings);
+        // A panic in a decoder fails this attempt and no other job.
+        tokio::task::spawn_blocking(work).await.map_err(|error| Error::unavailable("the model", error))
+    }
+
+    fn cache_key(&self, job: &Job, photo: &[u8]) -> String {
+        // HMAC takes keys of any length, so this cannot fail; an empty key would still be a key.
+        let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.cache_secret) else { return String::new() };
+        mac.update(&Sha256::digest(job.caller.as_bytes()));
+        mac.update(&Sha256::digest(photo));
+        mac.update(&[job.photo.orientation, picture::PREPROCESSING_VERSION]);
+        mac.update(self.model.digest.as_bytes());
+        let hex: String = mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("outputs:{hex}")
+    }
+}
+
+/// Another worker or sweep has moved the job on: nothing was written, nothing is left to do.
+fn lost(job: &Job, refused: Refused) -> Outcome {
+    tracing::warn!(job.id = %job.id, trace.id = job.trace_id, job.claim = job.claim, error.code = "claim_lost", error.chain = %refused, "claim lost");
+    Outcome::Acknowledge
+}
+
+/// Decode, gate, network: everything that takes the processor's time.
+fn read_photo(
+    model: &Model,
+    bytes: &[u8],
+    orientation: u8,
+    cached: Option<RawOutputs>,
+    cache_key: String,
+    mut timings: Timings,
+) -> Worked {
+    let failed = |code, timings| Worked { outcome: InferenceOutcome::Failed { code }, timings, outputs: None };
+    let started = Instant::now();
+    let Ok(picture) = picture::decode(bytes, orientation) else { return failed(FailureCode::PhotoUnreadable, timings) };
+    timings.decode = Some(millis(started));
+
+    let started = Instant::now();
+    let Ok(quality) = gate(&picture, &model.manifest.quality) else {
+        return failed(FailureCode::PhotoUnreadable, timings);
+    };
+    timings.quality = Some(millis(started));
+    if !quality.accepted {
+        return Worked { outcome: InferenceOutcome::Retake { quality }, timings, outputs: None };
+    }
+
+    let (outputs, fresh) = match cached {
+        Some(outputs) => (outputs, false),
+        None => {
+            let started = Instant::now();
+            let Ok(tensor) = picture::tensor(&picture, &model.manifest.input) else {
+                return failed(FailureCode::PhotoUnreadable, timings);
+            };
+            timings.preprocess = Some(millis(started));
+            let started = Instant::now();
+            let outputs = match model.run(&tensor) {
+                Ok(outputs) => outputs,
+                Err(error) => {
+                    tracing::error!(error.code = "model_error", error.chain = %error, "model failed");
+                    return failed(FailureCode::ModelError, timings);
+                }
+            };
+            timings.inference = Some(millis(started));
+            (outputs, true)
+        }
+    };
+    let reading = model.read(&outputs);
+    let outcome = InferenceOutcome::Read { reading, quality, cache_key: Some(cache_key) };
+    Worked { outcome, timings, outputs: fresh.then_some(outputs) }
+}
+
+/// Measures an upright picture against the manifest's thresholds.
+///
+/// # Errors
+/// [`picture::Unreadable`] where it cannot be reduced.
+pub fn gate(picture: &image::RgbImage, thresholds: &quality::Thresholds) -> Result<Quality, picture::Unreadable> {
+    let (pixels, width, height) = picture::gate_luma(picture)?;
+    let shorter = picture.width().min(picture.height());
+    let measures = quality::measure(shorter, &quality::Luma { width, height, pixels: &pixels });
+    let reasons = quality::reasons(&measures, thresholds);
+    let measures: BTreeMap<String, f64> =
+        serde_json::to_value(measures).ok().and_then(|value| serde_json::from_value(value).ok()).unwrap_or_default();
+    Ok(Quality { accepted: reasons.is_empty(), reasons, measures })
+}
+
+fn millis(since: Instant) -> f64 {
+    (since.elapsed().as_secs_f64() * 1e4).round() / 10.0
+}

@@ -1,0 +1,232 @@
+//! The network behind its manifest: the only file that knows ONNX Runtime.
+
+use std::path::Path;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use ort::environment::Environment;
+use ort::session::Session;
+use ort::session::builder::GraphOptimizationLevel;
+use ort::value::{TensorElementType, TensorRef, ValueType};
+use serde::{Deserialize, Serialize};
+use shared::job::{self, AbstainReason, Prediction, Reading};
+
+use crate::bundle::{Bundle, Refused};
+use crate::manifest::{Element, Manifest, ScoreKind};
+use crate::picture::{self, Tensor};
+
+/// What the network gave, before calibration; what the cache keeps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RawOutputs {
+    pub scores: Vec<f32>,
+    pub ood: Option<f32>,
+}
+
+/// The network failed, or gave what is no answer.
+#[derive(Debug, thiserror::Error)]
+#[error("model: {0}")]
+pub struct ModelError(String);
+
+/// A loaded model that has passed its own golden vectors.
+pub struct Model {
+    pub digest: String,
+    pub manifest: Manifest,
+    session: Mutex<Session>,
+}
+
+/// One environment a process is all that ONNX Runtime allows.
+fn environment(library: &Path) -> Result<&'static Environment, Refused> {
+    static ENVIRONMENT: OnceLock<Result<Environment, String>> = OnceLock::new();
+    let made = ENVIRONMENT.get_or_init(|| {
+        // Without this check ort panics where the library is missing.
+        if !library.is_file() {
+            return Err(format!(
+                "ORT_DYLIB_PATH: there is no ONNX Runtime library at {}; scripts/run installs it",
+                library.display()
+            ));
+        }
+        let builder = ort::init_from(library).map_err(|error| format!("ORT_DYLIB_PATH: {error}"))?;
+        builder.with_telemetry(false).build().map_err(|error| format!("ONNX Runtime: {error}"))
+    });
+    made.as_ref().map_err(|error| Refused::new(error.clone()))
+}
+
+impl Model {
+    /// Loads a verified bundle into ONNX Runtime (`library`, a path) and tries it on its golden
+    /// pictures.
+    ///
+    /// # Errors
+    /// [`Refused`] where the library is missing, the network does not fit the manifest, or a
+    /// golden picture comes out otherwise than it says.
+    pub fn load(bundle: Bundle, library: &Path) -> Result<Self, Refused> {
+        let environment = environment(library)?;
+        let refused = |error: ort::Error| Refused::new(format!("{}: {error}", bundle.manifest.network.file));
+        let session = build_session(environment, &bundle.network).map_err(refused)?;
+        check_interface(&session, &bundle.manifest)?;
+        let model = Self { digest: bundle.digest, manifest: bundle.manifest, session: Mutex::new(session) };
+        model.check_golden()?;
+        Ok(model)
+    }
+
+    /// Runs the network on one picture.
+    ///
+    /// # Errors
+    /// [`ModelError`] where ONNX Runtime fails or an output has the wrong shape or is no number.
+    pub fn run(&self, input: &Tensor) -> Result<RawOutputs, ModelError> {
+        let failed = |error: ort::Error| ModelError(error.to_string());
+        let name = self.manifest.input.name.as_str();
+        let inputs = match input {
+            Tensor::Float32(values) => ort::inputs![name => TensorRef::from_array_view(values).map_err(failed)?],
+            Tensor::Uint8(values) => ort::inputs![name => TensorRef::from_array_view(values).map_err(failed)?],
+        };
+        // A panic in a run leaves the session as it was: it holds no half-written state of ours.
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let outputs = session.run(inputs).map_err(failed)?;
+        let read = |name: &str| -> Result<Vec<f32>, ModelError> {
+            let value = outputs.get(name).ok_or_else(|| ModelError(format!("no output {name:?}")))?;
+            let (_, values) = value.try_extract_tensor::<f32>().map_err(failed)?;
+            Ok(values.to_vec())
+        };
+        let scores = read(&self.manifest.outputs.scores.name)?;
+        let ood = self.manifest.outputs.ood.as_ref().map(|output| read(&output.name)).transpose()?;
+        let ood = ood.map(|values| values.first().copied().unwrap_or(f32::NAN));
+        if scores.len() != self.manifest.labels.len() {
+            return Err(ModelError(format!("{} scores for {} labels", scores.len(), self.manifest.labels.len())));
+        }
+        if !scores.iter().chain(ood.iter()).all(|value| value.is_finite()) {
+            return Err(ModelError("an output is not a number".into()));
+        }
+        Ok(RawOutputs { scores, ood })
+    }
+
+    /// Calibrated probabilities in the order of the labels; they add up to 1.
+    ///
+    /// Temperature scaling: Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    #[must_use]
+    pub fn calibrate(&self, scores: &[f32]) -> Vec<f64> {
+        let logits = scores.iter().map(|score| match self.manifest.outputs.scores.kind {
+            ScoreKind::Logits => f64::from(*score),
+            ScoreKind::Probabilities => f64::from(*score).max(1e-12).ln(),
+        });
+        let scaled: Vec<f64> = logits.map(|logit| logit / self.manifest.temperature).collect();
+        // Taking the largest off first keeps the exponentials finite.
+        let largest = scaled.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let exponentials: Vec<f64> = scaled.iter().map(|logit| (logit - largest).exp()).collect();
+        let sum: f64 = exponentials.iter().sum();
+        exponentials.iter().map(|value| value / sum).collect()
+    }
+
+    /// What is told of a run: labels, or an abstention and none.
+    #[must_use]
+    pub fn read(&self, outputs: &RawOutputs) -> Reading {
+        let probabilities = self.calibrate(&outputs.scores);
+        let mut predictions: Vec<Prediction> = self
+            .manifest
+            .labels
+            .iter()
+            .zip(probabilities)
+            .map(|(label, probability)| Prediction {
+                label: label.code.clone(),
+                name: label.name.clone(),
+                probability: (probability * 1e6).round() / 1e6,
+                malignant: label.malignant,
+            })
+            .collect();
+        predictions.sort_by(|one, other| other.probability.total_cmp(&one.probability));
+        let strange = match (outputs.ood, self.manifest.abstention.max_ood) {
+            (Some(ood), Some(most)) => f64::from(ood) > most,
+            _ => false,
+        };
+        let unsure =
+            predictions.first().is_none_or(|first| first.probability < self.manifest.abstention.min_probability);
+        let reason = match (strange, unsure) {
+            (true, _) => Some(AbstainReason::OutOfDistribution),
+            (false, true) => Some(AbstainReason::LowConfidence),
+            (false, false) => None,
+        };
+        let abstained = reason.map(|reason| job::Abstention { reason });
+        let predictions = if abstained.is_some() { Vec::new() } else { predictions };
+        Reading { model_digest: self.digest.clone(), predictions, abstained }
+    }
+
+    fn check_golden(&self) -> Result<(), Refused> {
+        let tolerance = self.manifest.golden.tolerance;
+        for golden in &self.manifest.golden.pictures {
+            let wrong = |why: String| Refused::new(format!("golden picture {:?}: {why}", golden.name));
+            let png = STANDARD.decode(&golden.png_base64).map_err(|error| wrong(error.to_string()))?;
+            let picture = picture::decode(&png, 1).map_err(|error| wrong(error.to_string()))?;
+            let tensor = picture::tensor(&picture, &self.manifest.input).map_err(|error| wrong(error.to_string()))?;
+            let outputs = self.run(&tensor).map_err(|error| wrong(error.to_string()))?;
+            // A resize that does not average shows in this score first.
+            if let (Some(found), Some(expected)) = (outputs.ood, golden.ood) {
+                let most = tolerance * expected.abs().max(1.0);
+                if (f64::from(found) - expected).abs() > most {
+                    return Err(wrong(format!("ood is {found:.4}, expected {expected:.4} ± {most:.4}")));
+                }
+            }
+            let found = self.calibrate(&outputs.scores);
+            let labels = self.manifest.labels.iter();
+            for ((label, found), expected) in labels.zip(found).zip(&golden.probabilities) {
+                if (found - expected).abs() > tolerance {
+                    return Err(wrong(format!("{} is {found:.4}, expected {expected:.4} ± {tolerance}", label.code)));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn build_session(environment: &Environment, network: &[u8]) -> Result<Session, ort::Error> {
+    let session = Session::builder(environment)?
+        .with_optimization_level(GraphOptimizationLevel::Level3)?
+        // Two threads spin against each other where cores are shared (docs: ONNX Runtime, threading).
+        .with_intra_threads(1)?
+        .commit_from_memory(network)?;
+    Ok(session)
+}
+
+/// Compares the network's inputs and outputs with the manifest, so that a mismatch is told in
+/// words at start and not in numbers later.
+fn check_interface(session: &Session, manifest: &Manifest) -> Result<(), Refused> {
+    let file = &manifest.network.file;
+    let names = |outlets: &[ort::value::Outlet]| {
+        outlets.iter().map(|outlet| outlet.name().to_owned()).collect::<Vec<_>>().join(", ")
+    };
+    let input = session.inputs().iter().find(|outlet| outlet.name() == manifest.input.name);
+    let input = input.ok_or_else(|| {
+        Refused::new(format!("{file} has no input {:?}; it has: {}", manifest.input.name, names(session.inputs())))
+    })?;
+    let element = match manifest.input.element {
+        Element::Float32 => TensorElementType::Float32,
+        Element::Uint8 => TensorElementType::Uint8,
+    };
+    check_tensor(input.dtype(), element, &manifest.input_shape())
+        .map_err(|why| Refused::new(format!("{file}, input {:?}: {why}", manifest.input.name)))?;
+
+    let labels = i64::try_from(manifest.labels.len()).unwrap_or(i64::MAX);
+    let scores = (&manifest.outputs.scores.name, Some([1, labels]));
+    let ood = manifest.outputs.ood.as_ref().map(|output| (&output.name, None));
+    for (name, shape) in std::iter::once(scores).chain(ood) {
+        let output = session.outputs().iter().find(|outlet| outlet.name() == *name);
+        let output = output.ok_or_else(|| {
+            Refused::new(format!("{file} has no output {name:?}; it has: {}", names(session.outputs())))
+        })?;
+        if let Some(shape) = shape {
+            check_tensor(output.dtype(), TensorElementType::Float32, &shape)
+                .map_err(|why| Refused::new(format!("{file}, output {name:?} for {labels} labels: {why}")))?;
+        }
+    }
+    Ok(())
+}
+
+fn check_tensor(found: &ValueType, element: TensorElementType, wanted: &[i64]) -> Result<(), String> {
+    let ValueType::Tensor { ty, shape, .. } = found else { return Err("is no tensor".into()) };
+    if *ty != element {
+        return Err(format!("is of type {ty}, the manifest says {element}"));
+    }
+    // A dimension of −1 is dynamic and takes any size.
+    let fits =
+        shape.len() == wanted.len() && shape.iter().zip(wanted).all(|(found, wanted)| *found == -1 || found == wanted);
+    if fits { Ok(()) } else { Err(format!("has shape {shape:?}, the manifest says {wanted:?}")) }
+}

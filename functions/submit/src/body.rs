@@ -1,0 +1,142 @@
+//! The three ways in which a photo arrives: JSON, a raw body, a form.
+
+use axum::body::{Body, to_bytes};
+use axum::extract::multipart::{Field, MultipartError};
+use axum::extract::{FromRequest, Multipart, Query, Request};
+use axum::http::{StatusCode, header};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use shared::api::{MAX_PHOTO_BYTES, SubmitBody, yes};
+use shared::error::{Code, Error};
+
+/// Base64 takes four bytes for three; the rest of the JSON is small.
+const MAX_JSON_BYTES: usize = MAX_PHOTO_BYTES.div_ceil(3) * 4 + 64 * 1024;
+
+/// A photo as it was received, and what is wanted.
+#[derive(Debug)]
+pub struct Submission {
+    pub image: Vec<u8>,
+    pub describe: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parameters {
+    #[serde(default = "yes")]
+    describe: bool,
+}
+
+/// Reads whichever of the three the content type announces.
+pub(crate) async fn read(request: Request) -> Result<Submission, Error> {
+    let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let content_type = content_type.unwrap_or("").to_ascii_lowercase();
+    let media_type = content_type.split(';').next().unwrap_or("").trim();
+    match media_type {
+        "application/json" => from_json(request.into_body()).await,
+        "multipart/form-data" => from_form(request).await,
+        "application/octet-stream" => from_raw(request).await,
+        other if other.starts_with("image/") => from_raw(request).await,
+        _ => Err(Error::new(
+            Code::UnsupportedMediaType,
+            "Send the photo as image/jpeg, image/png, image/webp, multipart/form-data or application/json.",
+        )),
+    }
+}
+
+async fn from_json(body: Body) -> Result<Submission, Error> {
+    let bytes = limited(body, MAX_JSON_BYTES).await?;
+    let body: SubmitBody = serde_json::from_slice(&bytes).map_err(|error| {
+        // serde's own message may repeat a value.
+        let place = format!("line {}, column {}", error.line(), error.column());
+        invalid(format!(
+            "The body is not {{\"image\": base64, \"describe\": bool}}: {:?} error at {place}.",
+            error.classify()
+        ))
+    })?;
+    let image = STANDARD.decode(body.image.trim_ascii()).map_err(|_| invalid("\"image\" is not standard base64."))?;
+    checked(image, body.describe)
+}
+
+async fn from_raw(request: Request) -> Result<Submission, Error> {
+    let parameters = Query::<Parameters>::try_from_uri(request.uri());
+    let Query(parameters) = parameters.map_err(|_| invalid("The only query parameter is describe=true|false."))?;
+    let image = limited(request.into_body(), MAX_PHOTO_BYTES).await?;
+    checked(image.to_vec(), parameters.describe)
+}
+
+async fn from_form(request: Request) -> Result<Submission, Error> {
+    let form = Multipart::from_request(request, &()).await;
+    let mut form = form.map_err(|_| invalid("The multipart body has no valid boundary."))?;
+    let (mut image, mut describe) = (None, true);
+    while let Some(mut field) = form.next_field().await.map_err(broken_form)? {
+        match field.name() {
+            Some("image") => image = Some(part(&mut field, MAX_PHOTO_BYTES).await?),
+            Some("describe") => {
+                let text = part(&mut field, 16).await?;
+                describe = match text.as_slice() {
+                    b"true" => true,
+                    b"false" => false,
+                    _ => return Err(invalid("The field \"describe\" must be true or false.")),
+                };
+            }
+            _ => return Err(invalid("The form's fields are \"image\" (the photo) and \"describe\" (true or false).")),
+        }
+    }
+    let image = image.ok_or_else(|| invalid("The form has no field \"image\"."))?;
+    checked(image, describe)
+}
+
+async fn part(field: &mut Field<'_>, limit: usize) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = field.chunk().await.map_err(broken_form)? {
+        bytes.extend_from_slice(&chunk);
+        if bytes.len() > limit {
+            return Err(too_large());
+        }
+    }
+    Ok(bytes)
+}
+
+fn broken_form(error: MultipartError) -> Error {
+    match error.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => too_large(),
+        _ => invalid("The multipart body is broken."),
+    }
+}
+
+async fn limited(body: Body, limit: usize) -> Result<axum::body::Bytes, Error> {
+    to_bytes(body, limit).await.map_err(|error| {
+        // axum wraps the limit's error; the type below it is http-body-util's, which is not public here.
+        let mut cause: Option<&dyn std::error::Error> = Some(&error);
+        while let Some(error) = cause {
+            if error.to_string() == "length limit exceeded" {
+                return too_large();
+            }
+            cause = error.source();
+        }
+        invalid("The body ended early.")
+    })
+}
+
+fn checked(image: Vec<u8>, describe: bool) -> Result<Submission, Error> {
+    if image.is_empty() {
+        return Err(invalid("The photo is empty."));
+    }
+    if image.len() > MAX_PHOTO_BYTES {
+        return Err(too_large());
+    }
+    Ok(Submission { image, describe })
+}
+
+fn too_large() -> Error {
+    let mib = MAX_PHOTO_BYTES / (1024 * 1024);
+    Error::new(
+        Code::PayloadTooLarge,
+        format!("The photo is larger than {mib} MiB. Send it smaller; 1,000 pixels across are plenty."),
+    )
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(Code::InvalidRequest, message)
+}

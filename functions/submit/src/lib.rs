@@ -1,0 +1,190 @@
+//! `POST /submit`: takes a photo, stores it without its metadata, and enqueues its job.
+//!
+//! Triggered by HTTP. Writes, in this order: the photo (blob store), the record with its
+//! idempotency item (one transaction), the message (queue). Where the last write fails the answer
+//! is still 202: the record is due, and sweep sends.
+
+mod body;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use chrono::TimeDelta;
+use sha2::{Digest, Sha256};
+use shared::api::{SubmitBody, Submitted};
+use shared::clock::{Clock, Timestamp};
+use shared::crash::{self, Point};
+use shared::error::{Code, Error, ErrorBody};
+use shared::http::Caller;
+use shared::job::{self, Job, NewJob, Photo, Policy, Status};
+use shared::message::Message;
+use shared::photo;
+use shared::ports::{BlobStore, Created, Idempotency, JobQueue, JobStore};
+use utoipa::OpenApi;
+use uuid::Uuid;
+
+pub use body::Submission;
+
+/// How long a client may repeat a request under its `Idempotency-Key`.
+const IDEMPOTENCY_TTL: TimeDelta = TimeDelta::hours(24);
+/// The longest `Idempotency-Key`, in bytes.
+const MAX_KEY_BYTES: usize = 255;
+
+/// What submit works with.
+pub struct Submit<J, Q, B> {
+    pub jobs: J,
+    pub queue: Q,
+    pub blobs: B,
+    pub clock: Clock,
+    pub policy: Policy,
+}
+
+/// This function's part of the API's description.
+#[derive(OpenApi)]
+#[openapi(paths(submit), components(schemas(SubmitBody, Submitted, ErrorBody)))]
+pub struct Api;
+
+/// This function's routes.
+pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B>>) -> Router {
+    Router::new().route("/submit", post(self::submit::<J, Q, B>)).with_state(submit)
+}
+
+/// Submit a photo
+///
+/// Answers at once; the result is found under the id. The photo comes as JSON, as a raw body or as
+/// `multipart/form-data` (file field `image`, optional text field `describe`). Its format is read
+/// from its bytes. Metadata (GPS, device, thumbnail) is removed before it is stored.
+#[utoipa::path(
+    post,
+    path = "/submit",
+    tag = "jobs",
+    params(
+        ("Idempotency-Key" = Option<String>, Header, description = "Repeating a request under the same key within 24 hours gives the same id; other content under it gives 409. At most 255 visible ASCII characters."),
+        ("describe" = Option<bool>, Query, description = "For raw bodies: whether a description is wanted (default true)."),
+    ),
+    request_body(content(
+        (SubmitBody = "application/json"),
+        (Vec<u8> = "image/jpeg"),
+        (Vec<u8> = "image/png"),
+        (Vec<u8> = "image/webp"),
+        (String = "multipart/form-data"),
+    )),
+    responses(
+        (status = 202, description = "Accepted; poll `Location` after `Retry-After` seconds.", body = Submitted,
+            headers(("Location" = String), ("Retry-After" = u32))),
+        (status = 400, description = "The body, a parameter or a header is not valid.", body = ErrorBody),
+        (status = 401, description = "No credentials.", body = ErrorBody),
+        (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),
+        (status = 409, description = "The key was used for other content.", body = ErrorBody),
+        (status = 413, description = "More than 4 MiB, or more than 50 megapixels.", body = ErrorBody),
+        (status = 415, description = "Not a JPEG, PNG or WebP photo.", body = ErrorBody),
+        (status = 422, description = "The photo's header cannot be read.", body = ErrorBody),
+        (status = 429, description = "Too many requests.", body = ErrorBody),
+        (status = 503, description = "A store is not available.", body = ErrorBody),
+    )
+)]
+async fn submit<J: JobStore, Q: JobQueue, B: BlobStore>(
+    State(submit): State<Arc<Submit<J, Q, B>>>,
+    caller: Caller,
+    request: Request,
+) -> Result<Response, Error> {
+    let key = idempotency_key(request.headers())?;
+    let submission = body::read(request).await?;
+    let id = submit.accept(&caller, key, submission).await?;
+    let body = Submitted { request_id: id, status: Status::Pending };
+    let mut response = (StatusCode::ACCEPTED, axum::Json(body)).into_response();
+    let location = HeaderValue::from_str(&format!("/result/{id}")).map_err(Error::internal)?;
+    response.headers_mut().insert(header::LOCATION, location);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    Ok(response)
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    let key = value.to_str().ok().filter(|key| (1..=MAX_KEY_BYTES).contains(&key.len()));
+    let wrong = || Error::new(Code::InvalidRequest, "Idempotency-Key must be 1 to 255 visible ASCII characters.");
+    key.map(|key| Some(key.to_owned())).ok_or_else(wrong)
+}
+
+impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
+    /// Makes a job of a submission and returns its id, or the id that the same submission under
+    /// the same key was given before.
+    ///
+    /// # Errors
+    /// What is wrong with the photo or the key, or [`Code::Unavailable`]; the client may repeat the
+    /// request then.
+    pub async fn accept(&self, caller: &Caller, key: Option<String>, submission: Submission) -> Result<Uuid, Error> {
+        let now = self.clock.now();
+        let id = job::new_id(now);
+        let idempotency = key.map(|key| self.item(caller, key, &submission, id, now));
+        if let Some(item) = &idempotency
+            && let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await?
+        {
+            return same_content(item, &earlier);
+        }
+        let accepted = photo::accept(&submission.image)?;
+        let photo = Photo {
+            content_type: accepted.format.content_type().to_owned(),
+            width: accepted.width,
+            height: accepted.height,
+            orientation: accepted.orientation,
+            size_bytes: accepted.bytes.len() as u64,
+            expires_at: now + self.policy.photo_ttl,
+        };
+        self.blobs.put(&job::photo_key(id), accepted.bytes).await?;
+        crash::here(Point::SubmitPhotoStored);
+        let trace_id = shared::http::request_id();
+        let new = NewJob { id, caller: caller.0.clone(), trace_id, describe: submission.describe, photo };
+        let job = Job::new(new, now, &self.policy);
+        match create_job(&self.jobs, &self.queue, &job, idempotency.as_ref()).await? {
+            Created::New => Ok(id),
+            Created::KeyTaken(earlier) => {
+                // Another request under the same key was faster; this one's photo is not needed.
+                self.blobs.delete_prefix(&job::blob_prefix(id)).await?;
+                idempotency.as_ref().map_or(Ok(earlier.id), |item| same_content(item, &earlier))
+            }
+        }
+    }
+
+    fn item(&self, caller: &Caller, key: String, submission: &Submission, id: Uuid, now: Timestamp) -> Idempotency {
+        let mut hash = Sha256::new();
+        hash.update([u8::from(submission.describe)]);
+        hash.update(&submission.image);
+        let fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Idempotency { caller: caller.0.clone(), key, fingerprint, id, expires_at: now + IDEMPOTENCY_TTL }
+    }
+}
+
+/// Writes a job and sends its message.
+async fn create_job(
+    jobs: &impl JobStore,
+    queue: &impl JobQueue,
+    job: &Job,
+    idempotency: Option<&Idempotency>,
+) -> Result<Created, Error> {
+    let created = jobs.create(job, idempotency).await?;
+    if created == Created::New {
+        crash::here(Point::SubmitRecordWritten);
+        match queue.send(Message::Infer { id: job.id }).await {
+            Ok(()) => crash::here(Point::SubmitMessageSent),
+            Err(error) => tracing::warn!(
+                job.id = %job.id,
+                trace.id = job.trace_id,
+                error.chain = error.chain(),
+                "message not sent; sweep will send it"
+            ),
+        }
+    }
+    Ok(created)
+}
+
+fn same_content(item: &Idempotency, earlier: &Idempotency) -> Result<Uuid, Error> {
+    if item.fingerprint == earlier.fingerprint {
+        return Ok(earlier.id);
+    }
+    Err(Error::new(Code::IdempotencyConflict, "This Idempotency-Key was used for another photo or other settings."))
+}

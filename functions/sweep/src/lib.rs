@@ -1,0 +1,193 @@
+//! Sends round again whatever got stuck.
+//!
+//! Triggered by a schedule, every minute. Reads the records that are due and the blob store's
+//! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, or its end), then
+//! the message; for a tombstone: it erases blobs, sends the order to erase the cache, then writes
+//! the record; for blobs of an hour that have no record: it deletes them.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use aws_lambda_events::event::eventbridge::EventBridgeEvent;
+use chrono::TimeDelta;
+use serde::Serialize;
+use shared::Error;
+use shared::clock::{Clock, Timestamp, from_millis};
+use shared::crash::{self, Point};
+use shared::job::{self, Job, Policy, Record, SweepAction, Tombstone};
+use shared::llm::template;
+use shared::message::Message;
+use shared::ports::{BlobStore, JobQueue, JobStore};
+use shared::transition::{NotMoved, transition};
+use uuid::Uuid;
+
+/// Records read at once.
+const PAGE: u32 = 100;
+/// Records worked in one run; the next run is a minute away.
+const MAX_RECORDS: u32 = 10_000;
+/// Blobs without a record are left alone for this long: their submit may still be running.
+const ORPHAN_AGE: TimeDelta = TimeDelta::hours(1);
+
+/// What sweep works with.
+pub struct Sweep<J, Q, B> {
+    jobs: J,
+    queue: Q,
+    blobs: B,
+    clock: Clock,
+    policy: Policy,
+    /// Blobs of ids up to this moment (milliseconds since the epoch) were compared with the
+    /// records. A new process starts over at the oldest photo that may exist.
+    orphans_checked: AtomicI64,
+}
+
+/// What a run did.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Report {
+    pub sent: u32,
+    pub marked: u32,
+    pub ended: u32,
+    pub erased: u32,
+    pub orphans: u32,
+    pub failed: u32,
+}
+
+impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
+    pub fn new(jobs: J, queue: Q, blobs: B, clock: Clock, policy: Policy) -> Self {
+        Self { jobs, queue, blobs, clock, policy, orphans_checked: AtomicI64::new(i64::MIN) }
+    }
+
+    /// One run.
+    ///
+    /// # Errors
+    /// Where the due records cannot be read; a single record that fails is counted and stays due.
+    pub async fn handle(&self, _: EventBridgeEvent) -> Result<Report, Error> {
+        let mut report = Report::default();
+        self.sweep_records(&mut report).await?;
+        self.sweep_orphans(&mut report).await?;
+        if report != Report::default() {
+            tracing::info!(
+                sweep.sent = report.sent,
+                sweep.marked = report.marked,
+                sweep.ended = report.ended,
+                sweep.erased = report.erased,
+                sweep.orphans = report.orphans,
+                sweep.failed = report.failed,
+                "swept"
+            );
+        }
+        Ok(report)
+    }
+
+    async fn sweep_records(&self, report: &mut Report) -> Result<(), Error> {
+        let now = self.clock.now();
+        let mut worked = 0;
+        while worked < MAX_RECORDS {
+            let failed = report.failed;
+            let due = self.jobs.due(now, PAGE).await?;
+            for record in &due {
+                if let Err(error) = self.sweep_record(record, now, report).await {
+                    report.failed += 1;
+                    tracing::error!(job.id = %record.id(), error.code = error.code().as_str(), error.chain = error.chain(), "record not swept");
+                }
+            }
+            worked += PAGE;
+            // What failed is still first in line; going on would only meet it again.
+            if due.len() < PAGE as usize || report.failed > failed {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    async fn sweep_record(&self, record: &Record, now: Timestamp, report: &mut Report) -> Result<(), Error> {
+        match record {
+            Record::Job(job) => self.sweep_job(job, now, report).await,
+            Record::Tombstone(tombstone) => self.sweep_tombstone(tombstone, report).await,
+        }
+    }
+
+    async fn sweep_job(&self, job: &Job, now: Timestamp, report: &mut Report) -> Result<(), Error> {
+        let step = |job: &Job| {
+            job.sweep(now, &self.policy, |reading| template::describe(reading, Some("llm_attempts_exhausted")))
+        };
+        let (job, action) = match transition(&self.jobs, job, step).await {
+            Ok(moved) => moved,
+            // Somebody was faster, which is as good.
+            Err(NotMoved::Refused(_) | NotMoved::Gone) => return Ok(()),
+            Err(NotMoved::Store(error)) => return Err(error),
+        };
+        crash::here(Point::SweepWritten);
+        tracing::warn!(
+            job.id = %job.id,
+            trace.id = job.trace_id,
+            job.status = job.status.as_str(),
+            job.redispatches = job.redispatches,
+            sweep.action = ?action,
+            "job was due"
+        );
+        match action {
+            SweepAction::SendInfer => {
+                self.queue.send(Message::Infer { id: job.id }).await?;
+                crash::here(Point::SweepSent);
+                report.sent += 1;
+            }
+            SweepAction::Marked => report.marked += 1,
+            SweepAction::Ended => report.ended += 1,
+        }
+        Ok(())
+    }
+
+    async fn sweep_tombstone(&self, tombstone: &Tombstone, report: &mut Report) -> Result<(), Error> {
+        self.blobs.delete_prefix(&job::blob_prefix(tombstone.id)).await?;
+        crash::here(Point::SweepErased);
+        if tombstone.cache_key.is_some() {
+            self.queue.send(Message::Forget { id: tombstone.id }).await?;
+        }
+        crash::here(Point::SweepForgetSent);
+        let fence = Record::Tombstone(tombstone.clone()).fence();
+        self.jobs.replace(fence, &Record::Tombstone(tombstone.erased())).await?;
+        crash::here(Point::SweepTombstoneSettled);
+        report.erased += 1;
+        Ok(())
+    }
+
+    async fn sweep_orphans(&self, report: &mut Report) -> Result<(), Error> {
+        let now = self.clock.now();
+        let oldest = (now - self.policy.photo_ttl - ORPHAN_AGE).timestamp_millis();
+        let start = from_millis(self.orphans_checked.load(Ordering::Relaxed).max(oldest));
+        let end = now - ORPHAN_AGE;
+        let mut after = first_id_of(start).to_string();
+        loop {
+            let names = self.blobs.list("jobs/", Some(&after), PAGE).await?;
+            let Some(last) = names.last() else { break };
+            let past_end = self.delete_orphans(&names, end, report).await?;
+            if past_end {
+                break;
+            }
+            after.clone_from(last);
+        }
+        self.orphans_checked.store(end.timestamp_millis(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Deletes the blobs without a record among `names`; `true` where one is younger than `end`.
+    async fn delete_orphans(&self, names: &[String], end: Timestamp, report: &mut Report) -> Result<bool, Error> {
+        for name in names {
+            let Ok(id) = Uuid::parse_str(name) else { continue };
+            if job::id_time(id).is_none_or(|made| made > end) {
+                return Ok(true);
+            }
+            if self.jobs.get(id).await?.is_none() {
+                self.blobs.delete_prefix(&job::blob_prefix(id)).await?;
+                crash::here(Point::SweepOrphanErased);
+                report.orphans += 1;
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Sorts before every id made at `moment` or later.
+fn first_id_of(moment: Timestamp) -> Uuid {
+    let millis = u128::try_from(moment.timestamp_millis()).unwrap_or(0);
+    Uuid::from_u128(millis << 80)
+}
