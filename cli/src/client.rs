@@ -1,0 +1,132 @@
+//! The HTTP API as this program calls it.
+
+use std::time::Duration;
+
+use reqwest::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use shared::api::{JobPage, JobResult, MAX_WAIT_SECONDS, PAGE_MAX, Submitted};
+use shared::error::ErrorBody;
+use uuid::Uuid;
+
+/// Tries of a call that the network or a busy server refused. Every call is safe to repeat.
+const MAX_TRIES: u32 = 4;
+
+/// Why a call gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Problem {
+    #[error("the API at {0} cannot be reached; is it running? (scripts/run starts one, --api names another)")]
+    Unreachable(String),
+    #[error("{message} ({code}, exchange {request_id})")]
+    Refused { code: String, message: String, request_id: String },
+    #[error("unexpected answer: HTTP {0}")]
+    Unexpected(StatusCode),
+}
+
+pub(crate) struct Client {
+    http: reqwest::Client,
+    api: String,
+}
+
+impl Client {
+    pub(crate) fn new(api: &str) -> anyhow::Result<Self> {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let http = reqwest::Client::builder()
+            .connect_timeout(Duration::from_secs(5))
+            .timeout(Duration::from_secs(u64::from(MAX_WAIT_SECONDS) + 30))
+            .build()?;
+        Ok(Self { http, api: api.trim_end_matches('/').to_owned() })
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.api))
+    }
+
+    /// Sends, and sends again where that may help.
+    async fn call(&self, build: impl Fn() -> RequestBuilder) -> Result<Response, Problem> {
+        let mut tries = 1;
+        loop {
+            let answer = build().send().await;
+            let again = match &answer {
+                Ok(response) => matches!(response.status().as_u16(), 429 | 503),
+                Err(error) => !error.is_builder(),
+            };
+            if !again || tries == MAX_TRIES {
+                let response = answer.map_err(|_| Problem::Unreachable(self.api.clone()))?;
+                return accepted(response).await;
+            }
+            tokio::time::sleep(Duration::from_millis(250 << tries)).await;
+            tries += 1;
+        }
+    }
+
+    /// Submits a photo under a key of its own, so that a repeated call makes no second job.
+    pub(crate) async fn submit(&self, photo: Vec<u8>, describe: bool) -> Result<Uuid, Problem> {
+        let key = Uuid::new_v4().to_string();
+        let path = format!("/submit?describe={describe}");
+        let build = || {
+            // The server reads the format from the bytes.
+            self.request(Method::POST, &path)
+                .header(CONTENT_TYPE, "application/octet-stream")
+                .header("idempotency-key", &key)
+                .body(photo.clone())
+        };
+        let submitted: Submitted = read(self.call(build).await?).await?;
+        Ok(submitted.request_id)
+    }
+
+    /// A result and its ETag; `None` where it is still the one that `etag` names.
+    pub(crate) async fn result(
+        &self,
+        id: Uuid,
+        etag: Option<&str>,
+        wait: Duration,
+    ) -> Result<Option<(JobResult, String)>, Problem> {
+        let wait = wait.as_secs().min(u64::from(MAX_WAIT_SECONDS));
+        let path = format!("/result/{id}?wait={wait}");
+        let build = || match etag {
+            Some(etag) => self.request(Method::GET, &path).header(IF_NONE_MATCH, etag),
+            None => self.request(Method::GET, &path),
+        };
+        let response = self.call(build).await?;
+        if response.status() == StatusCode::NOT_MODIFIED {
+            return Ok(None);
+        }
+        let etag = response.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).unwrap_or("").to_owned();
+        Ok(Some((read(response).await?, etag)))
+    }
+
+    /// The newest `limit` jobs.
+    pub(crate) async fn list(&self, limit: usize) -> Result<Vec<JobResult>, Problem> {
+        let mut results = Vec::new();
+        let mut cursor = String::new();
+        while results.len() < limit {
+            let page = (limit - results.len()).min(PAGE_MAX as usize);
+            let path = format!("/results?limit={page}{cursor}");
+            let page: JobPage = read(self.call(|| self.request(Method::GET, &path)).await?).await?;
+            results.extend(page.results);
+            let Some(next) = page.next_cursor else { break };
+            cursor = format!("&cursor={next}");
+        }
+        Ok(results)
+    }
+
+    pub(crate) async fn delete(&self, id: Uuid) -> Result<(), Problem> {
+        let path = format!("/result/{id}");
+        self.call(|| self.request(Method::DELETE, &path)).await.map(|_| ())
+    }
+}
+
+async fn accepted(response: Response) -> Result<Response, Problem> {
+    let status = response.status();
+    if status.is_success() || status == StatusCode::NOT_MODIFIED {
+        return Ok(response);
+    }
+    let body: ErrorBody = response.json().await.map_err(|_| Problem::Unexpected(status))?;
+    let error = body.error;
+    Err(Problem::Refused { code: error.code.as_str().to_owned(), message: error.message, request_id: error.request_id })
+}
+
+async fn read<T: serde::de::DeserializeOwned>(response: Response) -> Result<T, Problem> {
+    let status = response.status();
+    response.json().await.map_err(|_| Problem::Unexpected(status))
+}

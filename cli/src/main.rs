@@ -1,0 +1,213 @@
+//! `lesion`: submits photos to the pipeline and looks results up, over the HTTP API.
+
+mod client;
+mod show;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use shared::api::JobResult;
+use shared::job::Status;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::client::{Client, Problem};
+use crate::show::Progress;
+
+/// Submit photos of skin lesions and look results up.
+///
+/// Research demonstration, not a medical device.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Exit codes:
+  0  done
+  1  the API could not be reached or refused
+  2  the command line is wrong
+  3  a photo must be retaken
+  4  a job failed
+  5  a job was not finished in time"
+)]
+struct Arguments {
+    /// Where the API is.
+    #[arg(long, env = "LESION_API_URL", default_value = "http://127.0.0.1:8080", global = true)]
+    api: String,
+    /// Print JSON, one object a line, for programs.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Submit photos (JPEG, PNG or WebP, at most 4 MiB each) and print their ids.
+    Submit {
+        #[arg(required = true)]
+        photos: Vec<PathBuf>,
+        /// Ask for no description.
+        #[arg(long)]
+        no_describe: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Print a result.
+    Result {
+        id: Uuid,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// List your jobs, newest first.
+    List {
+        /// How many, at most.
+        #[arg(long, default_value_t = 20)]
+        limit: usize,
+    },
+    /// Delete jobs with their photos.
+    Delete {
+        #[arg(required = true)]
+        ids: Vec<Uuid>,
+    },
+}
+
+#[derive(Args)]
+struct Wait {
+    /// Wait for the end and print the result.
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait, in seconds.
+    #[arg(long, default_value_t = 120, requires = "wait")]
+    timeout: u64,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    match run(Arguments::parse()).await {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("lesion: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<u8> {
+    let client = Client::new(&arguments.api)?;
+    let json = arguments.json;
+    match arguments.command {
+        Command::Submit { photos, no_describe, wait } => submit(&client, &photos, !no_describe, &wait, json).await,
+        Command::Result { id, wait } => result(&client, id, &wait, json).await,
+        Command::List { limit } => {
+            for result in client.list(limit).await? {
+                if json { show::json(None, &result)? } else { show::line(&result) }
+            }
+            Ok(0)
+        }
+        Command::Delete { ids } => {
+            for id in ids {
+                client.delete(id).await.with_context(|| id.to_string())?;
+                if !json {
+                    println!("{id} deleted");
+                }
+            }
+            Ok(0)
+        }
+    }
+}
+
+async fn submit(client: &Client, photos: &[PathBuf], describe: bool, wait: &Wait, json: bool) -> anyhow::Result<u8> {
+    let mut code = 0;
+    let mut submitted = Vec::new();
+    for photo in photos {
+        // One photo that cannot be sent must not keep the others back.
+        match send(client, photo, describe).await {
+            Ok(id) => submitted.push((photo, id)),
+            Err(error) => {
+                eprintln!("lesion: {}: {error:#}", photo.display());
+                code = 1;
+            }
+        }
+    }
+    if !wait.wait {
+        for (photo, id) in submitted {
+            match json {
+                true => println!("{}", serde_json::json!({"photo": photo, "request_id": id})),
+                false => println!("{id} {}", photo.display()),
+            }
+        }
+        return Ok(code);
+    }
+    let deadline = Instant::now() + Duration::from_secs(wait.timeout);
+    let mut progress = Progress::new(submitted.len());
+    let mut results = Vec::new();
+    for (photo, id) in submitted {
+        let name = photo.display().to_string();
+        let result = settle(client, id, deadline, |result| progress.show(&name, result)).await?;
+        progress.done();
+        results.push((name, result));
+    }
+    progress.clear();
+    for (name, result) in &results {
+        if json { show::json(Some(name), result)? } else { show::table(name, result) }
+    }
+    Ok(results.iter().map(|(_, result)| exit_code(result)).fold(code, u8::max))
+}
+
+async fn send(client: &Client, photo: &PathBuf, describe: bool) -> anyhow::Result<Uuid> {
+    let bytes = std::fs::read(photo)?;
+    Ok(client.submit(bytes, describe).await?)
+}
+
+async fn result(client: &Client, id: Uuid, wait: &Wait, json: bool) -> anyhow::Result<u8> {
+    let result = if wait.wait {
+        let mut progress = Progress::new(1);
+        let deadline = Instant::now() + Duration::from_secs(wait.timeout);
+        let result = settle(client, id, deadline, |result| progress.show(&id.to_string(), result)).await?;
+        progress.clear();
+        result
+    } else {
+        client.result(id, None, Duration::ZERO).await?.context("the API answered nothing")?.0
+    };
+    if json {
+        show::json(None, &result)?
+    } else {
+        show::table(&id.to_string(), &result)
+    }
+    // An open job is no failure where nobody asked to wait.
+    Ok(if result.status.is_open() && !wait.wait { 0 } else { exit_code(&result) })
+}
+
+/// Long-polls until the job has ended or `deadline` has passed, telling `seen` of every change.
+async fn settle(
+    client: &Client,
+    id: Uuid,
+    deadline: Instant,
+    mut seen: impl FnMut(&JobResult),
+) -> Result<JobResult, Problem> {
+    let mut known: Option<(JobResult, String)> = None;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let etag = known.as_ref().map(|(_, etag)| etag.as_str());
+        if let Some(changed) = client.result(id, etag, left).await? {
+            seen(&changed.0);
+            known = Some(changed);
+        }
+        if let Some((result, _)) = &known
+            && (!result.status.is_open() || left.is_zero())
+        {
+            return Ok(result.clone());
+        }
+    }
+}
+
+fn exit_code(result: &JobResult) -> u8 {
+    match result.status {
+        Status::Completed => 0,
+        Status::NeedsRetake => 3,
+        Status::Failed => 4,
+        Status::Pending | Status::Processing | Status::AwaitingDescription => 5,
+    }
+}

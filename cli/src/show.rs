@@ -1,0 +1,160 @@
+//! What a person sees: a table, a bar, a line of progress.
+
+use std::io::{IsTerminal, Write};
+
+use shared::api::JobResult;
+use shared::job::{AbstainReason, DescriptionSource, RetakeReason, Status};
+
+const BAR_CELLS: f64 = 20.0;
+const TEXT_COLUMNS: usize = 88;
+
+/// Where things stand: one line that is written over on a terminal, a line per change in a pipe.
+pub(crate) struct Progress {
+    of: usize,
+    done: usize,
+    terminal: bool,
+}
+
+impl Progress {
+    pub(crate) fn new(of: usize) -> Self {
+        Self { of, done: 0, terminal: std::io::stderr().is_terminal() }
+    }
+
+    pub(crate) fn show(&mut self, name: &str, result: &JobResult) {
+        let (number, of, status) = (self.done + 1, self.of, result.status.as_str());
+        if self.terminal {
+            eprint!("\r\x1b[K[{number}/{of}] {name}: {status}");
+            let _ = std::io::stderr().flush();
+        } else {
+            eprintln!("[{number}/{of}] {name}: {status}");
+        }
+    }
+
+    pub(crate) fn done(&mut self) {
+        self.done += 1;
+    }
+
+    pub(crate) fn clear(&self) {
+        if self.terminal {
+            eprint!("\r\x1b[K");
+        }
+    }
+}
+
+/// One object a line.
+pub(crate) fn json(photo: Option<&str>, result: &JobResult) -> serde_json::Result<()> {
+    let mut value = serde_json::to_value(result)?;
+    if let Some(photo) = photo {
+        value["photo"] = photo.into();
+    }
+    println!("{value}");
+    Ok(())
+}
+
+/// A job in one line, for lists.
+pub(crate) fn line(result: &JobResult) {
+    let created = result.created_at.format("%Y-%m-%d %H:%M");
+    println!("{} {created} {:<20} {}", result.request_id, result.status.as_str(), summary(result));
+}
+
+/// A job with its bars, description and timings.
+pub(crate) fn table(name: &str, result: &JobResult) {
+    println!("{name}");
+    println!("  state        {}", result.status.as_str());
+    println!("  id           {}", result.request_id);
+    if result.predictions.is_empty() {
+        println!("  outcome      {}", summary(result));
+    }
+    let shown = result.predictions.iter().filter(|prediction| prediction.probability >= 0.05);
+    for (row, prediction) in shown.enumerate() {
+        let title = if row == 0 { "prediction" } else { "" };
+        println!(
+            "  {title:<12} {} {:>5.1} %  {}",
+            bar(prediction.probability),
+            prediction.probability * 100.0,
+            prediction.name
+        );
+    }
+    if let Some(description) = &result.description {
+        let title = match description.source {
+            DescriptionSource::Llm => "by the LLM",
+            DescriptionSource::Template => "by template",
+        };
+        for (row, text) in wrapped(&description.text).iter().enumerate() {
+            println!("  {:<12} {text}", if row == 0 { title } else { "" });
+        }
+    }
+    println!("  timings      {}\n", timings(result));
+}
+
+fn summary(result: &JobResult) -> String {
+    if let Some(abstained) = result.abstained {
+        return match abstained.reason {
+            AbstainReason::LowConfidence => "no label: the model is not sure enough".to_owned(),
+            AbstainReason::OutOfDistribution => {
+                "no label: this does not look like the photos the model knows".to_owned()
+            }
+        };
+    }
+    if let Some(error) = &result.error {
+        return error.message.clone();
+    }
+    match (result.status, &result.quality, result.predictions.first()) {
+        (Status::NeedsRetake, Some(quality), _) => {
+            let reasons: Vec<_> = quality.reasons.iter().map(|reason| advice(*reason)).collect();
+            format!("take the photo again: {}", reasons.join("; "))
+        }
+        (_, _, Some(first)) => format!("{} {:.1} %", first.name, first.probability * 100.0),
+        _ => "not finished yet".to_owned(),
+    }
+}
+
+fn advice(reason: RetakeReason) -> &'static str {
+    match reason {
+        RetakeReason::TooSmall => "it has too few pixels, go closer or send a larger one",
+        RetakeReason::Blurred => "it is blurred, hold still and let the camera focus",
+        RetakeReason::TooDark => "it is too dark, add light",
+        RetakeReason::TooBright => "it is too bright, avoid flash and direct sun",
+        RetakeReason::LowContrast => "it shows hardly any contrast, wipe the lens and light evenly",
+    }
+}
+
+fn bar(probability: f64) -> String {
+    let full = (probability * BAR_CELLS).round() as usize;
+    format!("{}{}", "█".repeat(full), "░".repeat(BAR_CELLS as usize - full.min(BAR_CELLS as usize)))
+}
+
+fn timings(result: &JobResult) -> String {
+    let timings = &result.timings_ms;
+    let stages = [
+        ("queued", timings.queued),
+        ("decode", timings.decode),
+        ("quality", timings.quality),
+        ("preprocess", timings.preprocess),
+        ("inference", timings.inference),
+        ("describe", timings.describe),
+        ("total", timings.total),
+    ];
+    let known = stages.iter().filter_map(|(name, millis)| Some(format!("{name} {:.1} ms", (*millis)?)));
+    known.collect::<Vec<_>>().join(" · ")
+}
+
+/// Breaks a text at blanks.
+fn wrapped(text: &str) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let fits = lines
+            .last()
+            .is_some_and(|line| line.is_empty() || line.chars().count() + 1 + word.chars().count() <= TEXT_COLUMNS);
+        if !fits {
+            lines.push(String::new());
+        }
+        if let Some(line) = lines.last_mut() {
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        }
+    }
+    lines
+}

@@ -1,0 +1,101 @@
+//! What the embedded host is told by its environment.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use directories::ProjectDirs;
+use shared::config::{self, ConfigError, Env};
+use shared::job::Policy;
+
+/// The host's settings; each field names its variable.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `LISTEN_ADDR`: loopback only, for as long as there are no keys. Port 0 takes a free one.
+    pub listen_addr: SocketAddr,
+    /// `DATA_DIR`: records, queue, photos, models.
+    pub data_dir: PathBuf,
+    /// `MODEL_DIR`: a folder with `manifest.json` and the network beside it.
+    pub model_dir: PathBuf,
+    /// `MODEL_DIGEST`: SHA-256 of the manifest; unset takes whatever bundle lies in `MODEL_DIR`.
+    pub model_digest: Option<String>,
+    /// `ORT_DYLIB_PATH`: the ONNX Runtime shared library.
+    pub ort_library: PathBuf,
+    /// `INFERENCE_WORKERS`: photos worked at the same time.
+    pub inference_workers: usize,
+    /// `SWEEP_INTERVAL_SECONDS`.
+    pub sweep_interval: Duration,
+    pub policy: Policy,
+}
+
+impl Config {
+    /// # Errors
+    /// [`ConfigError`] for the first variable that is not right.
+    pub fn from_env(env: &Env) -> Result<Self, ConfigError> {
+        let listen_addr: SocketAddr = env.parse("LISTEN_ADDR")?.unwrap_or(([127, 0, 0, 1], 8080).into());
+        if !listen_addr.ip().is_loopback() {
+            let problem = "must be a loopback address such as 127.0.0.1:8080: the host has no access control yet";
+            return Err(ConfigError::new("LISTEN_ADDR", problem));
+        }
+        let model_digest = env.text("MODEL_DIGEST")?.map(str::to_ascii_lowercase);
+        if model_digest
+            .as_ref()
+            .is_some_and(|digest| digest.len() != 64 || !digest.bytes().all(|b| b.is_ascii_hexdigit()))
+        {
+            return Err(ConfigError::new("MODEL_DIGEST", "must be 64 hex digits, the SHA-256 of manifest.json"));
+        }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self {
+            listen_addr,
+            data_dir: data_dir(env)?,
+            model_dir: env.text("MODEL_DIR")?.unwrap_or("model").into(),
+            model_digest,
+            ort_library: env.text("ORT_DYLIB_PATH")?.map_or_else(beside_executable, PathBuf::from),
+            inference_workers: env.number("INFERENCE_WORKERS", cores.min(8), 1, 64)?,
+            sweep_interval: Duration::from_secs(env.number("SWEEP_INTERVAL_SECONDS", 60, 1, 3600)?),
+            policy: config::policy(env)?,
+        })
+    }
+}
+
+fn data_dir(env: &Env) -> Result<PathBuf, ConfigError> {
+    if let Some(path) = env.text("DATA_DIR")? {
+        return Ok(path.into());
+    }
+    let folders = ProjectDirs::from("", "", "lesion");
+    let missing = || ConfigError::new("DATA_DIR", "must be set where there is no home folder");
+    folders.map(|folders| folders.data_local_dir().to_owned()).ok_or_else(missing)
+}
+
+/// Where a package puts the library.
+fn beside_executable() -> PathBuf {
+    let executable = std::env::current_exe().unwrap_or_default();
+    executable.with_file_name("lib").join("libonnxruntime.so")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_values_refuse_to_start_and_name_the_variable() {
+        for (name, value) in [
+            ("LISTEN_ADDR", "8080"),
+            ("LISTEN_ADDR", "0.0.0.0:8080"),
+            ("MODEL_DIGEST", "latest"),
+            ("INFERENCE_WORKERS", "0"),
+            ("INFERENCE_WORKERS", "many"),
+            ("SWEEP_INTERVAL_SECONDS", "1.5"),
+            ("MAX_ATTEMPTS", "-1"),
+        ] {
+            let error = Config::from_env(&Env::of([("DATA_DIR", "x"), (name, value)])).unwrap_err();
+            assert_eq!(error.name, name, "{value}");
+        }
+    }
+
+    #[test]
+    fn the_defaults_listen_on_loopback() {
+        let config = Config::from_env(&Env::of([("DATA_DIR", "x")])).unwrap();
+        assert_eq!(config.listen_addr.to_string(), "127.0.0.1:8080");
+    }
+}

@@ -1,0 +1,56 @@
+//! The data folder: readable by its owner alone, used by one host at a time.
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use anyhow::{Context, bail};
+
+/// Held until it is dropped, also by `kill -9`.
+pub(crate) struct Lock {
+    _file: File,
+}
+
+/// Makes the folder where it is missing and takes its lock.
+pub(crate) fn open(data_dir: &Path) -> anyhow::Result<Lock> {
+    let place = || format!("DATA_DIR: cannot use {}", data_dir.display());
+    DirBuilder::new().recursive(true).mode(0o700).create(data_dir).with_context(place)?;
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(data_dir.join("lock"))
+        .with_context(place)?;
+    match file.try_lock() {
+        Ok(()) => Ok(Lock { _file: file }),
+        Err(TryLockError::WouldBlock) => bail!(
+            "DATA_DIR: another host is running on {}. Stop it, or set DATA_DIR to another folder.",
+            data_dir.display()
+        ),
+        Err(TryLockError::Error(error)) => Err(error).with_context(place),
+    }
+}
+
+/// The key of the cache's keys, made at the first start.
+pub(crate) fn cache_secret(data_dir: &Path) -> anyhow::Result<Vec<u8>> {
+    let path = data_dir.join("cache.key");
+    let mut secret = Vec::new();
+    match File::open(&path) {
+        Ok(mut file) => {
+            file.read_to_end(&mut secret)?;
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            secret = (0..2).flat_map(|_| uuid::Uuid::new_v4().into_bytes()).collect();
+            let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&path)?;
+            file.write_all(&secret)?;
+            file.sync_all()?;
+        }
+        Err(error) => return Err(error).context("DATA_DIR: cannot read cache.key"),
+    }
+    if secret.len() < 16 {
+        bail!("DATA_DIR: {} is too short; delete it, and the cache starts afresh", path.display());
+    }
+    Ok(secret)
+}

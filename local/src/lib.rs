@@ -1,0 +1,158 @@
+//! The embedded host: every function in one process, over SQLite and a directory.
+//!
+//! It builds what the handlers take as arguments, feeds them the events that AWS would, and serves
+//! their routes on loopback.
+
+pub mod config;
+mod data;
+mod routes;
+mod workers;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use enrichment::Enrichment;
+use inference::Inference;
+use inference::bundle::Bundle;
+use inference::model::Model;
+use result::Results;
+use shared::cache::PredictionCache;
+use shared::clock::Clock;
+use shared::config::Env;
+use shared::embedded::{DirBlobStore, SqliteJobQueue, SqliteJobStore};
+use shared::llm::Llm;
+use submit::Submit;
+use sweep::Sweep;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+pub use config::Config;
+pub use routes::openapi;
+
+/// How long what is in flight may take after the signal to stop. What takes longer is taken up at
+/// the next start, when its lease has run out.
+const DRAIN: Duration = Duration::from_secs(25);
+
+pub(crate) type Store = SqliteJobStore;
+pub(crate) type Queue = SqliteJobQueue;
+pub(crate) type Blobs = DirBlobStore;
+
+/// Every handler with its ports, ready to run.
+pub struct Host {
+    pub config: Config,
+    pub clock: Clock,
+    pub store: Store,
+    pub queue: Queue,
+    pub blobs: Blobs,
+    pub submit: Arc<Submit<Store, Queue, Blobs>>,
+    pub inference: Inference<Store, Queue, Blobs>,
+    pub enrichment: Enrichment<Store>,
+    pub results: Arc<Results<Store, Queue, Blobs>>,
+    pub sweep: Sweep<Store, Queue, Blobs>,
+    pub model: Arc<Model>,
+    /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
+    /// with one memory cache each.
+    _lock: data::Lock,
+}
+
+impl Host {
+    /// Opens the data folder and loads the model.
+    ///
+    /// # Errors
+    /// What is missing or wrong, with the variable that sets it.
+    pub async fn open(config: Config, env: &Env, clock: Clock) -> anyhow::Result<Self> {
+        let data_dir = &config.data_dir;
+        let lock = data::open(data_dir)?;
+        let policy = config.policy;
+        let store = SqliteJobStore::open(&data_dir.join("jobs.sqlite"))?;
+        // Above MAX_ATTEMPTS, or the queue gives a job up before the job's own attempts are used up.
+        let queue = SqliteJobQueue::open(&data_dir.join("queue.sqlite"), clock.clone(), policy.max_attempts * 2 + 5)?;
+        let blobs = DirBlobStore::open(&data_dir.join("blobs"))?;
+        let cache_secret = data::cache_secret(data_dir)?;
+
+        let digest =
+            Bundle::publish(&config.model_dir, config.model_digest.as_deref(), &blobs).await.context("MODEL_DIR")?;
+        let bundle = Bundle::fetch(&blobs, &digest, &std::env::temp_dir().join("lesion-models")).await?;
+        let library = config.ort_library.clone();
+        let model = Arc::new(tokio::task::spawn_blocking(move || Model::load(bundle, &library)).await??);
+
+        let submit =
+            Submit { jobs: store.clone(), queue: queue.clone(), blobs: blobs.clone(), clock: clock.clone(), policy };
+        let results =
+            Results { jobs: store.clone(), queue: queue.clone(), blobs: blobs.clone(), clock: clock.clone(), policy };
+        let inference = Inference {
+            jobs: store.clone(),
+            queue: queue.clone(),
+            blobs: blobs.clone(),
+            cache: PredictionCache::from_env(env)?,
+            cache_secret,
+            model: Arc::clone(&model),
+            clock: clock.clone(),
+            policy,
+        };
+        let enrichment = Enrichment { jobs: store.clone(), llm: Llm::from_env(env)?, clock: clock.clone(), policy };
+        let sweep = Sweep::new(store.clone(), queue.clone(), blobs.clone(), clock.clone(), policy);
+        Ok(Self {
+            config,
+            clock,
+            store,
+            queue,
+            blobs,
+            submit: Arc::new(submit),
+            inference,
+            enrichment,
+            results: Arc::new(results),
+            sweep,
+            model,
+            _lock: lock,
+        })
+    }
+
+    /// Serves and works until `stop` completes, then lets what is in flight finish. `ready` is
+    /// told the address.
+    ///
+    /// # Errors
+    /// Where the address cannot be bound or the server fails.
+    pub async fn run(
+        self,
+        stop: impl Future<Output = ()> + Send + 'static,
+        ready: impl FnOnce(SocketAddr),
+    ) -> anyhow::Result<()> {
+        let address = self.config.listen_addr;
+        let listener =
+            TcpListener::bind(address).await.with_context(|| format!("LISTEN_ADDR: cannot listen on {address}"))?;
+        ready(listener.local_addr()?);
+        let host = Arc::new(self);
+        let (stopper, stopped) = watch::channel(false);
+        let mut tasks = JoinSet::new();
+        for _ in 0..host.config.inference_workers {
+            tasks.spawn(workers::inference(Arc::clone(&host), stopped.clone()));
+        }
+        tasks.spawn(workers::enrichment(Arc::clone(&host), stopped.clone()));
+        tasks.spawn(workers::sweep(Arc::clone(&host), stopped.clone()));
+        tasks.spawn(workers::housekeeping(Arc::clone(&host), stopped.clone()));
+        let mut server_stopped = stopped;
+        let server = axum::serve(listener, routes::router(&host)).with_graceful_shutdown(async move {
+            let _ = server_stopped.wait_for(|stopped| *stopped).await;
+        });
+        let server = tokio::spawn(server.into_future());
+
+        stop.await;
+        tracing::info!("stopping: what is in flight is finished first");
+        let _ = stopper.send(true);
+        let drained = tokio::time::timeout(DRAIN, async {
+            while tasks.join_next().await.is_some() {}
+            server.await
+        });
+        match drained.await {
+            Ok(served) => served?.context("the HTTP server failed"),
+            Err(_) => {
+                tracing::warn!("stopped before everything was finished; the next start takes it up");
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! `local`: the whole pipeline in one process, on loopback.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use local::{Config, Host};
+use shared::clock::Clock;
+use shared::config::Env;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The skin-lesion pipeline in one process: nothing to deploy, nothing leaves this machine.
+///
+/// Settings come from the environment; README.md has the table. Without any, the API is served on
+/// 127.0.0.1:8080 and descriptions come from a template.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve the API and work the jobs until SIGINT or SIGTERM (the default).
+    Serve,
+    /// Print the API's description as JSON.
+    Openapi,
+    /// List the points at which CRASH_AT kills a debug build.
+    #[cfg(debug_assertions)]
+    CrashPoints,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line with its causes; a configuration error begins with the variable's name.
+            eprintln!("local: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    match arguments.command.unwrap_or(Command::Serve) {
+        Command::Serve => serve(),
+        Command::Openapi => {
+            println!("{}", local::openapi().to_pretty_json()?);
+            Ok(())
+        }
+        #[cfg(debug_assertions)]
+        Command::CrashPoints => {
+            shared::crash::Point::ALL.iter().for_each(|point| println!("{}", point.name()));
+            Ok(())
+        }
+    }
+}
+
+#[tokio::main]
+async fn serve() -> anyhow::Result<()> {
+    let env = Env::of_process();
+    shared::telemetry::init(&env)?;
+    #[cfg(debug_assertions)]
+    if let Some(point) = env.text("CRASH_AT")? {
+        shared::crash::arm(point).map_err(|problem| shared::config::ConfigError::new("CRASH_AT", problem))?;
+    }
+    let config = Config::from_env(&env)?;
+    let host = Host::open(config, &env, Clock::System).await?;
+    let (data_dir, model) = (host.config.data_dir.clone(), std::sync::Arc::clone(&host.model));
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    host.run(stop, |address| {
+        println!("listening on http://{address}");
+        println!("  description  http://{address}/openapi.json");
+        println!("  data         {}", data_dir.display());
+        println!("  model        {} {} ({})", model.manifest.name, model.manifest.version, model.digest);
+    })
+    .await
+}

@@ -1,0 +1,173 @@
+//! What AWS does between the functions: receives messages, reads the feed, keeps the schedule,
+//! expires what is old. Each loop ends after the item in hand once `stopped` turns true.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_lambda_events::event::dynamodb;
+use aws_lambda_events::event::eventbridge::EventBridgeEvent;
+use aws_lambda_events::event::sqs::{SqsEvent, SqsMessage};
+use chrono::TimeDelta;
+use serde_json::json;
+use shared::Error;
+use shared::crash::{self, Point};
+use shared::embedded::{Change, Delivery};
+use shared::job::Dispatch;
+use tokio::sync::watch::Receiver;
+
+use crate::Host;
+
+/// How often a loop looks without being rung: messages become visible in silence.
+const POLL: Duration = Duration::from_millis(500);
+/// The pause after a failure of a store.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Records that enrichment works at once; a slow LLM answer holds up the next batch.
+const FEED_BATCH: u32 = 10;
+const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(3600);
+/// Beyond the lease, so that a message comes back after its worker has given up.
+const VISIBILITY_MARGIN: TimeDelta = TimeDelta::seconds(10);
+
+/// Waits for `rung`, for the next look, or for the stop.
+async fn idle(rung: impl Future<Output = ()>, at_most: Duration, stopped: &mut Receiver<bool>) {
+    tokio::select! {
+        () = rung => {}
+        () = tokio::time::sleep(at_most) => {}
+        _ = stopped.wait_for(|stopped| *stopped) => {}
+    }
+}
+
+pub(crate) async fn inference(host: Arc<Host>, mut stopped: Receiver<bool>) {
+    let lease = host.config.policy.lease;
+    while !*stopped.borrow() {
+        match host.queue.receive(lease + VISIBILITY_MARGIN).await {
+            Ok(Some(delivery)) => {
+                if let Err(error) = work_delivery(&host, delivery).await {
+                    failed("message not acknowledged", &error);
+                }
+            }
+            Ok(None) => idle(host.queue.sent(), POLL, &mut stopped).await,
+            Err(error) => {
+                failed("queue not read", &error);
+                idle(std::future::pending(), PAUSE, &mut stopped).await;
+            }
+        }
+    }
+}
+
+async fn work_delivery(host: &Host, delivery: Delivery) -> Result<(), Error> {
+    let deadline = host.clock.now() + host.config.policy.lease;
+    let response = host.inference.handle(sqs_event(&delivery), deadline).await;
+    if response.batch_item_failures.is_empty() {
+        crash::here(Point::QueueBeforeAck);
+        host.queue.acknowledge(&delivery.receipt).await?;
+    }
+    Ok(())
+}
+
+fn sqs_event(delivery: &Delivery) -> SqsEvent {
+    let mut message = SqsMessage::default();
+    message.message_id = Some(delivery.id.clone());
+    message.receipt_handle = Some(delivery.receipt.clone());
+    message.body = Some(delivery.body.clone());
+    message.attributes.insert("ApproximateReceiveCount".to_owned(), delivery.receive_count.to_string());
+    let mut event = SqsEvent::default();
+    event.records.push(message);
+    event
+}
+
+pub(crate) async fn enrichment(host: Arc<Host>, mut stopped: Receiver<bool>) {
+    while !*stopped.borrow() {
+        match feed(&host).await {
+            Ok(Fed::Some) => {}
+            Ok(Fed::None) => idle(host.store.changed(), POLL, &mut stopped).await,
+            Ok(Fed::Failed) => idle(std::future::pending(), PAUSE, &mut stopped).await,
+            Err(error) => {
+                failed("feed not read", &error);
+                idle(std::future::pending(), PAUSE, &mut stopped).await;
+            }
+        }
+    }
+}
+
+/// What one look at the feed came to.
+enum Fed {
+    Some,
+    None,
+    /// A record failed and comes again.
+    Failed,
+}
+
+async fn feed(host: &Host) -> Result<Fed, Error> {
+    let (changes, end) = host.store.changes("enrichment", Dispatch::Enrichment.as_str(), FEED_BATCH).await?;
+    if changes.is_empty() {
+        return Ok(Fed::None);
+    }
+    let event: dynamodb::Event = serde_json::from_value(feed_event(&changes)).map_err(Error::internal)?;
+    let deadline = host.clock.now() + host.config.policy.lease;
+    let response = host.enrichment.handle(event, deadline).await;
+    let failed =
+        response.batch_item_failures.iter().filter_map(|failure| failure.item_identifier.as_ref()?.parse().ok()).min();
+    crash::here(Point::FeedBeforeCursor);
+    // As a stream does: everything before the first failure is done, everything from it comes again.
+    host.store.advance("enrichment", failed.map_or(end, |seq: i64| seq - 1)).await?;
+    Ok(if failed.is_some() { Fed::Failed } else { Fed::Some })
+}
+
+/// The feed's records in the shape of DynamoDB Streams.
+fn feed_event(changes: &[Change]) -> serde_json::Value {
+    let records: Vec<_> = changes
+        .iter()
+        .map(|change| {
+            json!({
+                "eventID": change.seq.to_string(),
+                "eventName": "MODIFY",
+                "eventSource": "aws:dynamodb",
+                "eventVersion": "1.1",
+                "awsRegion": "local",
+                "dynamodb": {
+                    "ApproximateCreationDateTime": 0,
+                    "Keys": {"id": {"S": change.id}},
+                    "NewImage": {"id": {"S": change.id}, "dispatch": {"S": change.dispatch}},
+                    "SequenceNumber": change.seq.to_string(),
+                    "SizeBytes": 0,
+                    "StreamViewType": "NEW_IMAGE",
+                },
+            })
+        })
+        .collect();
+    json!({"Records": records})
+}
+
+pub(crate) async fn sweep(host: Arc<Host>, mut stopped: Receiver<bool>) {
+    while !*stopped.borrow() {
+        let mut event = EventBridgeEvent::default();
+        event.detail_type = "Scheduled Event".to_owned();
+        event.source = "aws.events".to_owned();
+        if let Err(error) = host.sweep.handle(event).await {
+            failed("not swept", &error);
+        }
+        idle(std::future::pending(), host.config.sweep_interval, &mut stopped).await;
+    }
+}
+
+/// Expires records and photos, as DynamoDB's TTL and S3's lifecycle rules do.
+pub(crate) async fn housekeeping(host: Arc<Host>, mut stopped: Receiver<bool>) {
+    while !*stopped.borrow() {
+        let now = host.clock.now();
+        match host.store.remove_expired(now).await {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "expired records deleted"),
+            Err(error) => failed("expired records not deleted", &error),
+        }
+        match host.blobs.remove_older("jobs/", (now - host.config.policy.photo_ttl).into()).await {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "expired photos deleted"),
+            Err(error) => failed("expired photos not deleted", &error),
+        }
+        idle(std::future::pending(), HOUSEKEEPING_INTERVAL, &mut stopped).await;
+    }
+}
+
+fn failed(what: &str, error: &Error) {
+    tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "{what}");
+}
