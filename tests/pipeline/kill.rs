@@ -1,0 +1,293 @@
+//! The process is killed (SIGKILL) between any two writes of a handler, started again, and every
+//! job must end exactly once, with nothing left behind.
+//!
+//! `Point::ALL` is the list; the last test fails where a point is in no scenario.
+
+use std::path::Path;
+
+use chrono::{TimeDelta, Utc};
+use reqwest::Client;
+use shared::clock::Clock;
+use shared::crash::Point;
+use shared::job::{Record, Status, photo_key};
+use shared::ports::{BlobStore, JobStore};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::support::llm_server::{Behaviour, LlmServer};
+use crate::support::process::Process;
+use crate::support::{client, ended, eventually, mole, open, submit};
+
+const SUBMIT: &[Point] =
+    &[Point::BlobWritten, Point::SubmitPhotoStored, Point::SubmitRecordWritten, Point::SubmitMessageSent];
+const INFERENCE: &[Point] =
+    &[Point::InferenceClaimed, Point::InferenceFinished, Point::InferenceCached, Point::QueueBeforeAck];
+const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
+const ENRICHMENT: &[Point] =
+    &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished, Point::FeedBeforeCursor];
+const ENRICHMENT_RETRY: &[Point] = &[Point::EnrichmentDeferred];
+const RESULT: &[Point] =
+    &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten];
+const SWEEP: &[Point] = &[Point::SweepWritten, Point::SweepSent];
+const SWEEP_TOMBSTONE: &[Point] = &[Point::SweepErased, Point::SweepForgetSent, Point::SweepTombstoneSettled];
+const SWEEP_ORPHAN: &[Point] = &[Point::SweepOrphanErased];
+
+#[test]
+fn every_crash_point_is_in_a_scenario() {
+    let scenarios = [
+        SUBMIT,
+        INFERENCE,
+        INFERENCE_RETRY,
+        ENRICHMENT,
+        ENRICHMENT_RETRY,
+        RESULT,
+        SWEEP,
+        SWEEP_TOMBSTONE,
+        SWEEP_ORPHAN,
+    ];
+    let mut tested: Vec<_> = scenarios.concat().iter().map(|point| point.name()).collect();
+    let mut all: Vec<_> = Point::ALL.iter().map(|point| point.name()).collect();
+    tested.sort_unstable();
+    all.sort_unstable();
+    assert_eq!(tested, all);
+    println!("{} crash points", all.len());
+}
+
+/// One data folder with its LLM, and the processes that come and go on it.
+struct Scene {
+    folder: TempDir,
+    http: Client,
+    llm: LlmServer,
+}
+
+impl Scene {
+    async fn new(script: impl IntoIterator<Item = Behaviour>) -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), http: client(), llm: LlmServer::start(script).await }
+    }
+
+    async fn start(&self, crash_at: Option<Point>) -> Process {
+        let base_url = self.llm.base_url();
+        let mut extra = vec![("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
+        extra.extend(crash_at.map(|point| ("CRASH_AT", point.name())));
+        Process::start(self.folder.path(), &extra).await.expect("the host died before it listened")
+    }
+
+    fn data(&self) -> &Path {
+        self.folder.path()
+    }
+
+    async fn submit(&self, host: &Process, key: &str) -> reqwest::Result<String> {
+        submit(&self.http, &host.url, &mole(), Some(key)).await
+    }
+
+    /// Starts a host that stays up, submits again under the same key as an app would, waits for
+    /// the end, and looks at what is left.
+    async fn recover(&self, key: &str, point: Point) {
+        let host = self.start(None).await;
+        let id = self.submit(&host, key).await.unwrap();
+        let result = ended(&self.http, &host.url, &id).await;
+        assert_eq!(result["status"], "completed", "{}: {result}", point.name());
+        assert!(result["description"]["text"].is_string(), "{}: {result}", point.name());
+        self.settled(host, &[id], point).await;
+    }
+
+    /// Nothing is open, queued, dead or left over; the listed jobs are all there are.
+    async fn settled(&self, host: Process, ids: &[String], point: Point) {
+        // Messages that lost their purpose are acknowledged when they are next seen.
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        eventually(&format!("{}: queue and feed run empty", point.name()), async || {
+            let queue = rusqlite::Connection::open(self.data().join("queue.sqlite")).unwrap();
+            queue.query_row("SELECT count(*) FROM messages", [], |row| row.get::<_, u32>(0)).unwrap() == 0
+        })
+        .await;
+        host.kill().await;
+        let clock = Clock::manual(Utc::now() + TimeDelta::hours(2));
+        let host = open(self.data(), clock, &[]).await;
+        // Two hours later: orphans go, nothing else is due.
+        let report =
+            host.sweep.handle(aws_lambda_events::event::eventbridge::EventBridgeEvent::default()).await.unwrap();
+        assert_eq!(
+            (report.sent, report.marked, report.ended, report.failed),
+            (0, 0, 0, 0),
+            "{}: {report:?}",
+            point.name()
+        );
+        let jobs = host.store.list("local", None, 100).await.unwrap();
+        let mut found: Vec<_> = jobs.iter().map(|job| job.id.to_string()).collect();
+        found.sort();
+        assert_eq!(found, ids, "{}", point.name());
+        assert!(jobs.iter().all(|job| job.status == Status::Completed), "{}", point.name());
+        let blobs = host.blobs.list("jobs/", None, 100).await.unwrap();
+        assert_eq!(blobs, ids, "{}: photos and jobs must match", point.name());
+        assert_eq!(host.queue.depth().await.unwrap(), (0, 0), "{}", point.name());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_submit_loses_and_doubles_nothing() {
+    for &point in SUBMIT {
+        let scene = Scene::new([]).await;
+        // The first start of all writes the model bundle into the blob store.
+        scene.start(None).await.kill().await;
+        let mut host = scene.start(Some(point)).await;
+        assert!(scene.submit(&host, "key").await.is_err(), "{}: the answer came before the kill", point.name());
+        host.killed().await;
+        scene.recover("key", point).await;
+        assert_eq!(scene.llm.calls(), 1, "{}", point.name());
+    }
+    println!("submit: killed at {} points", SUBMIT.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_inference_loses_and_doubles_nothing() {
+    for &point in INFERENCE {
+        let scene = Scene::new([]).await;
+        let mut host = scene.start(Some(point)).await;
+        // The host may be dead before it has answered: the key makes the second try the same job.
+        let _ = scene.submit(&host, "key").await;
+        host.killed().await;
+        scene.recover("key", point).await;
+        // Once the record is written enrichment works beside, and its answer may be killed as well.
+        let calls = if point == Point::InferenceClaimed { 1..=1 } else { 1..=2 };
+        assert!(calls.contains(&scene.llm.calls()), "{}: {} calls", point.name(), scene.llm.calls());
+    }
+    for &point in INFERENCE_RETRY {
+        let scene = Scene::new([]).await;
+        let mut host = scene.start(Some(Point::SubmitRecordWritten)).await;
+        assert!(scene.submit(&host, "key").await.is_err());
+        host.killed().await;
+        let photo = only_photo(scene.data()).await;
+        let away = scene.data().join("away");
+        std::fs::rename(&photo, &away).unwrap();
+        std::fs::create_dir(&photo).unwrap();
+        scene.start(Some(point)).await.killed().await;
+        std::fs::remove_dir(&photo).unwrap();
+        std::fs::rename(&away, &photo).unwrap();
+        scene.recover("key", point).await;
+    }
+    println!("inference: killed at {} points", INFERENCE.len() + INFERENCE_RETRY.len());
+}
+
+async fn only_photo(data: &Path) -> std::path::PathBuf {
+    let entry = std::fs::read_dir(data.join("blobs/jobs")).unwrap().next().unwrap().unwrap();
+    entry.path().join("photo")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_enrichment_loses_and_doubles_nothing() {
+    for &point in ENRICHMENT {
+        let scene = Scene::new([]).await;
+        let mut host = scene.start(Some(point)).await;
+        let _ = scene.submit(&host, "key").await;
+        host.killed().await;
+        scene.recover("key", point).await;
+        // Only an answer whose commit was cut off is asked for again.
+        let expected = if point == Point::EnrichmentAnswered { 2 } else { 1 };
+        assert_eq!(scene.llm.calls(), expected, "{}", point.name());
+    }
+    for &point in ENRICHMENT_RETRY {
+        let scene = Scene::new([const { Behaviour::Status(503, Some(30)) }]).await;
+        let mut host = scene.start(Some(point)).await;
+        let _ = scene.submit(&host, "key").await;
+        host.killed().await;
+        // The server's 30 s are up in the record, not in this test.
+        hurry(scene.data());
+        scene.recover("key", point).await;
+        assert_eq!(scene.llm.calls(), 2, "{}", point.name());
+    }
+    println!("enrichment: killed at {} points", ENRICHMENT.len() + ENRICHMENT_RETRY.len());
+}
+
+/// Makes everything that waits due now.
+fn hurry(data: &Path) {
+    let jobs = rusqlite::Connection::open(data.join("jobs.sqlite")).unwrap();
+    let past = Utc::now() - TimeDelta::hours(1);
+    let record =
+        format!("json_set(record, '$.due_at', '{}')", past.to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
+    let sql =
+        format!("UPDATE jobs SET due_at = {}, record = {record} WHERE due_at IS NOT NULL", past.timestamp_millis());
+    assert_eq!(jobs.execute(&sql, []).unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_a_delete_leaves_nothing_behind() {
+    for &point in RESULT {
+        let scene = Scene::new([]).await;
+        let host = scene.start(None).await;
+        let id = scene.submit(&host, "key").await.unwrap();
+        ended(&scene.http, &host.url, &id).await;
+        host.kill().await;
+        let mut host = scene.start(Some(point)).await;
+        // The order to erase the cache may be worked, and the host killed, after the answer.
+        let _ = scene.http.delete(format!("{}/result/{id}", host.url)).send().await;
+        host.killed().await;
+        assert_erased(&scene, &id, point).await;
+    }
+    println!("result: killed at {} points", RESULT.len());
+}
+
+/// Waits until sweep has erased a deleted job for good.
+async fn assert_erased(scene: &Scene, id: &str, point: Point) {
+    let host = scene.start(None).await;
+    let gone = scene.http.get(format!("{}/result/{id}", host.url)).send().await.unwrap();
+    assert_eq!(gone.status().as_u16(), 404, "{}", point.name());
+    eventually(&format!("{}: the tombstone is settled", point.name()), async || {
+        let jobs = rusqlite::Connection::open(scene.data().join("jobs.sqlite")).unwrap();
+        jobs.query_row("SELECT count(*) FROM jobs WHERE due_at IS NOT NULL", [], |row| row.get::<_, u32>(0)).unwrap()
+            == 0
+    })
+    .await;
+    scene.settled(host, &[], point).await;
+    let host = open(scene.data(), Clock::System, &[]).await;
+    let id: Uuid = id.parse().unwrap();
+    assert!(matches!(host.store.get(id).await.unwrap(), Some(Record::Tombstone(_))), "{}", point.name());
+    assert_eq!(host.blobs.get(&photo_key(id)).await.unwrap(), None, "{}", point.name());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_sweep_loses_and_doubles_nothing() {
+    for &point in SWEEP {
+        let scene = Scene::new([]).await;
+        let mut host = scene.start(Some(Point::SubmitRecordWritten)).await;
+        assert!(scene.submit(&host, "key").await.is_err());
+        host.killed().await;
+        scene.start(Some(point)).await.killed().await;
+        scene.recover("key", point).await;
+        assert_eq!(scene.llm.calls(), 1, "{}", point.name());
+    }
+    for &point in SWEEP_TOMBSTONE {
+        let scene = Scene::new([]).await;
+        let host = scene.start(None).await;
+        let id = scene.submit(&host, "key").await.unwrap();
+        ended(&scene.http, &host.url, &id).await;
+        host.kill().await;
+        let mut host = scene.start(Some(point)).await;
+        let deleted = scene.http.delete(format!("{}/result/{id}", host.url)).send().await.unwrap();
+        assert_eq!(deleted.status().as_u16(), 204);
+        host.killed().await;
+        assert_erased(&scene, &id, point).await;
+    }
+    for &point in SWEEP_ORPHAN {
+        let scene = Scene::new([]).await;
+        let orphan = shared::job::new_id(Utc::now() - TimeDelta::hours(3));
+        let folder = scene.data().join("blobs/jobs").join(orphan.to_string());
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("photo"), b"x").unwrap();
+        if let Some(mut host) = Process::start(scene.data(), &[("CRASH_AT", point.name())]).await {
+            host.killed().await;
+        }
+        assert!(!folder.exists());
+        scene.recover("key", point).await;
+    }
+    println!("sweep: killed at {} points", SWEEP.len() + SWEEP_TOMBSTONE.len() + SWEEP_ORPHAN.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_ends_the_host_with_success() {
+    let scene = Scene::new([]).await;
+    let host = scene.start(None).await;
+    let id = scene.submit(&host, "key").await.unwrap();
+    assert!(host.terminate().await.success());
+    let host = scene.start(None).await;
+    assert_eq!(ended(&scene.http, &host.url, &id).await["status"], "completed");
+}

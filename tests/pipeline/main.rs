@@ -1,0 +1,18 @@
+//! Tests across functions, on the embedded host: in this process, or as the real binary where it
+//! is to be killed.
+//!
+//! They need the ONNX Runtime library (`scripts/onnxruntime`), `redis-server`, and the binaries of
+//! `cargo build --workspace`; `scripts/test` brings all three.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod api;
+mod cli;
+mod kill;
+mod llm;
+mod models;
+mod photos;
+mod ports;
+mod redis;
+mod stages;
+mod support;

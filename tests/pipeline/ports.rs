@@ -1,0 +1,214 @@
+//! What every implementation of a port must do; each column of the ports runs the same suite.
+
+use chrono::TimeDelta;
+use shared::clock::{Clock, Timestamp, from_millis};
+use shared::embedded::{DirBlobStore, SqliteJobQueue, SqliteJobStore};
+use shared::job::{Job, NewJob, Photo, Policy, Record, new_id};
+use shared::message::Message;
+use shared::ports::{BlobStore, Created, Idempotency, JobQueue, JobStore};
+use uuid::Uuid;
+
+fn start() -> Timestamp {
+    from_millis(1_700_000_000_000)
+}
+
+fn new_job(caller: &str, now: Timestamp) -> Job {
+    let photo = Photo {
+        content_type: "image/png".into(),
+        width: 1,
+        height: 1,
+        orientation: 1,
+        size_bytes: 1,
+        expires_at: now + TimeDelta::days(7),
+    };
+    let new = NewJob { id: new_id(now), caller: caller.into(), trace_id: String::new(), describe: true, photo };
+    Job::new(new, now, &Policy::default())
+}
+
+async fn job_store_suite(store: impl JobStore) {
+    let now = start();
+    let policy = Policy::default();
+    let job = new_job("alice", now);
+
+    // A job is written once, with its idempotency item.
+    let item = Idempotency {
+        caller: "alice".into(),
+        key: "k".into(),
+        fingerprint: "f".into(),
+        id: job.id,
+        expires_at: now + TimeDelta::hours(24),
+    };
+    assert_eq!(store.create(&job, Some(&item)).await.unwrap(), Created::New);
+    assert_eq!(store.get(job.id).await.unwrap(), Some(Record::Job(job.clone())));
+    let rival = new_job("alice", now);
+    let rival_item = Idempotency { id: rival.id, ..item.clone() };
+    assert_eq!(store.create(&rival, Some(&rival_item)).await.unwrap(), Created::KeyTaken(item.clone()));
+    assert_eq!(store.get(rival.id).await.unwrap(), None, "the job of a taken key is not written");
+
+    // A key belongs to its caller and expires.
+    assert_eq!(store.idempotency("alice", "k", now).await.unwrap(), Some(item.clone()));
+    assert_eq!(store.idempotency("bob", "k", now).await.unwrap(), None);
+    let later = now + TimeDelta::hours(25);
+    assert_eq!(store.idempotency("alice", "k", later).await.unwrap(), None);
+    let second = new_job("alice", later);
+    let second_item = Idempotency { id: second.id, expires_at: later + TimeDelta::hours(24), ..item };
+    assert_eq!(store.create(&second, Some(&second_item)).await.unwrap(), Created::New);
+
+    // A write happens once: the record that it replaces must still stand.
+    let claimed = job.claim_inference(now, now + policy.lease, &policy).unwrap();
+    let after = Record::Job(claimed.clone());
+    assert!(store.replace(job.fence(), &after).await.unwrap());
+    assert!(!store.replace(job.fence(), &after).await.unwrap());
+    assert_eq!(store.get(job.id).await.unwrap(), Some(after));
+    let mut wrong_claim = claimed.fence();
+    wrong_claim.claim += 1;
+    assert!(!store.replace(wrong_claim, &Record::Job(claimed.clone())).await.unwrap());
+    assert!(!store.replace(new_job("alice", now).fence(), &Record::Job(claimed.clone())).await.unwrap());
+
+    // What is due comes longest due first; a later due time hides it.
+    let due = store.due(now + TimeDelta::hours(26), 10).await.unwrap();
+    assert_eq!(due.iter().map(Record::id).collect::<Vec<_>>(), [job.id, second.id]);
+    assert_eq!(store.due(now + policy.lease - TimeDelta::seconds(1), 10).await.unwrap(), []);
+    assert_eq!(store.due(now + policy.lease, 10).await.unwrap().len(), 1);
+    assert_eq!(store.due(now + TimeDelta::hours(26), 1).await.unwrap().len(), 1);
+
+    // A list is its caller's, newest first, without tombstones.
+    let ids = |jobs: Vec<Job>| jobs.into_iter().map(|job| job.id).collect::<Vec<Uuid>>();
+    assert_eq!(ids(store.list("alice", None, 10).await.unwrap()), [second.id, job.id]);
+    assert_eq!(ids(store.list("alice", Some(second.id), 10).await.unwrap()), [job.id]);
+    assert_eq!(ids(store.list("alice", None, 1).await.unwrap()), [second.id]);
+    assert_eq!(ids(store.list("bob", None, 10).await.unwrap()), [] as [Uuid; 0]);
+    let tombstone = claimed.tombstone(now, &policy);
+    assert!(store.replace(claimed.fence(), &Record::Tombstone(tombstone.clone())).await.unwrap());
+    assert_eq!(ids(store.list("alice", None, 10).await.unwrap()), [second.id]);
+    let record = Record::Tombstone(tombstone.clone());
+    assert_eq!(store.get(job.id).await.unwrap(), Some(record.clone()));
+    assert!(!store.replace(claimed.fence(), &Record::Job(claimed)).await.unwrap());
+
+    // A settled tombstone is due no more.
+    assert!(store.replace(record.fence(), &Record::Tombstone(tombstone.erased())).await.unwrap());
+    assert_eq!(store.due(now + TimeDelta::hours(26), 10).await.unwrap().len(), 1);
+}
+
+async fn blob_store_suite(store: impl BlobStore) {
+    assert_eq!(store.get("jobs/a/photo").await.unwrap(), None);
+    store.put("jobs/a/photo", b"one".to_vec()).await.unwrap();
+    store.put("jobs/a/photo", b"two".to_vec()).await.unwrap();
+    store.put("jobs/b/photo", Vec::new()).await.unwrap();
+    store.put("models/x/manifest.json", b"{}".to_vec()).await.unwrap();
+    assert_eq!(store.get("jobs/a/photo").await.unwrap().as_deref(), Some(b"two".as_slice()));
+    assert_eq!(store.get("jobs/b/photo").await.unwrap().as_deref(), Some(b"".as_slice()));
+    assert_eq!(store.list("jobs/", None, 10).await.unwrap(), ["a", "b"]);
+    assert_eq!(store.list("jobs/", Some("a"), 10).await.unwrap(), ["b"]);
+    assert_eq!(store.list("jobs/", None, 1).await.unwrap(), ["a"]);
+    assert_eq!(store.list("none/", None, 10).await.unwrap(), [] as [&str; 0]);
+    store.delete_prefix("jobs/a/").await.unwrap();
+    store.delete_prefix("jobs/a/").await.unwrap();
+    assert_eq!(store.get("jobs/a/photo").await.unwrap(), None);
+    assert_eq!(store.list("jobs/", None, 10).await.unwrap(), ["b"]);
+}
+
+#[tokio::test]
+async fn the_job_store_keeps_its_contract() {
+    let folder = tempfile::tempdir().unwrap();
+    job_store_suite(SqliteJobStore::open(&folder.path().join("jobs.sqlite")).unwrap()).await;
+}
+
+#[tokio::test]
+async fn the_blob_store_keeps_its_contract() {
+    let folder = tempfile::tempdir().unwrap();
+    blob_store_suite(DirBlobStore::open(folder.path()).unwrap()).await;
+}
+
+#[tokio::test]
+async fn expiry_takes_old_blobs_with_their_folders_and_leaves_a_folder_that_awaits_its_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = DirBlobStore::open(folder.path()).unwrap();
+    store.put("jobs/old/photo", b"x".to_vec()).await.unwrap();
+    let limit = std::time::SystemTime::now();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    std::fs::create_dir(folder.path().join("jobs/young")).unwrap();
+    assert_eq!(store.remove_older("jobs/", limit).await.unwrap(), 1);
+    assert_eq!(store.list("jobs/", None, 10).await.unwrap(), ["young"]);
+}
+
+#[tokio::test]
+async fn a_blob_key_cannot_leave_the_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = DirBlobStore::open(&folder.path().join("blobs")).unwrap();
+    for key in ["../x", "jobs/../../x", "/etc/passwd", "jobs/./x", ".incoming/x"] {
+        assert!(store.put(key, Vec::new()).await.is_err(), "{key}");
+        assert!(store.get(key).await.is_err(), "{key}");
+    }
+}
+
+#[tokio::test]
+async fn the_queue_hides_redelivers_and_buries() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(start());
+    let queue = SqliteJobQueue::open(&folder.path().join("queue.sqlite"), clock.clone(), 3).unwrap();
+    let visibility = TimeDelta::seconds(30);
+    let message = Message::Infer { id: Uuid::from_u128(1) };
+    queue.send(message).await.unwrap();
+
+    // A received message is hidden, and comes back with another receipt.
+    let first = queue.receive(visibility).await.unwrap().unwrap();
+    assert_eq!((Message::decode(&first.body).unwrap(), first.receive_count), (message, 1));
+    assert_eq!(queue.receive(visibility).await.unwrap(), None);
+    clock.advance(visibility);
+    let second = queue.receive(visibility).await.unwrap().unwrap();
+    assert_eq!(second.receive_count, 2);
+    assert_ne!(second.receipt, first.receipt);
+
+    // An old receipt does nothing; the visibility can be changed.
+    queue.acknowledge(&first.receipt).await.unwrap();
+    assert_eq!(queue.depth().await.unwrap(), (1, 0));
+    queue.set_visibility(&second.receipt, 5).await.unwrap();
+    clock.advance(TimeDelta::seconds(5));
+    let third = queue.receive(visibility).await.unwrap().unwrap();
+    assert_eq!(third.receive_count, 3);
+
+    // Received too often: a dead letter.
+    clock.advance(visibility);
+    assert_eq!(queue.receive(visibility).await.unwrap(), None);
+    assert_eq!(queue.depth().await.unwrap(), (0, 1));
+
+    // An acknowledged message is gone.
+    queue.send(message).await.unwrap();
+    let last = queue.receive(visibility).await.unwrap().unwrap();
+    queue.acknowledge(&last.receipt).await.unwrap();
+    assert_eq!(queue.depth().await.unwrap(), (0, 1));
+}
+
+#[tokio::test]
+async fn the_feed_shows_each_write_until_the_cursor_has_passed_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("jobs.sqlite");
+    let store = SqliteJobStore::open(&path).unwrap();
+    let (now, policy) = (start(), Policy::default());
+    let mut waiting = Vec::new();
+    for _ in 0..3 {
+        let job = new_job("alice", now);
+        store.create(&job, None).await.unwrap();
+        let claimed = job.claim_inference(now, now + policy.lease, &policy).unwrap();
+        let mut marked = claimed.sweep(now + policy.lease, &policy, |_| unreachable!()).unwrap().0;
+        marked.dispatch = Some(shared::job::Dispatch::Enrichment);
+        store.replace(job.fence(), &Record::Job(claimed.clone())).await.unwrap();
+        store.replace(claimed.fence(), &Record::Job(marked)).await.unwrap();
+        waiting.push(job.id);
+    }
+    let (changes, end) = store.changes("enrichment", "enrichment", 2).await.unwrap();
+    assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[..2]);
+    let (again, _) = store.changes("enrichment", "enrichment", 2).await.unwrap();
+    assert_eq!(again, changes, "what was not passed is shown again");
+    store.advance("enrichment", end).await.unwrap();
+    drop(store);
+
+    // The cursor is durable.
+    let store = SqliteJobStore::open(&path).unwrap();
+    let (changes, end) = store.changes("enrichment", "enrichment", 10).await.unwrap();
+    assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[2..]);
+    store.advance("enrichment", end).await.unwrap();
+    store.advance("enrichment", 1).await.unwrap();
+    assert_eq!(store.changes("enrichment", "enrichment", 10).await.unwrap().0, []);
+}

@@ -1,0 +1,121 @@
+//! An OpenAI-compatible server on loopback that misbehaves on purpose. It answers the script's
+//! behaviours one by one, then behaves well.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+/// What the server does with one request.
+#[derive(Debug, Clone)]
+pub enum Behaviour {
+    /// A complete answer with this content.
+    Answer(String),
+    /// A status, and perhaps `Retry-After` in seconds.
+    Status(u16, Option<u32>),
+    /// Never answers.
+    Stall,
+    /// Closes the connection in the middle of the body.
+    CutOff,
+    /// A body that is not OpenAI's.
+    Body(&'static str),
+}
+
+/// A text that promise 4 lets through, for the drawn mole.
+pub const HONEST: &str =
+    "A melanocytic naevus is a growth made of pigment cells. It is often round or oval with an even colour.";
+
+#[derive(Default)]
+struct Inner {
+    script: Mutex<VecDeque<Behaviour>>,
+    requests: Mutex<Vec<(HeaderMap, Value)>>,
+}
+
+/// The running server; it ends with the test's runtime.
+#[derive(Clone)]
+pub struct LlmServer {
+    inner: Arc<Inner>,
+    address: SocketAddr,
+}
+
+impl LlmServer {
+    pub async fn start(script: impl IntoIterator<Item = Behaviour>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let inner = Arc::new(Inner { script: Mutex::new(script.into_iter().collect()), ..Inner::default() });
+        let router = Router::new().route("/v1/chat/completions", post(answer)).with_state(Arc::clone(&inner));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Self { inner, address }
+    }
+
+    pub fn base_url(&self) -> String {
+        format!("http://{}/v1", self.address)
+    }
+
+    /// The requests so far, headers and body.
+    pub fn requests(&self) -> Vec<(HeaderMap, Value)> {
+        self.inner.requests.lock().unwrap().clone()
+    }
+
+    pub fn calls(&self) -> usize {
+        self.inner.requests.lock().unwrap().len()
+    }
+}
+
+/// A completion as OpenAI's API reference shows it.
+pub fn completion(content: &str) -> Value {
+    json!({
+        "id": "chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT",
+        "object": "chat.completion",
+        "created": 1_741_569_952,
+        "model": "gpt-4.1-2025-04-14",
+        "choices": [{
+            "index": 0,
+            "message": {"role": "assistant", "content": content, "refusal": null, "annotations": []},
+            "logprobs": null,
+            "finish_reason": "stop",
+        }],
+        "usage": {"prompt_tokens": 19, "completion_tokens": 10, "total_tokens": 29},
+        "service_tier": "default",
+    })
+}
+
+/// The content of an answer that follows the schema.
+pub fn explanation(text: &str) -> String {
+    json!({"explanation": text}).to_string()
+}
+
+async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes) -> Response {
+    inner.requests.lock().unwrap().push((headers, serde_json::from_slice(&body).unwrap_or(Value::Null)));
+    let behaviour = inner.script.lock().unwrap().pop_front();
+    match behaviour.unwrap_or_else(|| Behaviour::Answer(explanation(HONEST))) {
+        Behaviour::Answer(content) => Json(completion(&content)).into_response(),
+        Behaviour::Status(status, retry_after) => {
+            let mut response = (StatusCode::from_u16(status).unwrap(), "upstream says no").into_response();
+            if let Some(seconds) = retry_after {
+                response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+            }
+            response
+        }
+        Behaviour::Stall => {
+            tokio::time::sleep(Duration::from_secs(3600)).await;
+            StatusCode::OK.into_response()
+        }
+        // Promises more bytes than come; the connection is closed on the difference.
+        Behaviour::CutOff => Response::builder()
+            .header(header::CONTENT_LENGTH, 10_000)
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Body::from(r#"{"choices": [{"message": {"content": "A mel"#))
+            .unwrap(),
+        Behaviour::Body(body) => body.into_response(),
+    }
+}

@@ -1,0 +1,76 @@
+//! The real `local` binary as a process, to be killed.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::{ort_library, root, settings};
+
+/// A binary of this build, beside this test's own.
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test.parent().unwrap().parent().unwrap().join(name);
+    assert!(path.is_file(), "{} is missing: run scripts/test, or cargo build --workspace first", path.display());
+    path
+}
+
+/// A running `local`; killed when dropped.
+pub struct Process {
+    pub url: String,
+    child: Child,
+}
+
+impl Process {
+    /// Starts the host on a folder and waits for its address. `None` where it dies before that, as
+    /// it may with a crash point that the start itself meets.
+    pub async fn start(data_dir: &Path, extra: &[(&str, &str)]) -> Option<Self> {
+        let (library, model) = (ort_library(), root().join("model"));
+        let mut variables = settings(data_dir.to_str().unwrap(), library.to_str().unwrap(), model.to_str().unwrap());
+        // Short times, or every kill costs a lease of two minutes.
+        variables.extend([
+            ("LEASE_SECONDS", "3"),
+            ("REDISPATCH_SECONDS", "1"),
+            ("BACKOFF_SECONDS", "1"),
+            ("LOG_LEVEL", "warn"),
+        ]);
+        variables.extend_from_slice(extra);
+        let mut child = Command::new(binary("local"))
+            .arg("serve")
+            .env_clear()
+            .envs(variables)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let line = lines.next_line().await.unwrap()?;
+        // Keeps the pipe open: the host prints some more lines.
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        let url = line.strip_prefix("listening on ").unwrap().to_owned();
+        Some(Self { url, child })
+    }
+
+    /// Waits until the process has been killed by SIGKILL.
+    pub async fn killed(&mut self) {
+        let status = tokio::time::timeout(Duration::from_secs(30), self.child.wait()).await;
+        let status = status.expect("the crash point was not met within 30 s").unwrap();
+        assert_eq!(status.signal(), Some(9), "{status}");
+    }
+
+    /// Kills the process now.
+    pub async fn kill(mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// Ends the process by SIGTERM and returns its exit status.
+    pub async fn terminate(mut self) -> std::process::ExitStatus {
+        let pid = rustix::process::Pid::from_raw(self.child.id().unwrap().cast_signed()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.child.wait().await.unwrap()
+    }
+}
