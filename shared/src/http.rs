@@ -133,4 +133,48 @@ mod tests {
         }
         assert!(!is_loopback(&HeaderMap::new()));
     }
+
+    #[tokio::test]
+    async fn every_code_has_its_status_and_the_one_body_shape() {
+        use Code::*;
+        let table = [
+            (InvalidRequest, 400),
+            (Unauthorized, 401),
+            (Forbidden, 403),
+            (NotFound, 404),
+            (MethodNotAllowed, 405),
+            (IdempotencyConflict, 409),
+            (PayloadTooLarge, 413),
+            (UnsupportedMediaType, 415),
+            (HeicNotSupported, 415),
+            (PhotoUnreadable, 422),
+            (TooManyRequests, 429),
+            (Internal, 500),
+            (Unavailable, 503),
+        ];
+        for (code, status) in table {
+            let error = || async move { Error::new(code, "Words.").into_response() };
+            let response = REQUEST_ID.scope("exchange".to_owned(), error()).await;
+            assert_eq!(response.status().as_u16(), status);
+            assert_eq!(response.headers().contains_key(header::RETRY_AFTER), matches!(status, 429 | 503));
+            let body = axum::body::to_bytes(response.into_body(), 1024).await.unwrap();
+            let expected =
+                format!(r#"{{"error":{{"code":"{}","message":"Words.","request_id":"exchange"}}}}"#, code.as_str());
+            assert_eq!(body, expected.as_bytes());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_without_credentials_is_answered_401() {
+        let (mut parts, ()) = axum::http::Request::new(()).into_parts();
+        let refused = Caller::from_request_parts(&mut parts, &()).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unauthorized);
+    }
+
+    #[test]
+    fn an_error_shows_its_message_and_hides_its_cause() {
+        let error = Error::unavailable("the store", "disk full at /secret/path");
+        assert!(!error.message().contains("secret"));
+        assert!(error.chain().contains("disk full"));
+    }
 }

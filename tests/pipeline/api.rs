@@ -258,3 +258,48 @@ async fn every_described_operation_answers_and_every_answer_is_described() {
     ];
     assert_eq!(operations, expected);
 }
+
+#[tokio::test]
+async fn a_store_that_is_down_is_503_and_the_same_request_succeeds_later() {
+    let host = Running::start(&[]).await;
+    // A file where the photos' folder should be.
+    let photos = host.folder.path().join("blobs/jobs");
+    std::fs::write(&photos, b"").unwrap();
+    let submit = || {
+        let request = host.http.post(format!("{}/submit", host.url)).header("content-type", "image/png");
+        request.header("idempotency-key", "again").body(mole()).send()
+    };
+    let response = submit().await.unwrap();
+    assert_eq!(response.headers()["retry-after"], "5");
+    let message = assert_error(response, 503, "unavailable").await;
+    assert!(!message.contains("blobs") && !message.contains("os error"), "{message}");
+    std::fs::remove_file(&photos).unwrap();
+    assert_eq!(submit().await.unwrap().status().as_u16(), 202);
+}
+
+#[tokio::test]
+async fn wait_holds_an_open_job_and_an_etag_wakes_it_at_the_first_change() {
+    use crate::support::llm_server::{Behaviour, LlmServer};
+    let llm = LlmServer::start([Behaviour::Stall]).await;
+    let base_url = llm.base_url();
+    let host = Running::start(&[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
+    let id = host.submit(&mole()).await;
+    let (mut etag, mut statuses) = ("\"0\"".to_owned(), Vec::new());
+    // The LLM stalls for longer than this waits: the last look is answered 304.
+    loop {
+        let request = host.http.get(format!("{}/result/{id}?wait=3", host.url)).header("if-none-match", &etag);
+        let response = request.send().await.unwrap();
+        if response.status().as_u16() == 304 {
+            assert!(response.headers().contains_key("retry-after"));
+            break;
+        }
+        etag = response.headers()["etag"].to_str().unwrap().to_owned();
+        let result: Value = response.json().await.unwrap();
+        statuses.push(result["status"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(statuses.last().unwrap(), "awaiting_description");
+    let started = std::time::Instant::now();
+    let result: Value = host.get(&format!("/result/{id}?wait=1")).await.json().await.unwrap();
+    assert_eq!(result["status"], "awaiting_description");
+    assert!(started.elapsed() >= std::time::Duration::from_secs(1), "it was not held");
+}

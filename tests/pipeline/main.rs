@@ -8,6 +8,7 @@
 
 mod api;
 mod cli;
+mod docs;
 mod kill;
 mod llm;
 mod models;
@@ -15,4 +16,5 @@ mod photos;
 mod ports;
 mod redis;
 mod stages;
+mod start;
 mod support;

@@ -1,0 +1,79 @@
+//! The pages that people go by say what the code does.
+
+use std::path::{Path, PathBuf};
+
+use crate::support::root;
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap()
+}
+
+/// Every source file outside the tests.
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn every_variable_that_is_read_is_in_the_readme_and_no_other() {
+    let readme = read("README.md");
+    let mut files = Vec::new();
+    ["shared", "functions", "local", "cli"].iter().for_each(|folder| sources(&root().join(folder), &mut files));
+    let mut variables = Vec::new();
+    for text in files.iter().map(|file| std::fs::read_to_string(file).unwrap()) {
+        // A read is one of these calls with the name as its first argument.
+        for call in [".text(\"", ".parse(\"", ".number(\"", ".secret(\"", "env = \""] {
+            let names = text.split(call).skip(1).filter_map(|rest| rest.split('"').next());
+            variables.extend(
+                names
+                    .filter(|name| name.len() > 3 && name.chars().all(|c| c.is_ascii_uppercase() || c == '_'))
+                    .map(str::to_owned),
+            );
+        }
+    }
+    variables.sort();
+    variables.dedup();
+    // Debug builds only.
+    variables.retain(|name| name != "CRASH_AT");
+    let mut listed: Vec<_> = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` |").map(|(name, _)| name.to_owned()))
+        .collect();
+    listed.sort();
+    assert_eq!(variables, listed);
+    assert!(variables.len() > 20);
+}
+
+#[test]
+fn every_error_and_failure_code_is_in_the_api_page() {
+    let page = read("docs/API.md");
+    for description in ["Code", "FailureCode", "RetakeReason", "Status", "AbstainReason"] {
+        let openapi = serde_json::to_value(local::openapi()).unwrap();
+        let codes = openapi["components"]["schemas"][description]["enum"].as_array().unwrap().clone();
+        for code in codes {
+            let code = code.as_str().unwrap();
+            assert!(
+                page.contains(&format!("`{code}`")) || page.contains(&format!("\"{code}\"")),
+                "{description}: {code}"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_link_between_the_pages_leads_somewhere() {
+    for page in ["README.md", "docs/API.md", "docs/ARCHITECTURE.md", "docs/MODEL.md", "model/README.md"] {
+        let text = read(page);
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for target in targets.filter(|target| !target.starts_with("http")) {
+            let path = root().join(page).parent().unwrap().join(target);
+            assert!(path.exists(), "{page}: {target}");
+        }
+    }
+}

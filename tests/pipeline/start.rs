@@ -1,0 +1,105 @@
+//! How the host starts, what it refuses, and what it writes to its log.
+
+use std::process::Output;
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use tokio::process::Command;
+
+use crate::support::llm_server::{HONEST, LlmServer};
+use crate::support::process::binary;
+use crate::support::{client, ended, mole, ort_library, root, settings, submit};
+
+async fn start(extra: &[(&str, &str)]) -> Output {
+    let folder = tempfile::tempdir().unwrap();
+    let (library, model) = (ort_library(), root().join("model"));
+    let mut variables = settings(folder.path().to_str().unwrap(), library.to_str().unwrap(), model.to_str().unwrap());
+    variables.extend_from_slice(extra);
+    let command = Command::new(binary("local")).env_clear().envs(variables).kill_on_drop(true).output();
+    tokio::time::timeout(Duration::from_secs(20), command).await.expect("it started").unwrap()
+}
+
+#[tokio::test]
+async fn bad_configuration_refuses_to_start_and_names_the_variable() {
+    let cases: &[(&str, &[(&str, &str)])] = &[
+        ("LISTEN_ADDR", &[("LISTEN_ADDR", "everywhere")]),
+        ("LISTEN_ADDR", &[("LISTEN_ADDR", "0.0.0.0:0")]),
+        ("DATA_DIR", &[("DATA_DIR", "/dev/null/x")]),
+        ("MODEL_DIR", &[("MODEL_DIR", "/nowhere")]),
+        ("MODEL_DIGEST", &[("MODEL_DIGEST", "latest")]),
+        ("MODEL_DIGEST", &[("MODEL_DIGEST", "0000000000000000000000000000000000000000000000000000000000000000")]),
+        ("ORT_DYLIB_PATH", &[("ORT_DYLIB_PATH", "/nowhere/libonnxruntime.so")]),
+        ("INFERENCE_WORKERS", &[("INFERENCE_WORKERS", "none")]),
+        ("REDIS_URL", &[("REDIS_URL", "not a url")]),
+        ("LLM_BASE_URL", &[("LLM_BASE_URL", "ftp://x"), ("LLM_MODEL", "m")]),
+        ("LLM_MODEL", &[("LLM_BASE_URL", "http://127.0.0.1:1/v1")]),
+        (
+            "LLM_TEMPERATURE",
+            &[("LLM_BASE_URL", "http://127.0.0.1:1/v1"), ("LLM_MODEL", "m"), ("LLM_TEMPERATURE", "hot")],
+        ),
+        ("MAX_ATTEMPTS", &[("MAX_ATTEMPTS", "0")]),
+        ("PHOTO_TTL_DAYS", &[("PHOTO_TTL_DAYS", "31")]),
+        ("LOG_LEVEL", &[("LOG_LEVEL", "=loud=")]),
+        ("CRASH_AT", &[("CRASH_AT", "nowhere")]),
+    ];
+    for (variable, extra) in cases {
+        let output = start(extra).await;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{variable}: {complaint}");
+        assert!(complaint.lines().count() == 1 && complaint.contains(variable), "{variable}: {complaint}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_holds_neither_photo_prompt_completion_nor_key() {
+    const KEY: &str = "sk-test-9876543210";
+    let folder = tempfile::tempdir().unwrap();
+    let llm = LlmServer::start([]).await;
+    let (library, model, base_url) = (ort_library(), root().join("model"), llm.base_url());
+    let mut variables = settings(folder.path().to_str().unwrap(), library.to_str().unwrap(), model.to_str().unwrap());
+    variables.extend([
+        ("LLM_BASE_URL", base_url.as_str()),
+        ("LLM_MODEL", "m"),
+        ("LLM_API_KEY", KEY),
+        ("LOG_LEVEL", "trace"),
+    ]);
+    let mut child = Command::new(binary("local"))
+        .env_clear()
+        .envs(variables)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut greeting = [0; 256];
+    let length = child.stdout.as_mut().unwrap().read(&mut greeting).await.unwrap();
+    let url = String::from_utf8_lossy(&greeting[..length]).split_whitespace().nth(2).unwrap().to_owned();
+    let mut stderr = child.stderr.take().unwrap();
+    let log = tokio::spawn(async move {
+        let mut log = String::new();
+        stderr.read_to_string(&mut log).await.unwrap();
+        log
+    });
+    let id = submit(&client(), &url, &mole(), Some("my-idempotency-key")).await.unwrap();
+    let result = ended(&client(), &url, &id).await;
+    assert_eq!(result["description"]["source"], "llm");
+    let refused =
+        client().post(format!("{url}/submit")).json(&serde_json::json!({"image": "SECRET!"})).send().await.unwrap();
+    assert_eq!(refused.status().as_u16(), 400);
+    child.kill().await.unwrap();
+    let log = log.await.unwrap();
+    assert!(log.contains(&id), "the log tells of the job");
+    let prompt = &llm.requests()[0].1["messages"];
+    let secrets = [
+        KEY,
+        HONEST,
+        "SECRET",
+        "my-idempotency-key",
+        "IHDR",
+        "You help to explain",
+        prompt[1]["content"].as_str().unwrap(),
+    ];
+    for secret in secrets {
+        assert!(!log.contains(secret), "{secret}");
+    }
+}
