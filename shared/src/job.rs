@@ -804,3 +804,7 @@ impl Tombstone {
 #[cfg(test)]
 #[path = "job_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "job_model.rs"]
+mod model;

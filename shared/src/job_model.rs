@@ -1,0 +1,362 @@
+//! Every state that one job can reach in a world where messages and changes are lost, doubled and
+//! late, workers stall and die, sweep runs at any time, and the caller deletes.
+//!
+//! Time is counted in ticks of a minute. A step is one conditional write: it is computed from the
+//! record as it stands, which is what `transition` makes of a lost race.
+
+use std::collections::BTreeMap;
+
+use stateright::{Checker, Model, Property};
+
+use super::*;
+
+const TICKS: u8 = 12;
+
+fn policy() -> Policy {
+    Policy {
+        max_attempts: 2,
+        redispatch: TimeDelta::minutes(1),
+        backoff: TimeDelta::minutes(1),
+        max_delay: TimeDelta::minutes(4),
+        lease: TimeDelta::minutes(2),
+        deadline: TimeDelta::minutes(8),
+        photo_ttl: TimeDelta::minutes(20),
+        ..Policy::default()
+    }
+}
+
+fn at(tick: u8) -> Timestamp {
+    from_millis(1_700_000_000_000) + TimeDelta::minutes(tick.into())
+}
+
+fn tick_of(moment: Timestamp) -> u8 {
+    (moment - at(0)).num_minutes().try_into().unwrap()
+}
+
+/// What of a record decides its future; the rest is left out so that equal futures are one state.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Kept {
+    status: &'static str,
+    claim: u64,
+    attempts: (u32, u32),
+    redispatches: u32,
+    deadline: u8,
+    due: Option<u8>,
+    lease: Option<u8>,
+    marked: bool,
+    failure: Option<(bool, bool)>,
+    read: bool,
+    described: bool,
+}
+
+fn kept(job: &Job) -> Kept {
+    Kept {
+        status: job.status.as_str(),
+        claim: job.claim,
+        attempts: (job.attempts.inference, job.attempts.enrichment),
+        redispatches: job.redispatches,
+        deadline: tick_of(job.deadline_at),
+        due: job.due_at.map(tick_of),
+        lease: job.lease_until.map(tick_of),
+        marked: job.dispatch.is_some(),
+        failure: job.failure.as_ref().map(|failure| (failure.stage == Stage::Inference, failure.retryable)),
+        read: job.reading.is_some(),
+        described: job.description.is_some(),
+    }
+}
+
+fn new_job() -> Job {
+    let photo = Photo {
+        content_type: String::new(),
+        width: 1,
+        height: 1,
+        orientation: 1,
+        size_bytes: 1,
+        expires_at: at(0) + policy().photo_ttl,
+    };
+    let new = NewJob { id: Uuid::nil(), caller: String::new(), trace_id: String::new(), describe: true, photo };
+    Job::new(new, at(0), &policy())
+}
+
+fn job(kept: &Kept) -> Job {
+    let statuses = [
+        Status::Pending,
+        Status::Processing,
+        Status::AwaitingDescription,
+        Status::Completed,
+        Status::NeedsRetake,
+        Status::Failed,
+    ];
+    let stage = |inference| if inference { Stage::Inference } else { Stage::Enrichment };
+    Job {
+        status: statuses.into_iter().find(|status| status.as_str() == kept.status).unwrap(),
+        claim: kept.claim,
+        attempts: Attempts { inference: kept.attempts.0, enrichment: kept.attempts.1 },
+        redispatches: kept.redispatches,
+        deadline_at: at(kept.deadline),
+        due_at: kept.due.map(at),
+        lease_until: kept.lease.map(at),
+        dispatch: kept.marked.then_some(Dispatch::Enrichment),
+        failure: kept.failure.map(|(inference, retryable)| Failure {
+            stage: stage(inference),
+            code: FailureCode::AttemptsExhausted,
+            retryable,
+        }),
+        reading: kept.read.then(|| reading(false)),
+        description: kept.described.then(description),
+        ..new_job()
+    }
+}
+
+fn reading(abstained: bool) -> Reading {
+    let abstained = abstained.then_some(Abstention { reason: AbstainReason::LowConfidence });
+    Reading { model_digest: String::new(), predictions: Vec::new(), abstained }
+}
+
+fn description() -> Description {
+    let source = DescriptionSource::Template;
+    Description { text: String::new(), source, version: String::new(), fallback: None }
+}
+
+fn quality(accepted: bool) -> Quality {
+    Quality { accepted, reasons: Vec::new(), measures: BTreeMap::new() }
+}
+
+/// How a worker's inference ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Outcome {
+    Read,
+    Abstained,
+    Retake,
+    Failed,
+}
+
+impl Outcome {
+    fn full(self) -> InferenceOutcome {
+        let read =
+            |abstained| InferenceOutcome::Read { reading: reading(abstained), quality: quality(true), cache_key: None };
+        match self {
+            Self::Read => read(false),
+            Self::Abstained => read(true),
+            Self::Retake => InferenceOutcome::Retake { quality: quality(false) },
+            Self::Failed => InferenceOutcome::Failed { code: FailureCode::PhotoUnreadable },
+        }
+    }
+}
+
+/// One job and everything that may still act on it. Workers are the claim numbers they hold.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct World {
+    now: u8,
+    /// `None` once deleted.
+    record: Option<Kept>,
+    message: bool,
+    change: bool,
+    inferring: Vec<u64>,
+    describing: Vec<u64>,
+    redrives: u8,
+    /// A final state was left by something else than a redrive or a delete.
+    reopened: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Action {
+    Tick,
+    DeliverMessage,
+    LoseMessage,
+    DeliverChange,
+    LoseChange,
+    FinishInference(u64, Outcome),
+    ReleaseInference(u64),
+    FinishDescription(u64),
+    DeferDescription(u64),
+    Die(u64),
+    Sweep,
+    Redrive,
+    Delete,
+}
+
+struct OneJob;
+
+/// The step's record, or the refusal.
+fn step(world: &World, action: Action) -> Option<Result<Job, Refused>> {
+    let job = job(world.record.as_ref()?);
+    let (now, policy) = (at(world.now), policy());
+    let lease = now + policy.lease;
+    Some(match action {
+        Action::DeliverMessage => job.claim_inference(now, lease, &policy),
+        Action::DeliverChange => job.claim_enrichment(now, lease, &policy),
+        Action::FinishInference(claim, outcome) => job.finish_inference(claim, outcome.full(), now, &policy),
+        Action::ReleaseInference(claim) => job.release_inference(claim, now, &policy),
+        Action::FinishDescription(claim) => job.finish_description(claim, description(), now),
+        Action::DeferDescription(claim) => job.defer_description(claim, None, now, &policy),
+        Action::Sweep => job.sweep(now, &policy, |_| description()).map(|(job, _)| job),
+        Action::Redrive => job.redrive(now, &policy),
+        Action::Tick | Action::LoseMessage | Action::LoseChange | Action::Die(_) | Action::Delete => return None,
+    })
+}
+
+impl Model for OneJob {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        let record = Some(kept(&new_job()));
+        let world = World {
+            now: 0,
+            record,
+            message: true,
+            change: false,
+            inferring: Vec::new(),
+            describing: Vec::new(),
+            redrives: 0,
+            reopened: false,
+        };
+        vec![world]
+    }
+
+    fn actions(&self, world: &World, actions: &mut Vec<Action>) {
+        if world.now < TICKS {
+            actions.push(Action::Tick);
+        }
+        if world.message {
+            actions.extend([Action::DeliverMessage, Action::LoseMessage]);
+        }
+        if world.change {
+            actions.extend([Action::DeliverChange, Action::LoseChange]);
+        }
+        for &claim in &world.inferring {
+            let outcomes = [Outcome::Read, Outcome::Abstained, Outcome::Retake, Outcome::Failed];
+            actions.extend(outcomes.map(|outcome| Action::FinishInference(claim, outcome)));
+            actions.extend([Action::ReleaseInference(claim), Action::Die(claim)]);
+        }
+        for &claim in &world.describing {
+            actions.extend([Action::FinishDescription(claim), Action::DeferDescription(claim), Action::Die(claim)]);
+        }
+        actions.push(Action::Sweep);
+        if world.redrives == 0 {
+            actions.push(Action::Redrive);
+        }
+        if world.record.is_some() {
+            actions.push(Action::Delete);
+        }
+    }
+
+    fn next_state(&self, world: &World, action: Action) -> Option<World> {
+        let mut next = world.clone();
+        match action {
+            Action::Tick => next.now += 1,
+            Action::LoseMessage => next.message = false,
+            Action::LoseChange => next.change = false,
+            Action::Delete => next.record = None,
+            Action::Die(claim) => {
+                next.inferring.retain(|held| *held != claim);
+                next.describing.retain(|held| *held != claim);
+            }
+            _ => {
+                // A message or a change that is delivered stays: it may come again.
+                let written = step(world, action)?.ok();
+                match action {
+                    // A refused worker has learnt that it is stale, and is gone.
+                    Action::FinishInference(claim, _) | Action::ReleaseInference(claim) => {
+                        next.inferring.retain(|held| *held != claim);
+                    }
+                    Action::FinishDescription(claim) | Action::DeferDescription(claim) => {
+                        next.describing.retain(|held| *held != claim);
+                    }
+                    _ => {}
+                }
+                if let Some(job) = written {
+                    match action {
+                        Action::DeliverMessage => next.inferring.push(job.claim),
+                        Action::DeliverChange => next.describing.push(job.claim),
+                        Action::Redrive => next.redrives += 1,
+                        _ => {}
+                    }
+                    let was_open = world.record.as_ref().is_some_and(|record| record.due.is_some());
+                    next.reopened |= !was_open && action != Action::Redrive;
+                    next.message |= action == Action::Sweep && job.status == Status::Pending;
+                    next.change |= job.dispatch.is_some();
+                    next.record = Some(kept(&job));
+                }
+            }
+        }
+        (next != *world).then_some(next)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("the record keeps its invariants", |_, world: &World| {
+                world.record.as_ref().is_none_or(|record| keeps_invariants(&job(record)))
+            }),
+            Property::always("clock and sweep alone bring every job to an end", |_, world: &World| is_rescued(world)),
+            Property::always("a stale worker changes nothing", |_, world: &World| {
+                let Some(record) = &world.record else { return true };
+                let stale = |claim: &u64| *claim != record.claim || record.lease.is_none();
+                let refused = |action| step(world, action).is_some_and(|step| step.is_err());
+                let inferring = world.inferring.iter().filter(|claim| stale(claim));
+                let describing = world.describing.iter().filter(|claim| stale(claim));
+                inferring
+                    .flat_map(|claim| {
+                        [Action::FinishInference(*claim, Outcome::Read), Action::ReleaseInference(*claim)]
+                    })
+                    .chain(
+                        describing
+                            .flat_map(|claim| [Action::FinishDescription(*claim), Action::DeferDescription(*claim)]),
+                    )
+                    .all(refused)
+            }),
+            Property::always("a job ends once", |_, world: &World| !world.reopened),
+            Property::always("a prediction that was made is never lost", |_, world: &World| {
+                let Some(record) = &world.record else { return true };
+                record.status != "awaiting_description" || record.read
+            }),
+            Property::sometimes("a job is completed", |_, world: &World| is(world, "completed")),
+            Property::sometimes("a job needs another photo", |_, world: &World| is(world, "needs_retake")),
+            Property::sometimes("a job fails", |_, world: &World| is(world, "failed")),
+            Property::sometimes("a lease is taken over", |_, world: &World| {
+                is(world, "processing") && world.inferring.len() == 2
+            }),
+            Property::sometimes("a redriven job is completed", |_, world: &World| {
+                world.redrives == 1 && is(world, "completed")
+            }),
+        ]
+    }
+}
+
+fn is(world: &World, status: &str) -> bool {
+    world.record.as_ref().is_some_and(|record| record.status == status)
+}
+
+fn keeps_invariants(job: &Job) -> bool {
+    let open = job.status.is_open();
+    job.due_at.is_some() == open
+        && (open || (job.lease_until.is_none() && job.dispatch.is_none()))
+        && (job.dispatch.is_none() || job.status == Status::AwaitingDescription)
+        && !(job.dispatch.is_some() && job.lease_until.is_some())
+        && (job.lease_until.is_none() || job.lease_until == job.due_at)
+        && (job.status == Status::Failed) == job.failure.is_some()
+}
+
+/// Whether the job ends even if every message, change and worker is lost from here on.
+fn is_rescued(world: &World) -> bool {
+    let Some(record) = &world.record else { return true };
+    let mut job = job(record);
+    for tick in world.now..world.now + 40 {
+        if !job.status.is_open() {
+            return true;
+        }
+        if let Ok((swept, _)) = job.sweep(at(tick), &policy(), |_| description()) {
+            job = swept;
+        }
+    }
+    false
+}
+
+#[test]
+fn no_reachable_state_is_stuck_loses_a_job_or_heeds_a_stale_worker() {
+    let checker = OneJob.checker().threads(2).spawn_bfs().join();
+    println!("{} states, {} of them different", checker.state_count(), checker.unique_state_count());
+    checker.assert_properties();
+    assert!(checker.is_done());
+}
