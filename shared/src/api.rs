@@ -25,7 +25,11 @@ for one. Have any lesion that is new, changing, bleeding or that worries you see
 #[serde(deny_unknown_fields)]
 pub struct SubmitBody {
     /// A JPEG, PNG or WebP photo of at most 4 MiB, in standard base64.
-    #[schema(content_encoding = "base64", example = "/9j/4AAQSkZJRg…")]
+    #[schema(
+        content_encoding = "base64",
+        pattern = r"^[A-Za-z0-9+/]+={0,2}$",
+        example = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
+    )]
     pub image: String,
     /// Whether a description is wanted.
     #[serde(default = "yes")]

@@ -12,6 +12,7 @@ mod docs;
 mod kill;
 mod llm;
 mod models;
+mod mutations;
 mod photos;
 mod ports;
 mod redis;

@@ -75,7 +75,12 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
     )),
     responses(
         (status = 202, description = "Accepted; poll `Location` after `Retry-After` seconds.", body = Submitted,
-            headers(("Location" = String), ("Retry-After" = u32))),
+            headers(("Location" = String), ("Retry-After" = u32)),
+            links(
+                ("get" = (operation_id = "get_result", parameters(("request_id" = "$response.body#/request_id")))),
+                ("get by query" = (operation_id = "get_result_by_query", parameters(("request_id" = "$response.body#/request_id")))),
+                ("delete" = (operation_id = "delete_result", parameters(("request_id" = "$response.body#/request_id")))),
+            )),
         (status = 400, description = "The body, a parameter or a header is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
         (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),

@@ -1,0 +1,134 @@
+//! Random damage, from a fixed seed: whatever arrives, nothing panics and nothing is answered 500.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use image::{DynamicImage, ImageFormat};
+use inference::picture;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use shared::clock::Clock;
+use shared::message::Message;
+use submit::Submission;
+use uuid::Uuid;
+
+use crate::support::{mole, open};
+
+const PHOTOS: u32 = 60_000;
+const BODIES: u32 = 20_000;
+const MESSAGES: u32 = 20_000;
+
+/// Flips, overwrites, cuts, doubles or drops some bytes.
+fn mutate(random: &mut SmallRng, seed: &[u8]) -> Vec<u8> {
+    let mut bytes = seed.to_vec();
+    for _ in 0..random.random_range(1..=6) {
+        if bytes.is_empty() {
+            return bytes;
+        }
+        let at = random.random_range(0..bytes.len());
+        let end = (at + random.random_range(1..=16)).min(bytes.len());
+        match random.random_range(0..8) {
+            // Headers are short and matter most.
+            0 | 1 => {
+                let at = random.random_range(0..bytes.len().min(200));
+                bytes[at] = random.random();
+            }
+            2 => bytes[at] ^= 1 << random.random_range(0..8),
+            3 => bytes[at..end].fill(*[0, 0xFF, 0x7F, 0x80].get(random.random_range(0..4)).unwrap()),
+            4 => bytes.truncate(at),
+            5 => drop(bytes.drain(at..end)),
+            6 => {
+                let copy = bytes[at..end].to_vec();
+                bytes.splice(at..at, copy);
+            }
+            _ => bytes[at..end].iter_mut().for_each(|byte| *byte = random.random()),
+        }
+    }
+    bytes
+}
+
+/// Small photos of every kind: the damage is to be met, not the size.
+fn photos() -> Vec<Vec<u8>> {
+    let small = image::load_from_memory(&mole()).unwrap().thumbnail(48, 36);
+    let kinds = [small.clone(), DynamicImage::ImageLuma8(small.to_luma8()), DynamicImage::ImageRgba8(small.to_rgba8())];
+    let formats = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP];
+    let mut photos = Vec::new();
+    for (kind, format) in kinds.iter().flat_map(|kind| formats.map(|format| (kind, format))) {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        // JPEG has no alpha.
+        if kind.write_to(&mut bytes, format).is_ok() {
+            photos.push(bytes.into_inner());
+        }
+    }
+    photos
+}
+
+#[test]
+fn no_damaged_photo_panics() {
+    let photos = photos();
+    let threads = 2;
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let photos = &photos;
+            scope.spawn(move || {
+                let mut random = SmallRng::seed_from_u64(thread);
+                for round in 0..PHOTOS / threads as u32 {
+                    let bytes = mutate(&mut random, &photos[round as usize % photos.len()]);
+                    let work = || {
+                        let Ok(accepted) = shared::photo::accept(&bytes) else { return };
+                        let _ = picture::decode(&accepted.bytes, accepted.orientation);
+                    };
+                    if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                        let file = std::env::temp_dir().join(format!("panics-{thread}-{round}"));
+                        std::fs::write(&file, &bytes).unwrap();
+                        panic!("seed {thread}, round {round}: kept as {}", file.display());
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_damaged_body_is_answered_500() {
+    let host = crate::support::Running::start(&[("LOG_LEVEL", "warn")]).await;
+    let address = host.url.strip_prefix("http://").unwrap().to_owned();
+    let json = br#"{"image": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg==", "describe": true}"#;
+    let form = b"--b\r\nContent-Disposition: form-data; name=\"image\"; filename=\"a.png\"\r\nContent-Type: image/png\r\n\r\n\x89PNG\r\n\r\n--b\r\nContent-Disposition: form-data; name=\"describe\"\r\n\r\nfalse\r\n--b--\r\n";
+    let seeds: [(&str, &[u8]); 2] = [("application/json", json), ("multipart/form-data; boundary=b", form)];
+    let mut random = SmallRng::seed_from_u64(7);
+    let mut statuses = std::collections::BTreeMap::new();
+    for round in 0..BODIES {
+        let (content_type, seed) = seeds[round as usize % 2];
+        let request = host.http.post(format!("http://{address}/submit")).header("content-type", content_type);
+        let response = request.body(mutate(&mut random, seed)).send().await.unwrap();
+        *statuses.entry(response.status().as_u16()).or_insert(0) += 1;
+        assert!(response.status().as_u16() < 500, "round {round}: {}", response.status());
+    }
+    println!("{statuses:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_damaged_message_stops_the_queue_or_touches_a_job() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(chrono::Utc::now());
+    let host = open(folder.path(), clock.clone(), &[]).await;
+    let caller = shared::http::Caller("local".into());
+    let id: Uuid = host.submit.accept(&caller, None, Submission { image: mole(), describe: true }).await.unwrap();
+    let seed = Message::Infer { id }.encode();
+    let mut random = SmallRng::seed_from_u64(11);
+    let mut readable = 0;
+    for _ in 0..MESSAGES {
+        let body = String::from_utf8_lossy(&mutate(&mut random, seed.as_bytes())).into_owned();
+        let mut message = aws_lambda_events::event::sqs::SqsMessage::default();
+        message.message_id = Some("m".to_owned());
+        message.receipt_handle = Some("r".to_owned());
+        message.body = Some(body.clone());
+        let mut event = aws_lambda_events::event::sqs::SqsEvent::default();
+        event.records.push(message);
+        let response = host.inference.handle(event, clock.now() + chrono::TimeDelta::seconds(60)).await;
+        let is_readable = Message::decode(&body).is_ok();
+        readable += u32::from(is_readable);
+        assert_eq!(response.batch_item_failures.len(), usize::from(!is_readable), "{body}");
+    }
+    println!("{readable} of {MESSAGES} were still readable");
+}
