@@ -31,6 +31,8 @@ impl Client {
     pub(crate) fn new(api: &str) -> anyhow::Result<Self> {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
+            // A photo goes to the API and nowhere else, whatever HTTP_PROXY says.
+            .no_proxy()
             .connect_timeout(Duration::from_secs(5))
             .timeout(Duration::from_secs(u64::from(MAX_WAIT_SECONDS) + 30))
             .build()?;
@@ -81,7 +83,8 @@ impl Client {
         etag: Option<&str>,
         wait: Duration,
     ) -> Result<Option<(JobResult, String)>, Problem> {
-        let wait = wait.as_secs().min(u64::from(MAX_WAIT_SECONDS));
+        // Rounded up: a last part of a second must not become a loop without a pause.
+        let wait = wait.as_millis().div_ceil(1000).min(u128::from(MAX_WAIT_SECONDS));
         let path = format!("/result/{id}?wait={wait}");
         let build = || match etag {
             Some(etag) => self.request(Method::GET, &path).header(IF_NONE_MATCH, etag),

@@ -23,7 +23,14 @@ use crate::show::Progress;
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Exit codes:
+    after_help = "Examples:
+  lesion submit --wait photo.jpg             submit, wait, print what came out
+  lesion submit --no-describe --json *.jpg   ids for a program; no description
+  lesion result ID --wait                    wait for a job submitted before
+  lesion list --limit 5                      your newest jobs
+  lesion delete ID                           erase photo and result
+
+Exit codes:
   0  done
   1  the API could not be reached or refused
   2  the command line is wrong
@@ -46,6 +53,7 @@ struct Arguments {
 enum Command {
     /// Submit photos (JPEG, PNG or WebP, at most 4 MiB each) and print their ids.
     Submit {
+        /// Files; the format is read from their bytes.
         #[arg(required = true)]
         photos: Vec<PathBuf>,
         /// Ask for no description.
@@ -145,9 +153,14 @@ async fn submit(client: &Client, photos: &[PathBuf], describe: bool, wait: &Wait
     let mut results = Vec::new();
     for (photo, id) in submitted {
         let name = photo.display().to_string();
-        let result = settle(client, id, deadline, |result| progress.show(&name, result)).await?;
+        match settle(client, id, deadline, |result| progress.show(&name, result)).await {
+            Ok(result) => results.push((name, result)),
+            Err(error) => {
+                eprintln!("lesion: {name}, {id}: {error}");
+                code = 1;
+            }
+        }
         progress.done();
-        results.push((name, result));
     }
     progress.clear();
     for (name, result) in &results {

@@ -21,6 +21,8 @@ pub struct Config {
     pub model_digest: Option<String>,
     /// `ORT_DYLIB_PATH`: the ONNX Runtime shared library.
     pub ort_library: PathBuf,
+    /// `TMPDIR`: where the model is unpacked.
+    pub temporary_dir: PathBuf,
     /// `INFERENCE_WORKERS`: photos worked at the same time.
     pub inference_workers: usize,
     /// `SWEEP_INTERVAL_SECONDS`.
@@ -51,6 +53,7 @@ impl Config {
             model_dir: env.text("MODEL_DIR")?.unwrap_or("model").into(),
             model_digest,
             ort_library: env.text("ORT_DYLIB_PATH")?.map_or_else(beside_executable, PathBuf::from),
+            temporary_dir: env.text("TMPDIR")?.unwrap_or("/tmp").into(),
             inference_workers: env.number("INFERENCE_WORKERS", cores.min(8), 1, 64)?,
             sweep_interval: Duration::from_secs(env.number("SWEEP_INTERVAL_SECONDS", 60, 1, 3600)?),
             policy: config::policy(env)?,

@@ -1,9 +1,9 @@
 //! The data folder: readable by its owner alone, used by one host at a time.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
@@ -16,6 +16,8 @@ pub(crate) struct Lock {
 pub(crate) fn open(data_dir: &Path) -> anyhow::Result<Lock> {
     let place = || format!("DATA_DIR: cannot use {}", data_dir.display());
     DirBuilder::new().recursive(true).mode(0o700).create(data_dir).with_context(place)?;
+    // A folder that was there before may be open to others.
+    std::fs::set_permissions(data_dir, Permissions::from_mode(0o700)).with_context(place)?;
     let file = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -33,6 +35,23 @@ pub(crate) fn open(data_dir: &Path) -> anyhow::Result<Lock> {
     }
 }
 
+/// Where the model is unpacked, below the temporary directory: a folder of this user alone, since
+/// others may write beside it.
+pub(crate) fn model_folder(temporary: &Path) -> anyhow::Result<PathBuf> {
+    let user = rustix::process::getuid().as_raw();
+    let folder = temporary.join(format!("lesion-models-{user}"));
+    let place = || format!("TMPDIR: cannot use {}", folder.display());
+    match DirBuilder::new().mode(0o700).create(&folder) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error).with_context(place),
+        _ => {}
+    }
+    let metadata = std::fs::symlink_metadata(&folder).with_context(place)?;
+    if !metadata.is_dir() || metadata.uid() != user || metadata.mode() & 0o077 != 0 {
+        bail!("TMPDIR: {} is not a folder that only its owner can use; delete it", folder.display());
+    }
+    Ok(folder)
+}
+
 /// The key of the cache's keys, made at the first start.
 pub(crate) fn cache_secret(data_dir: &Path) -> anyhow::Result<Vec<u8>> {
     let path = data_dir.join("cache.key");
@@ -43,9 +62,12 @@ pub(crate) fn cache_secret(data_dir: &Path) -> anyhow::Result<Vec<u8>> {
         }
         Err(error) if error.kind() == ErrorKind::NotFound => {
             secret = (0..2).flat_map(|_| uuid::Uuid::new_v4().into_bytes()).collect();
-            let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&path)?;
+            // Renamed into place whole: half a key would keep every later start from starting.
+            let unfinished = data_dir.join("cache.key.new");
+            let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&unfinished)?;
             file.write_all(&secret)?;
             file.sync_all()?;
+            std::fs::rename(&unfinished, &path)?;
         }
         Err(error) => return Err(error).context("DATA_DIR: cannot read cache.key"),
     }

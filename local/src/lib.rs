@@ -36,6 +36,9 @@ pub use routes::openapi;
 /// the next start, when its lease has run out.
 const DRAIN: Duration = Duration::from_secs(25);
 
+/// How long open requests may take after that.
+const GOODBYE: Duration = Duration::from_secs(2);
+
 pub(crate) type Store = SqliteJobStore;
 pub(crate) type Queue = SqliteJobQueue;
 pub(crate) type Blobs = DirBlobStore;
@@ -75,9 +78,9 @@ impl Host {
 
         let digest =
             Bundle::publish(&config.model_dir, config.model_digest.as_deref(), &blobs).await.context("MODEL_DIR")?;
-        let bundle = Bundle::fetch(&blobs, &digest, &std::env::temp_dir().join("lesion-models")).await?;
-        let library = config.ort_library.clone();
-        let model = Arc::new(tokio::task::spawn_blocking(move || Model::load(bundle, &library)).await??);
+        let bundle = Bundle::fetch(&blobs, &digest, &data::model_folder(&config.temporary_dir)?).await?;
+        let (library, sessions) = (config.ort_library.clone(), config.inference_workers);
+        let model = Arc::new(tokio::task::spawn_blocking(move || Model::load(bundle, &library, sessions)).await??);
 
         let submit =
             Submit { jobs: store.clone(), queue: queue.clone(), blobs: blobs.clone(), clock: clock.clone(), policy };
@@ -140,19 +143,24 @@ impl Host {
         });
         let server = tokio::spawn(server.into_future());
 
-        stop.await;
+        let ended = tokio::select! {
+            () = stop => None,
+            ended = tasks.join_next() => ended,
+        };
         tracing::info!("stopping: what is in flight is finished first");
         let _ = stopper.send(true);
-        let drained = tokio::time::timeout(DRAIN, async {
-            while tasks.join_next().await.is_some() {}
-            server.await
-        });
-        match drained.await {
+        let drained = tokio::time::timeout(DRAIN, async { while tasks.join_next().await.is_some() {} }).await;
+        // Who still long-polls loses nothing by asking again.
+        let served = tokio::time::timeout(GOODBYE, server).await;
+        if drained.is_err() || served.is_err() {
+            tracing::warn!("stopped before everything was finished; the next start takes it up");
+        }
+        if let Some(Err(panic)) = ended {
+            return Err(panic).context("a worker has ended; serving on without it would only look healthy");
+        }
+        match served {
             Ok(served) => served?.context("the HTTP server failed"),
-            Err(_) => {
-                tracing::warn!("stopped before everything was finished; the next start takes it up");
-                Ok(())
-            }
+            Err(_) => Ok(()),
         }
     }
 }

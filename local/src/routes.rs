@@ -41,8 +41,6 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
         .route("/openapi.json", get(|| async move { Json(description) }))
         .fallback(http::no_route)
         .method_not_allowed_fallback(http::no_method)
-        // The functions set their own limits, with errors of the one shape.
-        .layer(axum::extract::DefaultBodyLimit::disable())
         .layer(middleware::from_fn(local_caller))
         .layer(middleware::from_fn(http::trace))
 }

@@ -23,6 +23,8 @@ const POLL: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_secs(1);
 /// Records that enrichment works at once; a slow LLM answer holds up the next batch.
 const FEED_BATCH: u32 = 10;
+/// Changes that concern nobody are passed by together: each move of the cursor is a write.
+const PASSED_BY: i64 = 100;
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(3600);
 /// Beyond the lease, so that a message comes back after its worker has given up.
 const VISIBILITY_MARGIN: TimeDelta = TimeDelta::seconds(10);
@@ -98,11 +100,15 @@ enum Fed {
 }
 
 async fn feed(host: &Host) -> Result<Fed, Error> {
-    let (changes, end) = host.store.changes("enrichment", Dispatch::Enrichment.as_str(), FEED_BATCH).await?;
-    if changes.is_empty() {
+    let changes = host.store.changes("enrichment", Dispatch::Enrichment.as_str(), FEED_BATCH).await?;
+    let end = changes.end;
+    if changes.matching.is_empty() {
+        if end - changes.cursor >= PASSED_BY {
+            host.store.advance("enrichment", end).await?;
+        }
         return Ok(Fed::None);
     }
-    let event: dynamodb::Event = serde_json::from_value(feed_event(&changes)).map_err(Error::internal)?;
+    let event: dynamodb::Event = serde_json::from_value(feed_event(&changes.matching)).map_err(Error::internal)?;
     let deadline = host.clock.now() + host.config.policy.lease;
     let response = host.enrichment.handle(event, deadline).await;
     let failed =

@@ -74,7 +74,8 @@ impl Env {
         T: FromStr<Err: Display> + PartialOrd + Display + Copy,
     {
         let value = self.parse(name)?.unwrap_or(default);
-        if value < least || value > most {
+        // Written so that NaN is refused as well.
+        if !(least..=most).contains(&value) {
             return Err(ConfigError::new(name, format!("must lie between {least} and {most}")));
         }
         Ok(value)

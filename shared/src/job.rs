@@ -190,6 +190,8 @@ pub struct LlmCall {
     pub claim: u64,
     pub at: Timestamp,
     pub latency_ms: u64,
+    /// Requests that the call took; all but the last failed.
+    pub tries: u32,
     /// `ok`, or the code of what went wrong.
     pub outcome: String,
     pub finish_reason: Option<String>,
@@ -382,6 +384,8 @@ pub struct Job {
     pub trace_id: String,
     /// Whether a description was asked for.
     pub describe: bool,
+    /// Names the idempotency item, which goes when the job is deleted.
+    pub idempotency_key: Option<String>,
     pub photo: Photo,
     pub quality: Option<Quality>,
     pub reading: Option<Reading>,
@@ -399,8 +403,13 @@ pub struct Tombstone {
     pub id: Uuid,
     pub caller: String,
     pub version: u64,
+    /// Where the cache may still hold the outputs; absent once they are erased for good.
     pub cache_key: Option<String>,
-    /// When sweep erases once more, one lease after the delete; absent when done.
+    /// One lease after the delete: from then on no worker can still be writing.
+    pub erase_after: Timestamp,
+    /// How often sweep has come by.
+    pub sweeps: u32,
+    /// When sweep erases (again); absent when everything is gone.
     pub due_at: Option<Timestamp>,
     pub expires_at: Timestamp,
 }
@@ -469,6 +478,7 @@ pub struct NewJob {
     pub caller: String,
     pub trace_id: String,
     pub describe: bool,
+    pub idempotency_key: Option<String>,
     pub photo: Photo,
 }
 
@@ -520,6 +530,7 @@ impl Job {
             expires_at: now + policy.result_ttl,
             trace_id: new.trace_id,
             describe: new.describe,
+            idempotency_key: new.idempotency_key,
             photo: new.photo,
             quality: None,
             reading: None,
@@ -787,6 +798,8 @@ impl Job {
             caller: self.caller.clone(),
             version: self.version + 1,
             cache_key: self.cache_key.clone(),
+            erase_after: now + policy.lease,
+            sweeps: 0,
             due_at: Some(now + policy.lease),
             expires_at: now + policy.tombstone_ttl,
         }
@@ -794,10 +807,20 @@ impl Job {
 }
 
 impl Tombstone {
-    /// The tombstone after sweep has erased once more.
+    /// The tombstone after sweep has erased the blobs: settled where the cache holds nothing,
+    /// otherwise due again, at doubling intervals, until [`Tombstone::forgotten`].
     #[must_use]
-    pub fn erased(&self) -> Self {
-        Self { version: self.version + 1, due_at: None, ..self.clone() }
+    pub fn swept(&self, now: Timestamp, policy: &Policy) -> Self {
+        let wait = policy.doubled(policy.redispatch, self.sweeps);
+        let due_at = self.cache_key.as_ref().map(|_| now + wait);
+        Self { version: self.version + 1, sweeps: self.sweeps + 1, due_at, ..self.clone() }
+    }
+
+    /// The tombstone after the cache entry was erased; `None` where a worker may still write it.
+    #[must_use]
+    pub fn forgotten(&self, now: Timestamp) -> Option<Self> {
+        let is_final = self.cache_key.is_some() && now >= self.erase_after;
+        is_final.then(|| Self { version: self.version + 1, cache_key: None, due_at: Some(now), ..self.clone() })
     }
 }
 

@@ -74,7 +74,14 @@ fn new_job() -> Job {
         size_bytes: 1,
         expires_at: at(0) + policy().photo_ttl,
     };
-    let new = NewJob { id: Uuid::nil(), caller: String::new(), trace_id: String::new(), describe: true, photo };
+    let new = NewJob {
+        id: Uuid::nil(),
+        caller: String::new(),
+        trace_id: String::new(),
+        describe: true,
+        idempotency_key: None,
+        photo,
+    };
     Job::new(new, at(0), &policy())
 }
 

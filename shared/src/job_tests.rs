@@ -22,7 +22,14 @@ fn pending(describe: bool) -> Job {
         size_bytes: 1,
         expires_at: at(0) + policy().photo_ttl,
     };
-    let new = NewJob { id: new_id(at(0)), caller: "local".into(), trace_id: "t".into(), describe, photo };
+    let new = NewJob {
+        id: new_id(at(0)),
+        caller: "local".into(),
+        trace_id: "t".into(),
+        describe,
+        idempotency_key: None,
+        photo,
+    };
     Job::new(new, at(0), &policy())
 }
 
@@ -231,4 +238,16 @@ fn a_tombstone_keeps_neither_photo_nor_result() {
     for word in ["photo", "reading", "predictions", "quality", "description"] {
         assert!(!text.contains(word), "{text}");
     }
+}
+
+#[test]
+fn a_tombstone_is_due_until_the_cache_entry_is_erased_after_the_last_lease() {
+    let tombstone = awaiting().tombstone(at(0), &policy());
+    assert_eq!(tombstone.forgotten(at(119)), None, "a worker may still put the entry back");
+    let swept = tombstone.swept(at(120), &policy());
+    assert_eq!(swept.due_at, Some(at(240)));
+    assert_eq!(swept.swept(at(240), &policy()).due_at, Some(at(480)), "a cache that is down is waited for");
+    let forgotten = swept.forgotten(at(241)).unwrap();
+    assert_eq!((forgotten.cache_key.as_deref(), forgotten.due_at), (None, Some(at(241))));
+    assert_eq!(forgotten.swept(at(242), &policy()).due_at, None);
 }

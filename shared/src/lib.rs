@@ -17,6 +17,8 @@ pub mod cache;
 pub mod config;
 #[cfg(feature = "server")]
 pub mod crash;
+#[cfg(feature = "server")]
+pub mod create;
 #[cfg(feature = "embedded")]
 pub mod embedded;
 #[cfg(feature = "server")]

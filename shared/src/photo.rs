@@ -16,6 +16,9 @@ use crate::error::{Code, Error};
 /// room. Checked against the header, before anything is decoded.
 pub const MAX_PIXELS: u64 = 50_000_000;
 
+/// The most that a photo may take when decoded: [`MAX_PIXELS`] of four bytes.
+pub const MAX_DECODED_BYTES: u64 = MAX_PIXELS * 4;
+
 /// The formats that are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
@@ -94,11 +97,15 @@ pub fn accept(bytes: &[u8]) -> Result<Accepted, Error> {
         Format::WebP => strip_webp(bytes)?,
     };
     let bytes = stripped.ok_or_else(unreadable)?;
-    let (width, height) = header(format, &bytes)?.dimensions();
-    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+    let decoder = header(format, &bytes)?;
+    let (width, height) = decoder.dimensions();
+    // Sixteen bits a channel with alpha take twice the room of what a phone makes.
+    if u64::from(width) * u64::from(height) > MAX_PIXELS || decoder.total_bytes() > MAX_DECODED_BYTES {
         let megapixels = MAX_PIXELS / 1_000_000;
-        return Err(Error::new(Code::PayloadTooLarge, format!("The photo has more than {megapixels} megapixels.")));
+        let message = format!("The photo has more than {megapixels} megapixels, or too many bits in each.");
+        return Err(Error::new(Code::PayloadTooLarge, message));
     }
+    drop(decoder);
     Ok(Accepted { format, width, height, orientation, bytes })
 }
 
@@ -108,7 +115,7 @@ fn header(format: Format, bytes: &[u8]) -> Result<impl ImageDecoder, Error> {
 }
 
 fn unreadable() -> Error {
-    Error::new(Code::PhotoUnreadable, "The photo is damaged: its header cannot be read.")
+    Error::new(Code::PhotoUnreadable, "The photo is damaged or cut off. Export it again, or take another.")
 }
 
 /// Splits `count` bytes off the front.
@@ -118,7 +125,8 @@ fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
     Some(head)
 }
 
-/// Keeps the frame, tables and scans; of APP0 and APP14 only what changes the colours.
+/// Keeps the frame, tables and scans; of APP0 and APP14 only what changes the colours. `None` for
+/// a JPEG that is cut off or of a kind that no camera makes (arithmetic, lossless, hierarchical).
 fn strip_jpeg(bytes: &[u8]) -> Option<Vec<u8>> {
     const SOI: u8 = 0xD8;
     const EOI: u8 = 0xD9;
@@ -137,7 +145,9 @@ fn strip_jpeg(bytes: &[u8]) -> Option<Vec<u8>> {
                 out.extend_from_slice(&[0xFF, EOI]);
                 return Some(out);
             }
-            0x00 | 0x01 | 0xD0..=0xD7 | SOI => continue,
+            // Another picture begins before this one has ended.
+            SOI => return None,
+            0x00 | 0x01 | 0xD0..=0xD7 => continue,
             _ => {}
         }
         let length = usize::from(u16::from_be_bytes([*rest.first()?, *rest.get(1)?]));
@@ -155,11 +165,15 @@ fn strip_jpeg(bytes: &[u8]) -> Option<Vec<u8>> {
                 out.extend_from_slice(&[0xFF, marker, 0, 14]);
                 out.extend_from_slice(&payload[..12]);
             }
-            0xE0..=0xFE => {}
-            _ => {
+            // Application data and comments.
+            0xE0..=0xEF | 0xFE => {}
+            // Frame (baseline, extended, progressive), Huffman and quantisation tables, restart
+            // interval, scan.
+            0xC0..=0xC2 | 0xC4 | 0xDB | 0xDD | SOS => {
                 out.extend_from_slice(&[0xFF, marker]);
                 out.extend_from_slice(segment);
             }
+            _ => return None,
         }
         if marker == SOS {
             let length = scan_length(rest);
@@ -167,8 +181,7 @@ fn strip_jpeg(bytes: &[u8]) -> Option<Vec<u8>> {
             out.extend_from_slice(scan);
         }
     }
-    // Cut off before EOI: the header may be right, and the decoder will judge the pixels.
-    Some(out)
+    None
 }
 
 /// Length of the entropy-coded data up to the next marker that is no stuffing and no restart.
@@ -186,40 +199,52 @@ fn scan_length(bytes: &[u8]) -> usize {
     bytes.len()
 }
 
-/// Keeps the chunks that make the pixels.
+/// Keeps the chunks that make the pixels. `None` for a PNG that is cut off.
 fn strip_png(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut rest = bytes;
     let mut out = Vec::with_capacity(bytes.len());
     out.extend_from_slice(take(&mut rest, 8)?);
-    while rest.len() >= 12 {
-        let length = usize::try_from(u32::from_be_bytes(rest[..4].try_into().ok()?)).ok()?;
-        let kind: [u8; 4] = rest[4..8].try_into().ok()?;
-        let Some(chunk) = take(&mut rest, length.checked_add(12)?) else { break };
-        if matches!(&kind, b"IHDR" | b"PLTE" | b"tRNS" | b"IDAT" | b"IEND") {
-            out.extend_from_slice(chunk);
+    loop {
+        let length = usize::try_from(u32::from_be_bytes(rest.get(..4)?.try_into().ok()?)).ok()?;
+        let kind: [u8; 4] = rest.get(4..8)?.try_into().ok()?;
+        let chunk = take(&mut rest, length.checked_add(12)?)?;
+        // Larger than its kind can be, a chunk carries something else.
+        let largest = match &kind {
+            b"IHDR" => 13,
+            b"PLTE" => 768,
+            b"tRNS" => 256,
+            b"IEND" => 0,
+            b"IDAT" => usize::MAX,
+            _ => continue,
+        };
+        if length > largest {
+            return None;
         }
+        out.extend_from_slice(chunk);
         if &kind == b"IEND" {
             return Some(out);
         }
     }
-    // Cut off: keep what there is of the last chunk, so that the decoder sees damaged pixels.
-    if rest.get(4..8) == Some(b"IDAT") {
-        out.extend_from_slice(rest);
-    }
-    Some(out)
 }
 
-/// Keeps the picture and its alpha; refuses animations.
+/// Keeps the picture and its alpha, the first of each; refuses animations. `Ok(None)` for a WebP
+/// that is cut off or whose two sizes differ.
 fn strip_webp(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
     const ICC_EXIF_XMP: u8 = 0x20 | 0x08 | 0x04;
-    let mut rest = &bytes[12..];
+    let riff_size = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]) as usize;
+    // What lies behind the container is no part of the picture.
+    let Some(mut rest) = bytes.get(12..riff_size.saturating_add(8)) else { return Ok(None) };
     let mut out = bytes[..12].to_vec();
+    let (mut canvas, mut frame, mut has_alpha) = (None, None, false);
     while rest.len() >= 8 {
         let kind = [rest[0], rest[1], rest[2], rest[3]];
         let length = u32::from_le_bytes([rest[4], rest[5], rest[6], rest[7]]) as usize;
-        // Chunks are padded to even lengths; a last one that is cut off is kept as far as it goes.
-        let padded = length.saturating_add(length % 2).saturating_add(8).min(rest.len());
-        let (chunk, tail) = rest.split_at(padded);
+        // Chunks are padded to even lengths; some writers leave the last pad byte out.
+        let padded = length.saturating_add(length % 2).saturating_add(8);
+        if length.saturating_add(8) > rest.len() {
+            return Ok(None);
+        }
+        let (chunk, tail) = rest.split_at(padded.min(rest.len()));
         rest = tail;
         match &kind {
             b"ANIM" | b"ANMF" => {
@@ -228,18 +253,47 @@ fn strip_webp(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
                     "Animated pictures are not supported; send a photo.",
                 ));
             }
-            b"VP8X" if chunk.len() >= 9 => {
+            b"VP8X" if canvas.is_none() && length == 10 => {
                 let at = out.len() + 8;
                 out.extend_from_slice(chunk);
                 out[at] &= !ICC_EXIF_XMP;
+                let side = |at: usize| u32::from_le_bytes([chunk[at], chunk[at + 1], chunk[at + 2], 0]) + 1;
+                canvas = Some((side(12), side(15)));
             }
-            b"VP8 " | b"VP8L" | b"ALPH" => out.extend_from_slice(chunk),
+            b"VP8X" => return Ok(None),
+            b"VP8 " | b"VP8L" if frame.is_none() => {
+                frame = webp_frame_size(&kind, &chunk[8..]);
+                if frame.is_none() {
+                    return Ok(None);
+                }
+                out.extend_from_slice(chunk);
+            }
+            b"ALPH" if !has_alpha => {
+                has_alpha = true;
+                out.extend_from_slice(chunk);
+            }
             _ => {}
         }
+    }
+    // A large frame behind a small canvas would pass the cap on pixels.
+    if frame.is_none() || canvas.is_some_and(|canvas| Some(canvas) != frame) {
+        return Ok(None);
     }
     let Ok(size) = u32::try_from(out.len() - 8) else { return Ok(None) };
     out[4..8].copy_from_slice(&size.to_le_bytes());
     Ok(Some(out))
+}
+
+/// Width and height of a VP8 key frame (RFC 6386, 9.1) or a VP8L picture (RFC 9649, 3.4).
+fn webp_frame_size(kind: &[u8; 4], data: &[u8]) -> Option<(u32, u32)> {
+    if kind == b"VP8L" {
+        let [0x2F, bits @ ..] = data.get(..5)? else { return None };
+        let bits = u32::from_le_bytes(bits.try_into().ok()?);
+        return Some(((bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1));
+    }
+    let [0x9D, 0x01, 0x2A, size @ ..] = data.get(3..10)? else { return None };
+    let side = |low: u8, high: u8| u32::from(u16::from_le_bytes([low, high]) & 0x3FFF);
+    Some((side(size[0], size[1]), side(size[2], size[3])))
 }
 
 #[cfg(test)]

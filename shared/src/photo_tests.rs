@@ -136,6 +136,61 @@ fn too_many_pixels_are_refused_by_the_header_alone() {
     assert_eq!(accept(&png).unwrap_err().code(), Code::PayloadTooLarge);
 }
 
+/// A VP8X header and a frame of a picture, as `webp_with_metadata` makes them.
+fn webp_of(chunks: &[&[u8]]) -> Vec<u8> {
+    let body = [b"WEBP".as_slice(), &chunks.concat()].concat();
+    [b"RIFF".as_slice(), &(body.len() as u32).to_le_bytes(), &body].concat()
+}
+
+#[test]
+fn what_hides_data_where_no_decoder_looks_is_refused_or_cut_off() {
+    let plain = encoded(ImageFormat::Jpeg);
+    let png = encoded(ImageFormat::Png);
+    let webp = encoded(ImageFormat::WebP);
+    let secret = b"SECRET".as_slice();
+    let reserved = [&plain[..2], &jpeg_segment(0x4F, secret), &plain[2..]].concat();
+    let hierarchical = [&plain[..2], &jpeg_segment(0xDE, secret), &plain[2..]].concat();
+    let second_picture = [&plain[..plain.len() - 2], &jpeg_with_metadata()[..]].concat();
+    let palette = [&png[..33], &png_chunk(b"tRNS", &[secret, &[0; 300]].concat()), &png[33..]].concat();
+    let mut long_idat = [&png[..33], &png_chunk(b"IDAT", secret)].concat();
+    long_idat[33..37].copy_from_slice(&1_000_000_u32.to_be_bytes());
+    let long_canvas = webp_of(&[b"VP8X\x14\0\0\0\0\0\0\0", &[39, 0, 0, 29, 0, 0], b"SECRET0123", &webp[12..]]);
+    for (name, bytes) in [
+        ("reserved marker", reserved),
+        ("hierarchical marker", hierarchical),
+        ("second picture", second_picture),
+        ("large tRNS", palette),
+        ("IDAT beyond the end", long_idat),
+        ("long VP8X", long_canvas),
+    ] {
+        assert_eq!(accept(&bytes).unwrap_err().code(), Code::PhotoUnreadable, "{name}");
+    }
+    let behind = [webp.as_slice(), secret].concat();
+    let twice = webp_of(&[&webp[12..], b"VP8L\x06\0\0\0SECRET"]);
+    for bytes in [behind, twice] {
+        let kept = accept(&bytes).unwrap().bytes;
+        assert!(!kept.windows(6).any(|window| window == secret));
+        assert_eq!(pixels(&kept), pixels(&webp));
+    }
+}
+
+#[test]
+fn a_large_frame_behind_a_small_canvas_is_refused() {
+    let webp = encoded(ImageFormat::WebP);
+    let canvas = |width: u8, height: u8| [b"VP8X\x0a\0\0\0\0\0\0\0".as_slice(), &[width, 0, 0, height, 0, 0]].concat();
+    assert!(accept(&webp_of(&[&canvas(39, 29), &webp[12..]])).is_ok());
+    assert_eq!(accept(&webp_of(&[&canvas(9, 9), &webp[12..]])).unwrap_err().code(), Code::PhotoUnreadable);
+}
+
+#[test]
+fn sixteen_bits_a_channel_count_against_the_cap() {
+    let mut png = encoded(ImageFormat::Png);
+    png[16..26].copy_from_slice(&[0, 0, 0x1B, 0x58, 0, 0, 0x13, 0x88, 16, 6]); // 7,000 × 5,000, RGBA, 16 bits
+    let crc = crc32(&png[12..29]);
+    png[29..33].copy_from_slice(&crc.to_be_bytes());
+    assert_eq!(accept(&png).unwrap_err().code(), Code::PayloadTooLarge);
+}
+
 #[test]
 fn any_cut_of_a_photo_is_refused_or_stored_but_never_panics() {
     for bytes in [jpeg_with_metadata(), png_with_metadata(), webp_with_metadata()] {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::clock::Timestamp;
 use crate::error::Error;
-use crate::job::{Fence, Job, Record};
+use crate::job::{Fence, Job, Record, Tombstone};
 use crate::message::Message;
 
 type Result<T> = std::result::Result<T, Error>;
@@ -52,10 +52,16 @@ pub trait JobStore: Send + Sync + 'static {
     /// Writes `after` where the record that `fence` names still stands; `false` where it does not.
     fn replace(&self, fence: Fence, after: &Record) -> impl Future<Output = Result<bool>> + Send;
 
-    /// Records with `due_at` at or before `now`, longest due first, at most `limit`.
+    /// Puts a tombstone in the place of `job`, where it still stands, and deletes its idempotency
+    /// item in the same transaction; `false` where the record is another.
+    fn bury(&self, job: &Job, tombstone: &Tombstone) -> impl Future<Output = Result<bool>> + Send;
+
+    /// Records with `due_at` at or before `now`, longest due first, at most `limit`. One that this
+    /// build cannot read is left out and logged.
     fn due(&self, now: Timestamp, limit: u32) -> impl Future<Output = Result<Vec<Record>>> + Send;
 
-    /// A caller's live jobs with ids below `before`, newest first, at most `limit`.
+    /// A caller's live jobs with ids below `before`, newest first, at most `limit`; unreadable ones
+    /// are left out and logged.
     fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> impl Future<Output = Result<Vec<Job>>> + Send;
 }
 

@@ -108,6 +108,7 @@ async fn what_is_no_photo_is_refused_with_its_own_code() {
     let message = assert_error(raw(heic).await.unwrap(), 415, "heic_not_supported").await;
     assert!(message.contains("Most Compatible"), "{message}");
     assert_error(raw(mole()[..20].to_vec()).await.unwrap(), 422, "photo_unreadable").await;
+    assert_error(raw(mole()[..mole().len() / 2].to_vec()).await.unwrap(), 422, "photo_unreadable").await;
     assert_error(raw(Vec::new()).await.unwrap(), 400, "invalid_request").await;
     assert_error(json(json!({"image": "no base64!"})).await.unwrap(), 400, "invalid_request").await;
     assert_error(json(json!({"image": "", "colour": 1})).await.unwrap(), 400, "invalid_request").await;
@@ -147,6 +148,37 @@ async fn a_photo_above_four_mebibytes_is_refused_however_it_comes() {
 }
 
 #[tokio::test]
+async fn a_form_without_an_end_is_refused_before_it_fills_the_memory() {
+    let host = Running::start(&[]).await;
+    for content in [
+        vec![0; 16 * 1024 * 1024],
+        b"--b\r\nContent-Disposition: form-data; name=\"describe\"\r\n\r\ntrue\r\n".repeat(200_000),
+    ] {
+        let request =
+            host.http.post(format!("{}/submit", host.url)).header("content-type", "multipart/form-data; boundary=b");
+        // The answer comes before the body was sent whole; a client that insists sees the connection end.
+        if let Ok(response) = request.body(content).send().await {
+            assert_error(response, 413, "payload_too_large").await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn base64_comes_with_line_breaks_and_as_a_data_url() {
+    let host = Running::start(&[]).await;
+    let text = STANDARD.encode(mole());
+    let broken =
+        text.as_bytes().chunks(76).map(|line| std::str::from_utf8(line).unwrap()).collect::<Vec<_>>().join("\n");
+    for image in [broken, format!("data:image/png;base64,{text}")] {
+        let response =
+            host.http.post(format!("{}/submit", host.url)).json(&json!({"image": image})).send().await.unwrap();
+        assert_eq!(response.status().as_u16(), 202);
+    }
+    let query = host.http.post(format!("{}/submit?describe=false", host.url)).json(&json!({"image": text})).send();
+    assert_error(query.await.unwrap(), 400, "invalid_request").await;
+}
+
+#[tokio::test]
 async fn wrong_addresses_methods_and_parameters_get_the_one_error_shape() {
     let host = Running::start(&[]).await;
     let unknown = "/result/00000000-0000-7000-8000-000000000000";
@@ -154,6 +186,9 @@ async fn wrong_addresses_methods_and_parameters_get_the_one_error_shape() {
     assert_error(host.get("/submit").await, 405, "method_not_allowed").await;
     assert_error(host.get(unknown).await, 404, "not_found").await;
     assert_error(host.get("/result/42").await, 404, "not_found").await;
+    assert_error(host.get("/result/%ff").await, 404, "not_found").await;
+    let encoded = host.http.delete(format!("{}/result/%ff", host.url)).send();
+    assert_error(encoded.await.unwrap(), 404, "not_found").await;
     assert_error(host.get("/result").await, 400, "invalid_request").await;
     assert_error(host.get(&format!("{unknown}?wait=26")).await, 400, "invalid_request").await;
     assert_error(host.get(&format!("{unknown}?wait=-1")).await, 400, "invalid_request").await;

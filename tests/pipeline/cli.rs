@@ -52,12 +52,27 @@ async fn photos_are_submitted_waited_for_listed_and_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_photo_goes_to_the_api_and_not_through_a_proxy() {
+    let host = Running::start(&[]).await;
+    let output = Command::new(binary("lesion"))
+        .env_clear()
+        .env("HTTP_PROXY", "http://127.0.0.1:1")
+        .args(["--api", &host.url, "list"])
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn exit_codes_tell_what_happened() {
     let host = Running::start(&[]).await;
     let folder = tempfile::tempdir().unwrap();
     let damaged = folder.path().join("damaged.png");
     let whole = std::fs::read(root().join("model/samples/mole-drawn.png")).unwrap();
-    std::fs::write(&damaged, &whole[..whole.len() / 2]).unwrap();
+    let mut spoilt = whole.clone();
+    spoilt[whole.len() / 2] ^= 0xFF;
+    std::fs::write(&damaged, spoilt).unwrap();
     let code = async |arguments: &[&str]| lesion(&host.url, arguments).await.status.code();
     assert_eq!(code(&["submit", "--wait", "blurred.png"]).await, Some(3));
     assert_eq!(code(&["submit", "--wait", damaged.to_str().unwrap()]).await, Some(4));

@@ -1,7 +1,7 @@
 //! The process is killed (SIGKILL) between any two writes of a handler, started again, and every
 //! job must end exactly once, with nothing left behind.
 //!
-//! `Point::ALL` is the list; the last test fails where a point is in no scenario.
+//! `Point::ALL` is the list; the first test fails where a point is in no scenario.
 
 use std::path::Path;
 

@@ -9,6 +9,7 @@
 mod api;
 mod cli;
 mod docs;
+mod faults;
 mod kill;
 mod llm;
 mod models;

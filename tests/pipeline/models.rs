@@ -22,7 +22,7 @@ fn shipped() -> (Value, Vec<u8>) {
 
 fn load(manifest: &Value, network: Vec<u8>) -> Result<Model, String> {
     let bundle = Bundle::verify(manifest.to_string().as_bytes(), network, None).map_err(|error| error.to_string())?;
-    Model::load(bundle, &ort_library()).map_err(|error| error.to_string())
+    Model::load(bundle, &ort_library(), 1).map_err(|error| error.to_string())
 }
 
 #[test]

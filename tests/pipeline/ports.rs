@@ -2,8 +2,8 @@
 
 use chrono::TimeDelta;
 use shared::clock::{Clock, Timestamp, from_millis};
-use shared::embedded::{DirBlobStore, SqliteJobQueue, SqliteJobStore};
-use shared::job::{Job, NewJob, Photo, Policy, Record, new_id};
+use shared::embedded::{Changes, DirBlobStore, SqliteJobQueue, SqliteJobStore};
+use shared::job::{Job, NewJob, Photo, Policy, Record, Tombstone, new_id};
 use shared::message::Message;
 use shared::ports::{BlobStore, Created, Idempotency, JobQueue, JobStore};
 use uuid::Uuid;
@@ -21,7 +21,14 @@ fn new_job(caller: &str, now: Timestamp) -> Job {
         size_bytes: 1,
         expires_at: now + TimeDelta::days(7),
     };
-    let new = NewJob { id: new_id(now), caller: caller.into(), trace_id: String::new(), describe: true, photo };
+    let new = NewJob {
+        id: new_id(now),
+        caller: caller.into(),
+        trace_id: String::new(),
+        describe: true,
+        idempotency_key: None,
+        photo,
+    };
     Job::new(new, now, &Policy::default())
 }
 
@@ -72,6 +79,19 @@ async fn job_store_suite(store: impl JobStore) {
     assert_eq!(store.due(now + policy.lease, 10).await.unwrap().len(), 1);
     assert_eq!(store.due(now + TimeDelta::hours(26), 1).await.unwrap().len(), 1);
 
+    // A delete takes the key with it: the same request may come again.
+    let third = Job { idempotency_key: Some("again".into()), ..new_job("carol", now) };
+    let third_item = Idempotency {
+        caller: "carol".into(),
+        key: "again".into(),
+        fingerprint: "f".into(),
+        id: third.id,
+        expires_at: now + TimeDelta::hours(24),
+    };
+    assert_eq!(store.create(&third, Some(&third_item)).await.unwrap(), Created::New);
+    assert!(store.bury(&third, &third.tombstone(now, &policy)).await.unwrap());
+    assert_eq!(store.idempotency("carol", "again", now).await.unwrap(), None);
+
     // A list is its caller's, newest first, without tombstones.
     let ids = |jobs: Vec<Job>| jobs.into_iter().map(|job| job.id).collect::<Vec<Uuid>>();
     assert_eq!(ids(store.list("alice", None, 10).await.unwrap()), [second.id, job.id]);
@@ -79,15 +99,21 @@ async fn job_store_suite(store: impl JobStore) {
     assert_eq!(ids(store.list("alice", None, 1).await.unwrap()), [second.id]);
     assert_eq!(ids(store.list("bob", None, 10).await.unwrap()), [] as [Uuid; 0]);
     let tombstone = claimed.tombstone(now, &policy);
-    assert!(store.replace(claimed.fence(), &Record::Tombstone(tombstone.clone())).await.unwrap());
+    assert!(!store.bury(&job, &tombstone).await.unwrap(), "buried by a stale record");
+    assert!(store.bury(&claimed, &tombstone).await.unwrap());
     assert_eq!(ids(store.list("alice", None, 10).await.unwrap()), [second.id]);
     let record = Record::Tombstone(tombstone.clone());
     assert_eq!(store.get(job.id).await.unwrap(), Some(record.clone()));
     assert!(!store.replace(claimed.fence(), &Record::Job(claimed)).await.unwrap());
 
     // A settled tombstone is due no more.
-    assert!(store.replace(record.fence(), &Record::Tombstone(tombstone.erased())).await.unwrap());
-    assert_eq!(store.due(now + TimeDelta::hours(26), 10).await.unwrap().len(), 1);
+    assert!(
+        store
+            .replace(record.fence(), &Record::Tombstone(Tombstone { due_at: None, version: 9, ..tombstone }))
+            .await
+            .unwrap()
+    );
+    assert_eq!(store.due(now + TimeDelta::hours(26), 10).await.unwrap().len(), 2);
 }
 
 async fn blob_store_suite(store: impl BlobStore) {
@@ -197,18 +223,18 @@ async fn the_feed_shows_each_write_until_the_cursor_has_passed_it() {
         store.replace(claimed.fence(), &Record::Job(marked)).await.unwrap();
         waiting.push(job.id);
     }
-    let (changes, end) = store.changes("enrichment", "enrichment", 2).await.unwrap();
+    let Changes { matching: changes, end, .. } = store.changes("enrichment", "enrichment", 2).await.unwrap();
     assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[..2]);
-    let (again, _) = store.changes("enrichment", "enrichment", 2).await.unwrap();
+    let again = store.changes("enrichment", "enrichment", 2).await.unwrap().matching;
     assert_eq!(again, changes, "what was not passed is shown again");
     store.advance("enrichment", end).await.unwrap();
     drop(store);
 
     // The cursor is durable.
     let store = SqliteJobStore::open(&path).unwrap();
-    let (changes, end) = store.changes("enrichment", "enrichment", 10).await.unwrap();
+    let Changes { matching: changes, end, .. } = store.changes("enrichment", "enrichment", 10).await.unwrap();
     assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[2..]);
     store.advance("enrichment", end).await.unwrap();
     store.advance("enrichment", 1).await.unwrap();
-    assert_eq!(store.changes("enrichment", "enrichment", 10).await.unwrap().0, []);
+    assert_eq!(store.changes("enrichment", "enrichment", 10).await.unwrap().matching, []);
 }

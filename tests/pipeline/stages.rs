@@ -53,18 +53,31 @@ async fn a_picture_of_something_else_gets_no_label_and_no_description() {
     assert!(result["description"].is_null(), "an abstention reassures nobody: {result}");
 }
 
+/// Where a JPEG's first scan begins.
+fn scan_start(jpeg: &[u8]) -> usize {
+    let marker = jpeg.windows(2).position(|pair| pair == [0xFF, 0xDA]).unwrap();
+    marker + 2 + usize::from(u16::from_be_bytes([jpeg[marker + 2], jpeg[marker + 3]]))
+}
+
 #[tokio::test]
 async fn damaged_pixels_fail_for_good_and_say_so() {
     let host = Running::start(&[]).await;
     let (jpeg, png) = (jpeg(&drawn()), mole());
+    let (start, end) = (scan_start(&jpeg), jpeg.len() - 2);
+    let third = (end - start) / 3;
+    let mut zeroed = jpeg.clone();
+    zeroed[start + third..start + 2 * third].fill(0);
+    let cut_out = [&jpeg[..start + third], &jpeg[start + 2 * third..]].concat();
+    let cut_off = [&jpeg[..start + third], &[0xFF, 0xD9]].concat();
     let mut flipped = png.clone();
     let middle = flipped.len() / 2;
     flipped[middle] ^= 0xFF;
-    for damaged in [jpeg[..jpeg.len() / 2].to_vec(), png[..png.len() / 2].to_vec(), flipped] {
+    for (name, damaged) in [("zeroed", zeroed), ("cut out", cut_out), ("cut off", cut_off), ("flipped", flipped)] {
         let result = host.run(&damaged).await;
-        assert_eq!(result["status"], "failed", "{result}");
-        assert_eq!(result["error"]["code"], "photo_unreadable", "{result}");
-        assert_eq!(result["error"]["retryable"], false, "{result}");
+        assert_eq!(result["status"], "failed", "{name}: {result}");
+        assert_eq!(result["error"]["code"], "photo_unreadable", "{name}: {result}");
+        assert_eq!(result["error"]["retryable"], false, "{name}: {result}");
+        assert_eq!(result["predictions"], serde_json::json!([]), "{name}");
     }
 }
 
@@ -214,6 +227,69 @@ async fn a_delete_while_a_worker_holds_the_job_wins() {
     clock.advance(TimeDelta::days(16));
     assert_eq!(host.store.remove_expired(clock.now()).await.unwrap(), 1);
     assert_eq!(host.store.get(id).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_deleted_photos_words_are_in_no_file_and_its_key_may_come_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(Utc::now());
+    let host = open(folder.path(), clock.clone(), &[]).await;
+    let caller = Caller("local".into());
+    let submission = || Submission { image: mole(), describe: true };
+    let id = host.submit.accept(&caller, Some("key".into()), submission()).await.unwrap();
+    let deadline = clock.now() + TimeDelta::seconds(60);
+    host.inference.process(Message::Infer { id }, deadline).await;
+    host.enrichment.process(id, deadline).await.unwrap();
+    let holds = |text: &str| {
+        ["jobs.sqlite", "jobs.sqlite-wal"].iter().any(|file| {
+            let bytes = std::fs::read(folder.path().join(file)).unwrap_or_default();
+            bytes.windows(text.len()).any(|window| window == text.as_bytes())
+        })
+    };
+    assert!(holds("predictions"), "the test must be able to find it");
+    host.results.delete(&caller, &id.to_string()).await.unwrap();
+    assert!(!holds("predictions") && !holds("gives the highest probability"));
+    let again = host.submit.accept(&caller, Some("key".into()), submission()).await.unwrap();
+    assert_ne!(again, id, "the key of a deleted job must not answer with it");
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_read_holds_up_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(Utc::now());
+    let host = open(folder.path(), clock.clone(), &[]).await;
+    let spoilt = make_job(&host, mole()).await;
+    let other = make_job(&host, mole()).await;
+    let jobs = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
+    let sql = "UPDATE jobs SET record = replace(record, '\"pending\"', '\"dancing\"') WHERE id = ?1";
+    assert_eq!(jobs.execute(sql, [spoilt.to_string()]).unwrap(), 1);
+    clock.advance(TimeDelta::seconds(121));
+    assert_eq!(host.sweep.handle(schedule()).await.unwrap().sent, 1);
+    let listed = host.store.list("local", None, 10).await.unwrap();
+    assert_eq!(listed.iter().map(|job| job.id).collect::<Vec<_>>(), [other]);
+    // The feed gives it up as well, rather than meet it again for ever.
+    let feed = serde_json::json!({"Records": [{
+        "awsRegion": "local", "eventID": "1", "eventName": "MODIFY",
+        "dynamodb": {"Keys": {"id": {"S": spoilt}}, "SequenceNumber": "1", "ApproximateCreationDateTime": 0, "SizeBytes": 0},
+    }]});
+    let response = host.enrichment.handle(serde_json::from_value(feed).unwrap(), clock.now()).await;
+    assert!(response.batch_item_failures.is_empty());
+}
+
+#[tokio::test]
+async fn an_order_to_erase_outlives_a_cache_that_is_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(Utc::now());
+    let host = open(folder.path(), clock.clone(), &[("REDIS_URL", "redis://127.0.0.1:1")]).await;
+    let id = make_job(&host, mole()).await;
+    let deadline = clock.now() + TimeDelta::seconds(60);
+    host.inference.process(Message::Infer { id }, deadline).await;
+    host.results.delete(&Caller("local".into()), &id.to_string()).await.unwrap();
+    for _ in 0..20 {
+        clock.advance(TimeDelta::hours(1));
+        assert_eq!(host.inference.process(Message::Forget { id }, deadline).await, inference::Outcome::Again);
+        assert_eq!(host.sweep.handle(schedule()).await.unwrap().erased, 1, "still due, order sent again");
+    }
 }
 
 #[tokio::test]

@@ -32,6 +32,16 @@ async fn bad_configuration_refuses_to_start_and_names_the_variable() {
         ("INFERENCE_WORKERS", &[("INFERENCE_WORKERS", "none")]),
         ("REDIS_URL", &[("REDIS_URL", "not a url")]),
         ("LLM_BASE_URL", &[("LLM_BASE_URL", "ftp://x"), ("LLM_MODEL", "m")]),
+        ("LLM_MODEL", &[("LLM_MODEL", "m")]),
+        ("LLM_API_KEY", &[("LLM_API_KEY", "sk-x")]),
+        (
+            "LLM_API_KEY",
+            &[("LLM_BASE_URL", "http://127.0.0.1:1/v1"), ("LLM_MODEL", "m"), ("LLM_API_KEY", "two\nlines")],
+        ),
+        (
+            "LLM_TEMPERATURE",
+            &[("LLM_BASE_URL", "http://127.0.0.1:1/v1"), ("LLM_MODEL", "m"), ("LLM_TEMPERATURE", "NaN")],
+        ),
         ("LLM_MODEL", &[("LLM_BASE_URL", "http://127.0.0.1:1/v1")]),
         (
             "LLM_TEMPERATURE",
@@ -48,6 +58,20 @@ async fn bad_configuration_refuses_to_start_and_names_the_variable() {
         assert_eq!(output.status.code(), Some(1), "{variable}: {complaint}");
         assert!(complaint.lines().count() == 1 && complaint.contains(variable), "{variable}: {complaint}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_else_on_the_machine_can_read_the_data() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let host = crate::support::open(folder.path(), shared::clock::Clock::System, &[]).await;
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(folder.path()), 0o700);
+    for file in ["jobs.sqlite", "jobs.sqlite-wal", "queue.sqlite", "cache.key", "lock"] {
+        assert_eq!(mode(&folder.path().join(file)), 0o600, "{file}");
+    }
+    drop(host);
 }
 
 #[tokio::test(flavor = "multi_thread")]

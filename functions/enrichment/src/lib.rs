@@ -77,7 +77,8 @@ impl<J: JobStore> Enrichment<J> {
             Ok(()) => true,
             Err(error) => {
                 tracing::error!(job.id = %id, error.code = error.code().as_str(), error.chain = error.chain(), "job not described");
-                false
+                // A record that this build cannot read would hold the feed up for ever.
+                !error.is_retryable()
             }
         }
     }
@@ -122,12 +123,13 @@ impl<J: JobStore> Enrichment<J> {
         let at = self.clock.now();
         let lease = (lease_until - at).to_std().unwrap_or(Duration::ZERO);
         let started = Instant::now();
-        let answer = server.complete(&prompt(reading), started + (lease - MARGIN.min(lease / 4))).await;
+        let (answer, tries) = server.complete(&prompt(reading), started + (lease - MARGIN.min(lease / 4))).await;
         let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let mut call = LlmCall {
             claim: job.claim,
             at,
             latency_ms,
+            tries,
             outcome: "ok".to_owned(),
             finish_reason: None,
             prompt_tokens: None,
@@ -244,7 +246,9 @@ fn prompt(reading: &Reading) -> Prompt {
 /// # Errors
 /// The code of what keeps the answer out.
 fn description(reading: &Reading, answer: &Answer) -> Result<Description, &'static str> {
-    let explanation: Explanation = serde_json::from_str(answer.text.trim()).map_err(|_| "llm_invalid_answer")?;
+    // Some servers wrap JSON in a code block, schema or not.
+    let text = answer.text.trim().trim_start_matches("```json").trim_matches('`').trim();
+    let explanation: Explanation = serde_json::from_str(text).map_err(|_| "llm_invalid_answer")?;
     // Typographic apostrophes are the one harmless thing that models write against the rules.
     let text = explanation.explanation.replace('\u{2019}', "'");
     let names: Vec<&str> = template::described(reading).into_iter().map(|class| class.name.as_str()).collect();

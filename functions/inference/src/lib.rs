@@ -5,6 +5,7 @@
 //! message's visibility. A message may come twice or late: the claim decides, not the message.
 
 pub mod bundle;
+pub mod jpeg;
 pub mod manifest;
 pub mod model;
 pub mod picture;
@@ -49,6 +50,8 @@ pub enum Outcome {
     Acknowledge,
     /// It comes back after this long.
     Retry(TimeDelta),
+    /// It comes back, later each time.
+    Again,
 }
 
 /// A job's way through the model.
@@ -84,9 +87,14 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
                 return false;
             }
         };
-        match self.process(message, deadline).await {
-            Outcome::Acknowledge => true,
-            Outcome::Retry(delay) => {
+        let delay = match self.process(message, deadline).await {
+            Outcome::Acknowledge => None,
+            Outcome::Retry(delay) => Some(delay),
+            Outcome::Again => Some(self.policy.doubled(self.policy.backoff, receives(record) - 1)),
+        };
+        match delay {
+            None => true,
+            Some(delay) => {
                 let seconds = u32::try_from(delay.num_seconds()).unwrap_or(0);
                 let receipt = record.receipt_handle.as_deref().unwrap_or("");
                 if let Err(error) = self.queue.set_visibility(receipt, seconds).await {
@@ -107,7 +115,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         };
         result.unwrap_or_else(|error| {
             tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "message not worked");
-            Outcome::Retry(self.policy.backoff)
+            Outcome::Again
         })
     }
 
@@ -184,13 +192,21 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         })
     }
 
-    /// Erases the cache entry of a deleted job.
+    /// Erases the cache entry of a deleted job, and says so in its tombstone once no worker can
+    /// put it back.
     async fn forget(&self, id: uuid::Uuid) -> Result<Outcome, Error> {
         let Some(Record::Tombstone(tombstone)) = self.jobs.get(id).await? else { return Ok(Outcome::Acknowledge) };
-        let Some(key) = tombstone.cache_key else { return Ok(Outcome::Acknowledge) };
-        let erased = self.cache.remove(&key).await;
+        let Some(key) = &tombstone.cache_key else { return Ok(Outcome::Acknowledge) };
+        if !self.cache.remove(key).await {
+            return Ok(Outcome::Again);
+        }
         crash::here(Point::InferenceForgotten);
-        Ok(if erased { Outcome::Acknowledge } else { Outcome::Retry(self.policy.backoff) })
+        if let Some(forgotten) = tombstone.forgotten(self.clock.now()) {
+            let fence = Record::Tombstone(tombstone).fence();
+            // Where sweep was faster the tombstone is due, and the order comes once more.
+            self.jobs.replace(fence, &Record::Tombstone(forgotten)).await?;
+        }
+        Ok(Outcome::Acknowledge)
     }
 
     /// From the stored photo to an outcome. Errors are those that another attempt may cure.
@@ -222,6 +238,12 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
     }
 }
 
+/// How often a message was received, this time included.
+fn receives(record: &SqsMessage) -> u32 {
+    let count = record.attributes.get("ApproximateReceiveCount").and_then(|count| count.parse().ok());
+    count.unwrap_or(1).max(1)
+}
+
 /// Another worker or sweep has moved the job on: nothing was written, nothing is left to do.
 fn lost(job: &Job, refused: Refused) -> Outcome {
     tracing::warn!(job.id = %job.id, trace.id = job.trace_id, job.claim = job.claim, error.code = "claim_lost", error.chain = %refused, "claim lost");
@@ -251,7 +273,7 @@ fn read_photo(
         return Worked { outcome: InferenceOutcome::Retake { quality }, timings, outputs: None };
     }
 
-    let (outputs, fresh) = match cached {
+    let (outputs, fresh) = match cached.filter(|outputs| model.fits(outputs)) {
         Some(outputs) => (outputs, false),
         None => {
             let started = Instant::now();

@@ -1,7 +1,7 @@
 //! The network behind its manifest: the only file that knows ONNX Runtime.
 
 use std::path::Path;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -32,7 +32,8 @@ pub struct ModelError(String);
 pub struct Model {
     pub digest: String,
     pub manifest: Manifest,
-    session: Mutex<Session>,
+    /// One for each photo that is worked at the same time: a run needs a session to itself.
+    sessions: Vec<Mutex<Session>>,
 }
 
 /// One environment a process is all that ONNX Runtime allows.
@@ -53,18 +54,22 @@ fn environment(library: &Path) -> Result<&'static Environment, Refused> {
 }
 
 impl Model {
-    /// Loads a verified bundle into ONNX Runtime (`library`, a path) and tries it on its golden
-    /// pictures.
+    /// Loads a verified bundle into `sessions` sessions of ONNX Runtime (`library`, a path) and
+    /// tries it on its golden pictures.
     ///
     /// # Errors
     /// [`Refused`] where the library is missing, the network does not fit the manifest, or a
     /// golden picture comes out otherwise than it says.
-    pub fn load(bundle: Bundle, library: &Path) -> Result<Self, Refused> {
+    pub fn load(bundle: Bundle, library: &Path, sessions: usize) -> Result<Self, Refused> {
         let environment = environment(library)?;
         let refused = |error: ort::Error| Refused::new(format!("{}: {error}", bundle.manifest.network.file));
         let session = build_session(environment, &bundle.network).map_err(refused)?;
         check_interface(&session, &bundle.manifest)?;
-        let model = Self { digest: bundle.digest, manifest: bundle.manifest, session: Mutex::new(session) };
+        let mut pool = vec![Mutex::new(session)];
+        for _ in 1..sessions {
+            pool.push(Mutex::new(build_session(environment, &bundle.network).map_err(refused)?));
+        }
+        let model = Self { digest: bundle.digest, manifest: bundle.manifest, sessions: pool };
         model.check_golden()?;
         Ok(model)
     }
@@ -80,8 +85,7 @@ impl Model {
             Tensor::Float32(values) => ort::inputs![name => TensorRef::from_array_view(values).map_err(failed)?],
             Tensor::Uint8(values) => ort::inputs![name => TensorRef::from_array_view(values).map_err(failed)?],
         };
-        // A panic in a run leaves the session as it was: it holds no half-written state of ours.
-        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut session = self.free_session();
         let outputs = session.run(inputs).map_err(failed)?;
         let read = |name: &str| -> Result<Vec<f32>, ModelError> {
             let value = outputs.get(name).ok_or_else(|| ModelError(format!("no output {name:?}")))?;
@@ -91,13 +95,31 @@ impl Model {
         let scores = read(&self.manifest.outputs.scores.name)?;
         let ood = self.manifest.outputs.ood.as_ref().map(|output| read(&output.name)).transpose()?;
         let ood = ood.map(|values| values.first().copied().unwrap_or(f32::NAN));
-        if scores.len() != self.manifest.labels.len() {
-            return Err(ModelError(format!("{} scores for {} labels", scores.len(), self.manifest.labels.len())));
+        let outputs = RawOutputs { scores, ood };
+        if self.fits(&outputs) {
+            Ok(outputs)
+        } else {
+            Err(ModelError("an output has the wrong length or is no number".into()))
         }
-        if !scores.iter().chain(ood.iter()).all(|value| value.is_finite()) {
-            return Err(ModelError("an output is not a number".into()));
-        }
-        Ok(RawOutputs { scores, ood })
+    }
+
+    /// A session that nobody uses, or the first one when it is free. A panic in a run leaves a
+    /// session as it was: it holds no half-written state of ours.
+    fn free_session(&self) -> MutexGuard<'_, Session> {
+        let free = self.sessions.iter().find_map(|session| match session.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        });
+        free.unwrap_or_else(|| self.sessions[0].lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether outputs, perhaps from a cache, are an answer of this network.
+    #[must_use]
+    pub fn fits(&self, outputs: &RawOutputs) -> bool {
+        outputs.scores.len() == self.manifest.labels.len()
+            && outputs.ood.is_some() == self.manifest.outputs.ood.is_some()
+            && outputs.scores.iter().chain(outputs.ood.iter()).all(|value| value.is_finite())
     }
 
     /// Calibrated probabilities in the order of the labels; they add up to 1.

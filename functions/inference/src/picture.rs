@@ -7,16 +7,17 @@ use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
 use ndarray::Array4;
-use shared::photo::{Format, MAX_PIXELS};
+use shared::photo::{Format, MAX_DECODED_BYTES};
 
+use crate::jpeg;
 use crate::manifest::{Element, Input, Layout, Resize};
 
 /// Part of every cache key: grows when the same photo gives other numbers than before.
 pub(crate) const PREPROCESSING_VERSION: u8 = 1;
 /// The longer side of the picture that the quality gate measures, in pixels.
 const GATE_SIDE: u32 = 256;
-/// What one decode may allocate: four bytes for each allowed pixel, and room to work.
-const MAX_DECODE_BYTES: u64 = MAX_PIXELS * 4 + 64 * 1024 * 1024;
+/// What one decode may allocate: the picture, and as much again to work in.
+const MAX_DECODE_BYTES: u64 = MAX_DECODED_BYTES * 2;
 
 /// The pixels cannot be decoded or resized.
 #[derive(Debug, thiserror::Error)]
@@ -37,23 +38,20 @@ pub enum Tensor {
 pub fn decode(bytes: &[u8], orientation: u8) -> Result<RgbImage, Unreadable> {
     let unreadable = |error: &dyn std::fmt::Display| Unreadable(error.to_string());
     let format = Format::sniff(bytes).map_err(|error| unreadable(&error))?;
-    if format == Format::Jpeg && !ends_whole(bytes) {
-        return Err(Unreadable("the JPEG ends before its end marker".into()));
+    if format == Format::Jpeg {
+        // The decoder paints what is missing grey and says nothing.
+        jpeg::check(bytes).map_err(|error| unreadable(&error))?;
     }
     let reader = ImageReader::with_format(Cursor::new(bytes), format.image_format());
     let mut decoder = reader.into_decoder().map_err(|error| unreadable(&error))?;
     let mut limits = image::Limits::no_limits();
     limits.max_alloc = Some(MAX_DECODE_BYTES);
+    // The decoder counts its own buffers against the limit, but not the picture.
+    limits.reserve(decoder.total_bytes()).map_err(|error| unreadable(&error))?;
     decoder.set_limits(limits).map_err(|error| unreadable(&error))?;
     let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| unreadable(&error))?;
     picture.apply_orientation(Orientation::from_exif(orientation).unwrap_or(Orientation::NoTransforms));
     Ok(picture.into_rgb8())
-}
-
-/// Whether the last two bytes are the end marker, which `shared::photo` leaves last. The decoder
-/// paints what is missing grey and says nothing.
-fn ends_whole(jpeg: &[u8]) -> bool {
-    jpeg.ends_with(&[0xFF, 0xD9])
 }
 
 /// The grey picture that the quality gate measures (Rec. 601), at most [`GATE_SIDE`] on its

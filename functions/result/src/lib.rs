@@ -9,8 +9,9 @@ mod poll;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Query, State};
-use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -93,10 +94,11 @@ struct ListQuery {
 async fn get_result<J: JobStore, Q: JobQueue, B: BlobStore>(
     State(results): State<Arc<Results<J, Q, B>>>,
     caller: Caller,
-    Path(request_id): Path<String>,
+    request_id: Result<Path<String>, PathRejection>,
     headers: HeaderMap,
     uri: Uri,
 ) -> Result<Response, Error> {
+    let Path(request_id) = request_id.map_err(|_| Error::not_found())?;
     let query: ResultQuery = parameters(&uri, "wait=SECONDS")?;
     if query.request_id.is_some() {
         return Err(Error::new(Code::InvalidRequest, "Give the id in the path or in the query, not in both."));
@@ -161,7 +163,7 @@ async fn list_results<J: JobStore, Q: JobQueue, B: BlobStore>(
     State(results): State<Arc<Results<J, Q, B>>>,
     Caller(caller): Caller,
     uri: Uri,
-) -> Result<Json<JobPage>, Error> {
+) -> Result<Response, Error> {
     let query: ListQuery = parameters(&uri, "limit=1..100 and cursor=NEXT_CURSOR")?;
     let limit = query.limit.unwrap_or(PAGE_DEFAULT);
     if !(1..=PAGE_MAX).contains(&limit) {
@@ -172,7 +174,8 @@ async fn list_results<J: JobStore, Q: JobQueue, B: BlobStore>(
     let more = jobs.len() > limit as usize;
     jobs.truncate(limit as usize);
     let next_cursor = jobs.last().filter(|_| more).map(|job| job.id.to_string());
-    Ok(Json(JobPage { results: jobs.iter().map(JobResult::from).collect(), next_cursor }))
+    let page = JobPage { results: jobs.iter().map(JobResult::from).collect(), next_cursor };
+    Ok(([(header::CACHE_CONTROL, "no-store")], Json(page)).into_response())
 }
 
 /// Delete a job
@@ -194,8 +197,9 @@ async fn list_results<J: JobStore, Q: JobQueue, B: BlobStore>(
 async fn delete_result<J: JobStore, Q: JobQueue, B: BlobStore>(
     State(results): State<Arc<Results<J, Q, B>>>,
     caller: Caller,
-    Path(request_id): Path<String>,
+    request_id: Result<Path<String>, PathRejection>,
 ) -> Result<StatusCode, Error> {
+    let Path(request_id) = request_id.map_err(|_| Error::not_found())?;
     results.delete(&caller, &request_id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -265,7 +269,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
                 Record::Job(job) => {
                     let tombstone = job.tombstone(self.clock.now(), &self.policy);
                     let (id, cache_key) = (tombstone.id, tombstone.cache_key.clone());
-                    if self.jobs.replace(job.fence(), &Record::Tombstone(tombstone)).await? {
+                    if self.jobs.bury(&job, &tombstone).await? {
                         tracing::info!(job.id = %id, trace.id = job.trace_id, "job deleted");
                         break (id, cache_key);
                     }

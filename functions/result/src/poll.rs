@@ -48,14 +48,13 @@ fn etag(job: &Job) -> String {
     format!("\"{}\"", job.version)
 }
 
-/// `ETag`; while the job is open, `Retry-After`, longer for older jobs; no shared cache may keep
-/// health data.
+/// `ETag`; while the job is open, `Retry-After`, longer for older jobs; no cache keeps health data.
 pub(crate) fn headers(job: &Job, now: Timestamp) -> HeaderMap {
     let mut headers = HeaderMap::new();
     if let Ok(tag) = HeaderValue::from_str(&etag(job)) {
         headers.insert(header::ETAG, tag);
     }
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     if job.status.is_open() {
         let seconds = match (now - job.created_at).num_seconds() {
             ..10 => "1",

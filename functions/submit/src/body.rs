@@ -10,6 +10,8 @@ use serde::Deserialize;
 use shared::api::{MAX_PHOTO_BYTES, SubmitBody, yes};
 use shared::error::{Code, Error};
 
+/// A form's boundaries and part headers are small as well.
+pub(crate) const MAX_FORM_BYTES: usize = MAX_PHOTO_BYTES + 64 * 1024;
 /// Base64 takes four bytes for three; the rest of the JSON is small.
 const MAX_JSON_BYTES: usize = MAX_PHOTO_BYTES.div_ceil(3) * 4 + 64 * 1024;
 
@@ -32,7 +34,11 @@ pub(crate) async fn read(request: Request) -> Result<Submission, Error> {
     let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let content_type = content_type.unwrap_or("").to_ascii_lowercase();
     let media_type = content_type.split(';').next().unwrap_or("").trim();
+    let has_query = request.uri().query().is_some_and(|query| !query.is_empty());
     match media_type {
+        "application/json" | "multipart/form-data" if has_query => {
+            Err(invalid("Only raw bodies take query parameters; put \"describe\" into the body."))
+        }
         "application/json" => from_json(request.into_body()).await,
         "multipart/form-data" => from_form(request).await,
         "application/octet-stream" => from_raw(request).await,
@@ -54,7 +60,11 @@ async fn from_json(body: Body) -> Result<Submission, Error> {
             error.classify()
         ))
     })?;
-    let image = STANDARD.decode(body.image.trim_ascii()).map_err(|_| invalid("\"image\" is not standard base64."))?;
+    // Android's encoder breaks lines, a browser's canvas gives a data URL.
+    let text = body.image.split_once(";base64,").filter(|(scheme, _)| scheme.starts_with("data:"));
+    let mut text = text.map_or(body.image.as_str(), |(_, text)| text).to_owned();
+    text.retain(|letter| !letter.is_ascii_whitespace());
+    let image = STANDARD.decode(text).map_err(|_| invalid("\"image\" is not standard base64."))?;
     checked(image, body.describe)
 }
 

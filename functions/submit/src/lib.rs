@@ -9,7 +9,7 @@ mod body;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
@@ -18,10 +18,10 @@ use sha2::{Digest, Sha256};
 use shared::api::{SubmitBody, Submitted};
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
+use shared::create;
 use shared::error::{Code, Error, ErrorBody};
 use shared::http::Caller;
 use shared::job::{self, Job, NewJob, Photo, Policy, Status};
-use shared::message::Message;
 use shared::photo;
 use shared::ports::{BlobStore, Created, Idempotency, JobQueue, JobStore};
 use utoipa::OpenApi;
@@ -50,7 +50,9 @@ pub struct Api;
 
 /// This function's routes.
 pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B>>) -> Router {
-    Router::new().route("/submit", post(self::submit::<J, Q, B>)).with_state(submit)
+    // The other two forms are limited where they are read; a form's parser buffers by itself.
+    let limit = DefaultBodyLimit::max(body::MAX_FORM_BYTES);
+    Router::new().route("/submit", post(self::submit::<J, Q, B>).layer(limit)).with_state(submit)
 }
 
 /// Submit a photo
@@ -143,9 +145,11 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         self.blobs.put(&job::photo_key(id), accepted.bytes).await?;
         crash::here(Point::SubmitPhotoStored);
         let trace_id = shared::http::request_id();
-        let new = NewJob { id, caller: caller.0.clone(), trace_id, describe: submission.describe, photo };
+        let idempotency_key = idempotency.as_ref().map(|item| item.key.clone());
+        let caller = caller.0.clone();
+        let new = NewJob { id, caller, trace_id, describe: submission.describe, idempotency_key, photo };
         let job = Job::new(new, now, &self.policy);
-        match create_job(&self.jobs, &self.queue, &job, idempotency.as_ref()).await? {
+        match create::create_job(&self.jobs, &self.queue, &job, idempotency.as_ref()).await? {
             Created::New => Ok(id),
             Created::KeyTaken(earlier) => {
                 // Another request under the same key was faster; this one's photo is not needed.
@@ -162,29 +166,6 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         let fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Idempotency { caller: caller.0.clone(), key, fingerprint, id, expires_at: now + IDEMPOTENCY_TTL }
     }
-}
-
-/// Writes a job and sends its message.
-async fn create_job(
-    jobs: &impl JobStore,
-    queue: &impl JobQueue,
-    job: &Job,
-    idempotency: Option<&Idempotency>,
-) -> Result<Created, Error> {
-    let created = jobs.create(job, idempotency).await?;
-    if created == Created::New {
-        crash::here(Point::SubmitRecordWritten);
-        match queue.send(Message::Infer { id: job.id }).await {
-            Ok(()) => crash::here(Point::SubmitMessageSent),
-            Err(error) => tracing::warn!(
-                job.id = %job.id,
-                trace.id = job.trace_id,
-                error.chain = error.chain(),
-                "message not sent; sweep will send it"
-            ),
-        }
-    }
-    Ok(created)
 }
 
 fn same_content(item: &Idempotency, earlier: &Idempotency) -> Result<Uuid, Error> {

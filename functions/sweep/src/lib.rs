@@ -3,7 +3,7 @@
 //! Triggered by a schedule, every minute. Reads the records that are due and the blob store's
 //! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, or its end), then
 //! the message; for a tombstone: it erases blobs, sends the order to erase the cache, then writes
-//! the record; for blobs of an hour that have no record: it deletes them.
+//! the record, which stays due until inference has confirmed; for blobs of an hour that have no record: it deletes them.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -101,14 +101,13 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
     async fn sweep_record(&self, record: &Record, now: Timestamp, report: &mut Report) -> Result<(), Error> {
         match record {
             Record::Job(job) => self.sweep_job(job, now, report).await,
-            Record::Tombstone(tombstone) => self.sweep_tombstone(tombstone, report).await,
+            Record::Tombstone(tombstone) => self.sweep_tombstone(tombstone, now, report).await,
         }
     }
 
     async fn sweep_job(&self, job: &Job, now: Timestamp, report: &mut Report) -> Result<(), Error> {
-        let step = |job: &Job| {
-            job.sweep(now, &self.policy, |reading| template::describe(reading, Some("llm_attempts_exhausted")))
-        };
+        let step =
+            |job: &Job| job.sweep(now, &self.policy, |reading| template::describe(reading, Some("attempts_exhausted")));
         let (job, action) = match transition(&self.jobs, job, step).await {
             Ok(moved) => moved,
             // Somebody was faster, which is as good.
@@ -136,7 +135,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         Ok(())
     }
 
-    async fn sweep_tombstone(&self, tombstone: &Tombstone, report: &mut Report) -> Result<(), Error> {
+    async fn sweep_tombstone(&self, tombstone: &Tombstone, now: Timestamp, report: &mut Report) -> Result<(), Error> {
         self.blobs.delete_prefix(&job::blob_prefix(tombstone.id)).await?;
         crash::here(Point::SweepErased);
         if tombstone.cache_key.is_some() {
@@ -144,7 +143,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         }
         crash::here(Point::SweepForgetSent);
         let fence = Record::Tombstone(tombstone.clone()).fence();
-        self.jobs.replace(fence, &Record::Tombstone(tombstone.erased())).await?;
+        self.jobs.replace(fence, &Record::Tombstone(tombstone.swept(now, &self.policy))).await?;
         crash::here(Point::SweepTombstoneSettled);
         report.erased += 1;
         Ok(())
@@ -153,8 +152,10 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
     async fn sweep_orphans(&self, report: &mut Report) -> Result<(), Error> {
         let now = self.clock.now();
         let oldest = (now - self.policy.photo_ttl - ORPHAN_AGE).timestamp_millis();
-        let start = from_millis(self.orphans_checked.load(Ordering::Relaxed).max(oldest));
         let end = now - ORPHAN_AGE;
+        // A clock that was ahead for a while must not leave a gap.
+        let checked = self.orphans_checked.load(Ordering::Relaxed).min(end.timestamp_millis());
+        let start = from_millis(checked.max(oldest));
         let mut after = first_id_of(start).to_string();
         loop {
             let names = self.blobs.list("jobs/", Some(&after), PAGE).await?;

@@ -127,7 +127,10 @@ fn remove_older(directory: &Path, limit: SystemTime) -> std::io::Result<usize> {
     let mut removed = 0;
     for entry in entries {
         let entry = entry?;
-        let metadata = entry.metadata()?;
+        let metadata = match entry.metadata() {
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            metadata => metadata?,
+        };
         let is_old = metadata.modified()? < limit;
         if metadata.is_dir() {
             removed += remove_older(&entry.path(), limit)?;
@@ -137,8 +140,14 @@ fn remove_older(directory: &Path, limit: SystemTime) -> std::io::Result<usize> {
                 let _ = std::fs::remove_dir(entry.path());
             }
         } else if is_old {
-            std::fs::remove_file(entry.path())?;
-            removed += 1;
+            match std::fs::remove_file(entry.path()) {
+                // Deleted by its caller meanwhile.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                removed_now => {
+                    removed_now?;
+                    removed += 1;
+                }
+            }
         }
     }
     Ok(removed)

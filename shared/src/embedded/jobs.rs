@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::sqlite::Sqlite;
 use crate::clock::{Timestamp, from_millis};
 use crate::error::Error;
-use crate::job::{Fence, Job, Record};
+use crate::job::{Fence, Job, Record, Tombstone};
 use crate::ports::{Created, Idempotency, JobStore};
 
 const VERSION: u32 = 1;
@@ -56,6 +56,16 @@ pub struct Change {
     pub dispatch: Option<String>,
 }
 
+/// One look at the feed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changes {
+    pub matching: Vec<Change>,
+    /// The consumer's position.
+    pub cursor: i64,
+    /// The position up to which the feed was read.
+    pub end: i64,
+}
+
 /// Jobs in one SQLite file.
 #[derive(Clone)]
 pub struct SqliteJobStore {
@@ -77,30 +87,24 @@ impl SqliteJobStore {
         self.changed.notified().await;
     }
 
-    /// The changes behind the consumer's cursor that match `dispatch`, and the position up to
-    /// which the feed was read.
+    /// The changes behind the consumer's cursor that match `dispatch`.
     ///
     /// # Errors
     /// Where the store cannot be reached.
-    pub async fn changes(
-        &self,
-        consumer: &'static str,
-        dispatch: &'static str,
-        limit: u32,
-    ) -> Result<(Vec<Change>, i64), Error> {
+    pub async fn changes(&self, consumer: &'static str, dispatch: &'static str, limit: u32) -> Result<Changes, Error> {
         self.sqlite
             .call(move |db| {
                 let cursor = cursor(db, consumer)?;
                 let sql = "SELECT seq, id, version, dispatch FROM changes WHERE seq > ?1 AND dispatch = ?2 ORDER BY seq LIMIT ?3";
                 let mut statement = db.prepare_cached(sql)?;
-                let changes = statement.query_map(params![cursor, dispatch, limit], change)?.collect::<Result<Vec<_>, _>>()?;
-                let full = changes.len() as u64 == u64::from(limit);
+                let matching = statement.query_map(params![cursor, dispatch, limit], change)?.collect::<Result<Vec<_>, _>>()?;
+                let full = matching.len() as u64 == u64::from(limit);
                 let newest = "SELECT coalesce(max(seq), ?1) FROM changes";
-                let end = match changes.last() {
+                let end = match matching.last() {
                     Some(last) if full => last.seq,
                     _ => db.query_row(newest, [cursor], |row| row.get(0))?,
                 };
-                Ok((changes, end))
+                Ok(Changes { matching, cursor, end })
             })
             .await
     }
@@ -133,7 +137,7 @@ impl SqliteJobStore {
     pub async fn remove_expired(&self, now: Timestamp) -> Result<usize, Error> {
         let now = now.timestamp_millis();
         self.sqlite
-            .call(move |db| {
+            .scrub(move |db| {
                 db.execute("DELETE FROM idempotency WHERE expires_at <= ?1", [now])?;
                 // A record that is still due is swept first.
                 db.execute("DELETE FROM jobs WHERE expires_at <= ?1 AND due_at IS NULL", [now])
@@ -144,7 +148,7 @@ impl SqliteJobStore {
 
 impl JobStore for SqliteJobStore {
     async fn create(&self, job: &Job, idempotency: Option<&Idempotency>) -> Result<Created, Error> {
-        let record = encode(&Record::Job(job.clone()))?;
+        let row = NewRow::of(&Record::Job(job.clone()))?;
         let (job, idempotency) = (job.clone(), idempotency.cloned());
         let created = self
             .sqlite
@@ -168,14 +172,14 @@ impl JobStore for SqliteJobStore {
                 db.prepare_cached(sql)?.execute(named_params! {
                     ":id": job.id.to_string(),
                     ":caller": job.caller,
-                    ":version": job.version,
-                    ":claim": job.claim,
-                    ":status": job.status.as_str(),
-                    ":due_at": job.due_at.map(|due| due.timestamp_millis()),
-                    ":expires_at": job.expires_at.timestamp_millis(),
-                    ":record": record,
+                    ":version": row.version,
+                    ":claim": row.claim,
+                    ":status": row.status,
+                    ":due_at": row.due_at,
+                    ":expires_at": row.expires_at,
+                    ":record": row.record,
                 })?;
-                append_change(db, job.id, job.version, job.dispatch.map(crate::job::Dispatch::as_str))?;
+                append_change(db, job.id, row.version, row.dispatch)?;
                 Ok(Created::New)
             })
             .await?;
@@ -198,35 +202,23 @@ impl JobStore for SqliteJobStore {
     }
 
     async fn replace(&self, fence: Fence, after: &Record) -> Result<bool, Error> {
-        let record = encode(after)?;
-        let (version, claim, status, expires_at, dispatch) = match after {
-            Record::Job(job) => (job.version, job.claim, Some(job.status.as_str()), job.expires_at, job.dispatch),
-            Record::Tombstone(tombstone) => (tombstone.version, 0, None, tombstone.expires_at, None),
-        };
-        let due_at = after.due_at().map(|due| due.timestamp_millis());
-        let dispatch = dispatch.map(crate::job::Dispatch::as_str);
+        let row = NewRow::of(after)?;
+        let written = self.sqlite.call(move |db| row.write(db, fence)).await?;
+        self.changed.notify_one();
+        Ok(written)
+    }
+
+    async fn bury(&self, job: &Job, tombstone: &Tombstone) -> Result<bool, Error> {
+        let row = NewRow::of(&Record::Tombstone(tombstone.clone()))?;
+        let (fence, caller, key) = (job.fence(), job.caller.clone(), job.idempotency_key.clone());
         let written = self
             .sqlite
-            .call(move |db| {
-                let sql = "UPDATE jobs SET version = :version, claim = :claim, status = :status, due_at = :due_at,
-                        expires_at = :expires_at, record = :record
-                    WHERE id = :id AND version = :old_version AND claim = :old_claim AND status IS :old_status";
-                let rows = db.prepare_cached(sql)?.execute(named_params! {
-                    ":version": version,
-                    ":claim": claim,
-                    ":status": status,
-                    ":due_at": due_at,
-                    ":expires_at": expires_at.timestamp_millis(),
-                    ":record": record,
-                    ":id": fence.id.to_string(),
-                    ":old_version": fence.version,
-                    ":old_claim": fence.claim,
-                    ":old_status": fence.status.map(crate::job::Status::as_str),
-                })?;
-                if rows == 1 {
-                    append_change(db, fence.id, version, dispatch)?;
+            .scrub(move |db| {
+                let written = row.write(db, fence)?;
+                if written && let Some(key) = key {
+                    db.execute("DELETE FROM idempotency WHERE caller = ?1 AND key = ?2", [caller, key])?;
                 }
-                Ok(rows == 1)
+                Ok(written)
             })
             .await?;
         self.changed.notify_one();
@@ -237,7 +229,7 @@ impl JobStore for SqliteJobStore {
         let sql = "SELECT record FROM jobs WHERE due_at <= ?1 ORDER BY due_at LIMIT ?2";
         let now = now.timestamp_millis();
         let found = self.sqlite.call(move |db| records(db, sql, params![now, limit])).await?;
-        found.iter().map(|record| decode(record)).collect()
+        Ok(readable(&found))
     }
 
     async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>, Error> {
@@ -246,8 +238,7 @@ impl JobStore for SqliteJobStore {
         let before = before.unwrap_or(Uuid::max()).to_string();
         let caller = caller.to_owned();
         let found = self.sqlite.call(move |db| records(db, sql, params![caller, before, limit])).await?;
-        let found: Vec<Record> = found.iter().map(|record| decode(record)).collect::<Result<_, _>>()?;
-        Ok(found.into_iter().filter_map(Record::into_job).collect())
+        Ok(readable(&found).into_iter().filter_map(Record::into_job).collect())
     }
 }
 
@@ -292,10 +283,73 @@ fn find_idempotency(db: &Connection, caller: &str, key: &str, now: i64) -> rusql
     found.optional()
 }
 
+/// A record's columns.
+struct NewRow {
+    version: u64,
+    claim: u64,
+    status: Option<&'static str>,
+    due_at: Option<i64>,
+    expires_at: i64,
+    dispatch: Option<&'static str>,
+    record: String,
+}
+
+impl NewRow {
+    fn of(record: &Record) -> Result<Self, Error> {
+        let (version, claim, status, expires_at, dispatch) = match record {
+            Record::Job(job) => (job.version, job.claim, Some(job.status.as_str()), job.expires_at, job.dispatch),
+            Record::Tombstone(tombstone) => (tombstone.version, 0, None, tombstone.expires_at, None),
+        };
+        Ok(Self {
+            version,
+            claim,
+            status,
+            due_at: record.due_at().map(|due| due.timestamp_millis()),
+            expires_at: expires_at.timestamp_millis(),
+            dispatch: dispatch.map(crate::job::Dispatch::as_str),
+            record: encode(record)?,
+        })
+    }
+
+    /// Replaces the record that `fence` names, and appends to the feed; `false` where it is gone.
+    fn write(&self, db: &Connection, fence: Fence) -> rusqlite::Result<bool> {
+        let sql = "UPDATE jobs SET version = :version, claim = :claim, status = :status, due_at = :due_at,
+                expires_at = :expires_at, record = :record
+            WHERE id = :id AND version = :old_version AND claim = :old_claim AND status IS :old_status";
+        let rows = db.prepare_cached(sql)?.execute(named_params! {
+            ":version": self.version,
+            ":claim": self.claim,
+            ":status": self.status,
+            ":due_at": self.due_at,
+            ":expires_at": self.expires_at,
+            ":record": self.record,
+            ":id": fence.id.to_string(),
+            ":old_version": fence.version,
+            ":old_claim": fence.claim,
+            ":old_status": fence.status.map(crate::job::Status::as_str),
+        })?;
+        if rows == 1 {
+            append_change(db, fence.id, self.version, self.dispatch)?;
+        }
+        Ok(rows == 1)
+    }
+}
+
+/// The records that this build can read; one that it cannot, after a rollback perhaps, must not
+/// keep the others from being swept and listed.
+fn readable(found: &[String]) -> Vec<Record> {
+    let read = |text: &String| {
+        decode(text).inspect_err(|error| tracing::error!(error.chain = error.chain(), "record not read"))
+    };
+    found.iter().filter_map(|text| read(text).ok()).collect()
+}
+
 fn encode(record: &Record) -> Result<String, Error> {
     serde_json::to_string(record).map_err(Error::internal)
 }
 
 fn decode(text: &str) -> Result<Record, Error> {
-    serde_json::from_str(text).map_err(Error::internal)
+    // serde's own message may repeat a value.
+    serde_json::from_str(text)
+        .map_err(|error| Error::internal(format!("{:?} at column {}", error.classify(), error.column())))
 }

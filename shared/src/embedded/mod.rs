@@ -9,5 +9,5 @@ mod queue;
 mod sqlite;
 
 pub use blobs::DirBlobStore;
-pub use jobs::{Change, SqliteJobStore};
+pub use jobs::{Change, Changes, SqliteJobStore};
 pub use queue::{Delivery, SqliteJobQueue};

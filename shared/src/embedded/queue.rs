@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use chrono::TimeDelta;
-use rusqlite::params;
+use rusqlite::{Connection, OptionalExtension, params};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -77,32 +77,28 @@ impl SqliteJobQueue {
     pub async fn receive(&self, visibility: TimeDelta) -> Result<Option<Delivery>, Error> {
         let now = self.clock.now();
         let max = self.max_receive_count;
-        self.sqlite
+        let (delivery, buried) = self
+            .sqlite
             .call(move |db| {
-                let at = now.timestamp_millis();
-                let sql = "INSERT INTO dead_letters SELECT id, body, receive_count, sent_at, ?1 FROM messages
-                    WHERE visible_at <= ?1 AND receive_count >= ?2";
-                if db.prepare_cached(sql)?.execute(params![at, max])? > 0 {
-                    db.execute(
-                        "DELETE FROM messages WHERE visible_at <= ?1 AND receive_count >= ?2",
-                        params![at, max],
-                    )?;
+                let mut buried = 0;
+                while let Some((id, receive_count)) = first_visible(db, now)? {
+                    if receive_count < max {
+                        return Ok((Some(hide(db, &id, now + visibility)?), buried));
+                    }
+                    bury(db, &id, now)?;
+                    buried += 1;
                 }
-                let sql = "UPDATE messages SET visible_at = ?1, receipt = ?2, receive_count = receive_count + 1
-                    WHERE id = (SELECT id FROM messages WHERE visible_at <= ?3 ORDER BY visible_at LIMIT 1)
-                    RETURNING id, body, receipt, receive_count";
-                let receipt = Uuid::new_v4().to_string();
-                let hidden_until = (now + visibility).timestamp_millis();
-                let mut statement = db.prepare_cached(sql)?;
-                let mut rows = statement.query(params![hidden_until, receipt, at])?;
-                let Some(row) = rows.next()? else { return Ok(None) };
-                let delivery =
-                    Delivery { id: row.get(0)?, body: row.get(1)?, receipt: row.get(2)?, receive_count: row.get(3)? };
-                // The statement must be run to its end for its write to count.
-                while rows.next()?.is_some() {}
-                Ok(Some(delivery))
+                Ok((None, buried))
             })
-            .await
+            .await?;
+        if buried > 0 {
+            tracing::error!(
+                error.code = "dead_letter",
+                count = buried,
+                "messages were received too often and given up"
+            );
+        }
+        Ok(delivery)
     }
 
     /// Deletes a received message; a receipt that is no longer valid is ignored, as SQS does.
@@ -152,4 +148,26 @@ impl JobQueue for SqliteJobQueue {
         self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![visible_at, receipt])).await?;
         Ok(())
     }
+}
+
+fn first_visible(db: &Connection, now: Timestamp) -> rusqlite::Result<Option<(String, u32)>> {
+    let sql = "SELECT id, receive_count FROM messages WHERE visible_at <= ?1 ORDER BY visible_at LIMIT 1";
+    let mut statement = db.prepare_cached(sql)?;
+    statement.query_row([now.timestamp_millis()], |row| Ok((row.get(0)?, row.get(1)?))).optional()
+}
+
+fn hide(db: &Connection, id: &str, until: Timestamp) -> rusqlite::Result<Delivery> {
+    let sql = "UPDATE messages SET visible_at = ?1, receipt = ?2, receive_count = receive_count + 1 WHERE id = ?3
+        RETURNING id, body, receipt, receive_count";
+    let receipt = Uuid::new_v4().to_string();
+    db.prepare_cached(sql)?.query_row(params![until.timestamp_millis(), receipt, id], |row| {
+        Ok(Delivery { id: row.get(0)?, body: row.get(1)?, receipt: row.get(2)?, receive_count: row.get(3)? })
+    })
+}
+
+fn bury(db: &Connection, id: &str, now: Timestamp) -> rusqlite::Result<()> {
+    let sql = "INSERT INTO dead_letters SELECT id, body, receive_count, sent_at, ?1 FROM messages WHERE id = ?2";
+    db.prepare_cached(sql)?.execute(params![now.timestamp_millis(), id])?;
+    db.prepare_cached("DELETE FROM messages WHERE id = ?1")?.execute([id])?;
+    Ok(())
 }

@@ -1,7 +1,11 @@
 //! One SQLite file behind one thread, which commits what has piled up in one transaction: many
 //! callers share the price of one fsync.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
@@ -25,6 +29,8 @@ type Call = Box<dyn FnOnce(&Connection) -> Reply + Send>;
 pub(super) struct Sqlite {
     calls: Sender<Call>,
     what: &'static str,
+    /// Set where the log must be emptied after the next commit.
+    scrub: Arc<AtomicBool>,
 }
 
 impl Sqlite {
@@ -33,11 +39,13 @@ impl Sqlite {
     pub(super) fn open(path: &Path, what: &'static str, version: u32, schema: &str) -> Result<Self, Error> {
         let connection = connect(path, version, schema).map_err(|error| Error::unavailable(what, error))?;
         let (calls, inbox) = channel();
+        let scrub = Arc::new(AtomicBool::new(true));
+        let scrub_due = Arc::clone(&scrub);
         std::thread::Builder::new()
             .name(what.to_owned())
-            .spawn(move || serve(connection, &inbox))
+            .spawn(move || serve(connection, &inbox, &scrub_due))
             .map_err(|error| Error::unavailable(what, error))?;
-        Ok(Self { calls, what })
+        Ok(Self { calls, what, scrub })
     }
 
     /// Runs `work` and returns when what it wrote is on the disk. Where `work` fails, what it
@@ -57,11 +65,28 @@ impl Sqlite {
         });
         let unavailable = |cause: String| Error::unavailable(self.what, cause);
         self.calls.send(call).map_err(|_| unavailable("its thread has ended".into()))?;
-        receiver.await.map_err(|_| unavailable("its thread has ended".into()))?.map_err(unavailable)
+        receiver.await.map_err(|_| unavailable("no transaction could be begun".into()))?.map_err(unavailable)
+    }
+}
+
+impl Sqlite {
+    /// As [`Sqlite::call`], for work that deletes: what it overwrote must not stay readable in the
+    /// write-ahead log either.
+    pub(super) async fn scrub<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let due = Arc::clone(&self.scrub);
+        self.call(move |connection| {
+            due.store(true, Ordering::SeqCst);
+            work(connection)
+        })
+        .await
     }
 }
 
 fn connect(path: &Path, version: u32, schema: &str) -> rusqlite::Result<Connection> {
+    create_private(path)?;
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
@@ -81,6 +106,17 @@ fn connect(path: &Path, version: u32, schema: &str) -> rusqlite::Result<Connecti
     Ok(connection)
 }
 
+/// SQLite gives its log the permissions of the file: the owner's alone.
+fn create_private(path: &Path) -> rusqlite::Result<()> {
+    let made = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
+    made.map(|_| ()).map_err(|error| {
+        rusqlite::Error::SqliteFailure(
+            rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CANTOPEN),
+            Some(error.to_string()),
+        )
+    })
+}
+
 fn savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
     connection.execute_batch("SAVEPOINT one")?;
     let result = work(connection);
@@ -89,28 +125,37 @@ fn savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> rusql
     result
 }
 
-fn serve(mut connection: Connection, inbox: &Receiver<Call>) {
+fn serve(mut connection: Connection, inbox: &Receiver<Call>, scrub: &AtomicBool) {
     while let Ok(first) = inbox.recv() {
         let calls = std::iter::once(first).chain(inbox.try_iter().take(MAX_BATCH - 1)).collect();
-        serve_batch(&mut connection, calls);
+        let replies = serve_batch(&mut connection, calls);
+        if scrub.swap(false, Ordering::SeqCst) {
+            // Not emptied while another process reads: then after the next batch.
+            let busy = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0));
+            scrub.store(busy.unwrap_or(true), Ordering::SeqCst);
+        }
+        replies.into_iter().for_each(|reply| reply());
     }
 }
 
-fn serve_batch(connection: &mut Connection, calls: Vec<Call>) {
+/// Runs and commits a batch, and returns the answers to give.
+fn serve_batch(connection: &mut Connection, calls: Vec<Call>) -> Vec<Box<dyn FnOnce()>> {
     let transaction = match connection.transaction_with_behavior(TransactionBehavior::Immediate) {
         Ok(transaction) => transaction,
         Err(error) => {
             let busy = error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy);
             tracing::warn!(error.code = "sqlite_begin", sqlite.busy = busy, error.chain = %error, "batch not begun");
             // Dropping the calls drops their reply channels: every caller is told.
-            return;
+            return Vec::new();
         }
     };
     let replies: Vec<Reply> = calls.into_iter().map(|call| call(&transaction)).collect();
     let committed = commit(transaction);
-    for reply in replies {
-        reply(committed.as_ref().map(|&()| ()).map_err(String::as_str));
-    }
+    let answer = |reply: Reply| -> Box<dyn FnOnce()> {
+        let committed = committed.clone();
+        Box::new(move || reply(committed.as_ref().map(|&()| ()).map_err(String::as_str)))
+    };
+    replies.into_iter().map(answer).collect()
 }
 
 fn commit(transaction: Transaction<'_>) -> Result<(), String> {

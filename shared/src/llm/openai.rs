@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::header::{HeaderMap, HeaderValue, RETRY_AFTER};
 use reqwest::{Client, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -39,7 +39,14 @@ impl OpenAi {
     /// # Errors
     /// [`ConfigError`] where one does not parse, or the model is missing.
     pub fn from_env(env: &Env) -> Result<Option<Self>, ConfigError> {
-        let Some(base) = env.text("LLM_BASE_URL")? else { return Ok(None) };
+        let Some(base) = env.text("LLM_BASE_URL")? else {
+            for name in ["LLM_MODEL", "LLM_API_KEY", "LLM_MAX_TOKENS", "LLM_TEMPERATURE", "LLM_TIMEOUT_SECONDS"] {
+                if env.text(name)?.is_some() {
+                    return Err(ConfigError::new(name, "is of no use without LLM_BASE_URL"));
+                }
+            }
+            return Ok(None);
+        };
         let url = format!("{}/chat/completions", base.trim_end_matches('/'));
         let url: reqwest::Url =
             url.parse().map_err(|_| ConfigError::new("LLM_BASE_URL", "is no URL such as https://api.openai.com/v1"))?;
@@ -48,9 +55,15 @@ impl OpenAi {
         }
         let model =
             env.text("LLM_MODEL")?.ok_or_else(|| ConfigError::new("LLM_MODEL", "is needed with LLM_BASE_URL"))?;
+        let key = env.secret("LLM_API_KEY")?;
+        if key.as_ref().is_some_and(|key| HeaderValue::from_str(key.expose_secret()).is_err()) {
+            return Err(ConfigError::new("LLM_API_KEY", "holds characters that no key has"));
+        }
         // Another part of the process may have installed a provider before; either will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()
+            // Labels and key go to this server and nowhere else, whatever HTTP_PROXY says.
+            .no_proxy()
             .connect_timeout(Duration::from_secs(5))
             // A redirect would send the key and the labels to somebody else.
             .redirect(reqwest::redirect::Policy::none())
@@ -60,24 +73,22 @@ impl OpenAi {
             client,
             url,
             model: model.to_owned(),
-            key: env.secret("LLM_API_KEY")?,
+            key,
             max_tokens: env.number("LLM_MAX_TOKENS", 500, 1, 100_000)?,
             temperature: env.number("LLM_TEMPERATURE", 0.7, 0.0, 2.0)?,
             attempt_timeout: Duration::from_secs(env.number("LLM_TIMEOUT_SECONDS", 30, 1, 600)?),
         }))
     }
 
-    /// Asks, and asks again where that may help, until `deadline`.
-    ///
-    /// # Errors
-    /// [`LlmError`] of the last try.
-    pub async fn complete(&self, prompt: &Prompt, deadline: Instant) -> Result<Answer, LlmError> {
+    /// Asks, and asks again where that may help, until `deadline`. Gives the answer, or the error
+    /// of the last try, and how many tries it took.
+    pub async fn complete(&self, prompt: &Prompt, deadline: Instant) -> (Result<Answer, LlmError>, u32) {
         let body = self.body(prompt);
         let mut tries = 1;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let error = match tokio::time::timeout(left.min(self.attempt_timeout), self.attempt(&body)).await {
-                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Ok(answer)) => return (Ok(answer), tries),
                 Ok(Err(error)) => error,
                 Err(_) => retryable("llm_timeout"),
             };
@@ -85,7 +96,7 @@ impl OpenAi {
             let pause = error.retry_after.unwrap_or(jitter);
             let left = deadline.saturating_duration_since(Instant::now());
             if !error.retryable || tries == MAX_TRIES || pause >= left {
-                return Err(error);
+                return (Err(error), tries);
             }
             tokio::time::sleep(pause).await;
             tries += 1;
