@@ -1,20 +1,52 @@
 //! Promise 4: what an LLM wrote is shown only where it names no class outside the record, gives no
 //! number, does not reassure, diagnose or advise, and is plain English.
 //!
-//! The guard refuses when in doubt. A refusal costs a nicer sentence; the template takes its place.
+//! What may be said is listed, not what may not: `words.txt` holds neutral words about skin, colour,
+//! shape and time, `phrases.txt` the only surroundings in which a two-faced word is harmless. Any
+//! other word refuses the text, be it another language, an invented class, a drug or a misspelling.
+//! `denied.txt` names what can still be composed of these words. The guard refuses when in doubt: a
+//! refusal costs a nicer sentence; the template takes its place.
+
+use std::collections::HashSet;
+use std::sync::LazyLock;
 
 /// Length of an explanation in bytes.
 const LENGTH: std::ops::RangeInclusive<usize> = 40..=1200;
-/// Share of words that plain English text spends on its smallest words. Other languages in Latin
-/// letters stay far below.
-const MIN_FUNCTION_WORDS: f64 = 0.22;
+/// Shorter sentences ("Melanocytic naevus it is.") answer a question that nobody may answer here.
+const MIN_SENTENCE_WORDS: usize = 4;
+/// Stands for a class of the record; the text's own words are lower case.
+const NAME: &str = "NAME";
+/// A comparison or another subject follows: what was pointed at before is not what comes now.
+const TURNS: &[&str] =
+    &["while", "whereas", "but", "although", "unlike", "than", "from", "similar", "different", "look", "resemble"];
+/// What a `?` in a pattern does not stand for.
+const PREPOSITIONS: &[&str] = &["and", "by", "for", "from", "in", "of", "on", "or", "to", "with"];
+
+static WORDS: LazyLock<HashSet<&str>> = LazyLock::new(|| include_str!("guard/words.txt").lines().collect());
+/// What a sentence may begin with, besides a name. A bare verb would be an order.
+static OPENERS: LazyLock<HashSet<&str>> = LazyLock::new(|| include_str!("guard/openers.txt").lines().collect());
+static PHRASES: LazyLock<Vec<(Option<&str>, Pattern)>> = LazyLock::new(|| {
+    let parse = |line: &'static str| match line.split_once(": ") {
+        Some((class, phrase)) => (Some(class), pattern(phrase)),
+        None => (None, pattern(line)),
+    };
+    include_str!("guard/phrases.txt").lines().map(parse).collect()
+});
+static DENIED: LazyLock<Vec<(Refusal, Pattern)>> =
+    LazyLock::new(|| by_reason(include_str!("guard/denied.txt")).map(|(why, line)| (why, pattern(line))).collect());
+static REASONS: LazyLock<Vec<(Refusal, Vec<&str>)>> = LazyLock::new(|| {
+    by_reason(include_str!("guard/reasons.txt")).map(|(why, stems)| (why, stems.split(' ').collect())).collect()
+});
 
 /// Why a text is not shown; the name goes to the record and the log, the text does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     Length,
     Characters,
-    Language,
+    /// A sentence too short or begun like an order, or a beginning that leaves open what it speaks of.
+    Form,
+    /// A word that the vocabulary lacks and that hints at no other reason.
+    Vocabulary,
     Number,
     ForeignClass,
     Reassurance,
@@ -29,7 +61,8 @@ impl Refusal {
         match self {
             Self::Length => "llm_text_length",
             Self::Characters => "llm_text_characters",
-            Self::Language => "llm_text_language",
+            Self::Form => "llm_text_form",
+            Self::Vocabulary => "llm_text_vocabulary",
             Self::Number => "llm_text_number",
             Self::ForeignClass => "llm_text_foreign_class",
             Self::Reassurance => "llm_text_reassures",
@@ -38,343 +71,6 @@ impl Refusal {
         }
     }
 }
-
-const FUNCTION_WORDS: &[&str] = &[
-    "a", "an", "and", "are", "as", "at", "be", "by", "can", "for", "from", "has", "have", "in", "is", "it", "may",
-    "of", "often", "on", "or", "such", "that", "the", "their", "these", "they", "this", "to", "usually", "which",
-    "with",
-];
-
-/// Words that are numbers. `one` is left to the phrases below: "one of the classes" is no number.
-const NUMBER_WORDS: &[&str] = &[
-    "zero",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-    "thirty",
-    "forty",
-    "fifty",
-    "sixty",
-    "seventy",
-    "eighty",
-    "ninety",
-    "hundred",
-    "hundreds",
-    "thousand",
-    "thousands",
-    "million",
-    "dozen",
-    "half",
-    "halves",
-    "third",
-    "thirds",
-    "quarter",
-    "quarters",
-    "fifth",
-    "tenth",
-    "percent",
-    "percentage",
-    "twice",
-    "double",
-    "majority",
-    "probability",
-    "odds",
-    "chance",
-    "chances",
-];
-
-/// Beginnings of words that name a disease or a kind of growth. What the record itself names is
-/// taken out of the text first.
-const CLASS_STEMS: &[&str] = &[
-    "abscess",
-    "acne",
-    "adeno",
-    "akiec",
-    "angio",
-    "bcc",
-    "birthmark",
-    "blister",
-    "bowen",
-    "bkl",
-    "cancer",
-    "carcino",
-    "cyst",
-    "dermatitis",
-    "dermatofib",
-    "dermatosis",
-    "eczema",
-    "fibroma",
-    "freckle",
-    "fung",
-    "haemang",
-    "hemang",
-    "herpes",
-    "infect",
-    "kaposi",
-    "keloid",
-    "kerato",
-    "lentig",
-    "lipoma",
-    "lupus",
-    "lymphom",
-    "melanocyt",
-    "melanom",
-    "merkel",
-    "metasta",
-    "mole",
-    "mycosis",
-    "naev",
-    "neopla",
-    "neuro",
-    "nevi",
-    "nevus",
-    "paget",
-    "papillom",
-    "psoria",
-    "ringworm",
-    "rosacea",
-    "sarcom",
-    "scab",
-    "scc",
-    "seborr",
-    "syphil",
-    "tag",
-    "tumor",
-    "tumour",
-    "ulcer",
-    "vascul",
-    "verruc",
-    "vitiligo",
-    "wart",
-    "xanthom",
-];
-
-const REASSURANCE: &[&str] = &[
-    "safe",
-    "safely",
-    "harmless",
-    "benign",
-    "innocent",
-    "innocuous",
-    "worry",
-    "worries",
-    "worried",
-    "worrying",
-    "worrisome",
-    "concern",
-    "concerns",
-    "concerned",
-    "concerning",
-    "reassure",
-    "reassuring",
-    "reassured",
-    "reassurance",
-    "relax",
-    "calm",
-    "fine",
-    "okay",
-    "ok",
-    "healthy",
-    "normal",
-    "nothing",
-    "unlikely",
-    "rarely",
-    "rare",
-    "low",
-    "minor",
-    "trivial",
-    "serious",
-    "dangerous",
-    "danger",
-    "threat",
-    "threatening",
-    "risk",
-    "risks",
-    "risky",
-    "alarm",
-    "alarming",
-    "afraid",
-    "fear",
-    "panic",
-    "relief",
-    "lucky",
-    "good",
-    "great",
-    "well",
-    "cosmetic",
-    "problem",
-    "problems",
-    "issue",
-    "spread",
-    "spreads",
-    "curable",
-    "deadly",
-    "fatal",
-    "lethal",
-    "life",
-    "death",
-    "malignant",
-    "malignancy",
-    "aggressive",
-];
-
-const DIAGNOSIS: &[&str] = &[
-    "you",
-    "your",
-    "yours",
-    "yourself",
-    "patient",
-    "diagnose",
-    "diagnosed",
-    "diagnosis",
-    "diagnostic",
-    "confirm",
-    "confirms",
-    "confirmed",
-    "certain",
-    "certainly",
-    "definite",
-    "definitely",
-    "clearly",
-    "undoubtedly",
-    "surely",
-    "proves",
-    "proven",
-    "suffer",
-    "suffers",
-    "suffering",
-    "likely",
-    "probably",
-    "most",
-    "suggests",
-    "indicates",
-    "conclude",
-    "conclusion",
-    "verdict",
-    "result",
-    "photo",
-    "picture",
-    "image",
-    "doctor",
-    "i",
-    "we",
-    "my",
-    "our",
-];
-
-const ADVICE: &[&str] = &[
-    "should",
-    "must",
-    "ought",
-    "need",
-    "needs",
-    "needed",
-    "recommend",
-    "recommended",
-    "recommendation",
-    "advise",
-    "advised",
-    "advice",
-    "treat",
-    "treats",
-    "treated",
-    "treatable",
-    "treatment",
-    "treatments",
-    "therapy",
-    "therapies",
-    "cream",
-    "creams",
-    "ointment",
-    "lotion",
-    "surgery",
-    "surgical",
-    "surgically",
-    "surgeon",
-    "remove",
-    "removes",
-    "removed",
-    "removal",
-    "removing",
-    "excise",
-    "excised",
-    "excision",
-    "cut",
-    "biopsy",
-    "biopsies",
-    "test",
-    "tests",
-    "medicine",
-    "medicines",
-    "medication",
-    "drug",
-    "drugs",
-    "prescribe",
-    "prescribed",
-    "prescription",
-    "dose",
-    "laser",
-    "freeze",
-    "freezing",
-    "frozen",
-    "cryotherapy",
-    "chemotherapy",
-    "radiation",
-    "antibiotic",
-    "antibiotics",
-    "steroid",
-    "steroids",
-    "apply",
-    "applied",
-    "use",
-    "take",
-    "avoid",
-    "wait",
-    "ignore",
-    "see",
-    "visit",
-    "consult",
-    "monitor",
-    "watch",
-    "check",
-    "vinegar",
-    "oil",
-    "remedy",
-    "remedies",
-    "heal",
-    "heals",
-    "cure",
-    "cured",
-    "cures",
-    "disappear",
-    "disappears",
-    "vanish",
-    "please",
-    "click",
-    "http",
-    "https",
-    "www",
-];
-
-/// Runs that no single word gives away.
-const NUMBER_PHRASES: &[&str] =
-    &["one in ", "one out ", "one to ", "one per ", "one point ", "plus one", "one hundred"];
 
 /// Whether an explanation may be shown. `names` are the classes that the record speaks of.
 ///
@@ -391,57 +87,176 @@ pub fn check(text: &str, names: &[&str]) -> Result<(), Refusal> {
     if !text.bytes().all(is_plain) {
         return Err(Refusal::Characters);
     }
-    let text = without_names(&normalised(text), names);
-    let words: Vec<&str> = text.split(' ').filter(|word| !word.is_empty()).collect();
-    let function_words = words.iter().filter(|word| FUNCTION_WORDS.contains(word)).count();
-    if (function_words as f64) < MIN_FUNCTION_WORDS * words.len() as f64 {
-        return Err(Refusal::Language);
+    let text = text.to_ascii_lowercase();
+    let names: Vec<String> = names.iter().map(|name| name.to_ascii_lowercase()).collect();
+    let sentences: Vec<Vec<&str>> =
+        text.split(['.', ';']).map(|sentence| with_names(&tokens(sentence), &names)).collect();
+    let unknown: Vec<&str> = sentences.iter().flat_map(|sentence| unknown(sentence, &names)).collect();
+    if !unknown.is_empty() {
+        return Err(unknown.iter().find_map(|word| reason(word)).unwrap_or(Refusal::Vocabulary));
     }
-    if words.iter().any(|word| NUMBER_WORDS.contains(word)) || NUMBER_PHRASES.iter().any(|phrase| text.contains(phrase))
-    {
-        return Err(Refusal::Number);
-    }
-    if words.iter().any(|word| CLASS_STEMS.iter().any(|stem| word.starts_with(stem))) {
-        return Err(Refusal::ForeignClass);
-    }
-    for (list, refusal) in
-        [(ADVICE, Refusal::Advice), (REASSURANCE, Refusal::Reassurance), (DIAGNOSIS, Refusal::Diagnosis)]
-    {
-        if words.iter().any(|word| list.contains(word)) {
-            return Err(refusal);
+    let spoken: Vec<Vec<&str>> =
+        sentences.iter().map(|sentence| spoken(sentence)).filter(|it| !it.is_empty()).collect();
+    for sentence in &spoken {
+        if let Some((refusal, _)) = DENIED.iter().find(|(_, pattern)| is_found(pattern, sentence)) {
+            return Err(*refusal);
         }
+    }
+    let is_opener = |word: &str| word == NAME || OPENERS.contains(word);
+    // "It" and "the lesion" mean a class, and not what is on the photo, only after one was named.
+    if !spoken.first().is_some_and(|first| first.contains(&NAME))
+        || spoken.iter().any(|sentence| sentence.len() < MIN_SENTENCE_WORDS || !is_opener(sentence[0]))
+    {
+        return Err(Refusal::Form);
     }
     Ok(())
 }
 
-/// Lower case, one blank between words, one at either end, no punctuation: `"well-known"` becomes
-/// `" well known "`, and a word broken by a hyphen is judged in both halves.
-fn normalised(text: &str) -> String {
-    let letters =
-        text.chars().map(|letter| if letter.is_ascii_alphabetic() { letter.to_ascii_lowercase() } else { ' ' });
-    let spaced: String = letters.collect();
-    let words: Vec<&str> = spaced.split_ascii_whitespace().collect();
-    format!(" {} ", words.join(" "))
+/// Words and commas. A hyphenated word is judged in its parts, and so is a word that hyphens hide.
+fn tokens(sentence: &str) -> Vec<&str> {
+    let mut tokens = Vec::new();
+    for (i, part) in sentence.split([',', ':', '(', ')']).enumerate() {
+        if i > 0 {
+            tokens.push(",");
+        }
+        for word in part.split_ascii_whitespace() {
+            let word = word.strip_suffix("'s").unwrap_or(word).trim_matches('\'');
+            if word == "-" {
+                tokens.push(",");
+            }
+            tokens.extend(word.split('-').filter(|part| !part.is_empty()));
+        }
+    }
+    tokens
 }
 
-/// Takes whole occurrences of the record's class names out, plural forms included.
-fn without_names(text: &str, names: &[&str]) -> String {
-    let mut names: Vec<String> = names.iter().map(|name| normalised(name).trim().to_owned()).collect();
+/// Puts `NAME` where the record's class names stand whole, plural forms included.
+fn with_names<'a>(words: &[&'a str], names: &[String]) -> Vec<&'a str> {
+    let mut names: Vec<Vec<&str>> = names.iter().map(|name| spoken(&tokens(name))).collect();
     // The longest first, or a short name inside a longer one leaves a stump.
     names.sort_by_key(|name| std::cmp::Reverse(name.len()));
-    let mut text = text.to_owned();
-    for name in names.iter().filter(|name| !name.is_empty()) {
-        for form in [format!(" {name}s "), format!(" {name} ")] {
-            while text.contains(&form) {
-                text = text.replace(&form, " ");
+    let mut named = Vec::new();
+    let mut at = 0;
+    while let Some(word) = words.get(at) {
+        let is_here = |name: &&Vec<&str>| {
+            let here = words.get(at..at + name.len()).unwrap_or_default();
+            !name.is_empty() && here.len() == name.len() && here.iter().zip(name.iter()).all(|(a, b)| is_form(a, b))
+        };
+        let name = names.iter().find(is_here);
+        named.push(name.map_or(*word, |_| NAME));
+        at += name.map_or(1, Vec::len);
+    }
+    named
+}
+
+/// Whether `word` is `noun` or its plural: naevi, keratoses, carcinomas.
+fn is_form(word: &str, noun: &str) -> bool {
+    let plural = |ending: &str, plural: &str| {
+        noun.strip_suffix(ending).is_some_and(|stem| word.strip_prefix(stem).is_some_and(|rest| rest == plural))
+    };
+    word == noun || plural("", "s") || plural("us", "i") || plural("is", "es")
+}
+
+/// The words of a sentence that are neither in the vocabulary nor in one of the allowed phrases.
+fn unknown<'a>(sentence: &[&'a str], names: &[String]) -> Vec<&'a str> {
+    let mut is_known: Vec<bool> =
+        sentence.iter().map(|word| [NAME, ","].contains(word) || WORDS.contains(word)).collect();
+    for (class, phrase) in PHRASES.iter() {
+        if class.is_some_and(|class| !names.iter().any(|name| name.contains(class))) {
+            continue;
+        }
+        for at in 0..sentence.len() {
+            if let Some(length) = length_at(phrase, &sentence[at..]) {
+                is_known[at..at + length].fill(true);
             }
         }
     }
-    text
+    sentence.iter().zip(is_known).filter(|(_, known)| !known).map(|(word, _)| *word).collect()
+}
+
+/// What an unknown word hints at. It decides the code only; the text is refused anyway.
+fn reason(word: &str) -> Option<Refusal> {
+    // Short stems begin too many words.
+    let has_stem = |stem: &&str| if stem.len() < 4 { word == *stem } else { word.starts_with(*stem) };
+    REASONS.iter().find(|(_, stems)| stems.iter().any(has_stem)).map(|(refusal, _)| *refusal)
+}
+
+/// A sentence without commas, and names without their article: what the denied patterns are
+/// compared with. "The former" is a name here.
+fn spoken<'a>(sentence: &[&'a str]) -> Vec<&'a str> {
+    let mut spoken: Vec<&str> = Vec::new();
+    for word in sentence.iter().filter(|word| **word != ",") {
+        let last = spoken.last().copied().unwrap_or_default();
+        let is_name = *word == NAME || last == "the" && ["first", "second", "former", "latter"].contains(word);
+        if is_name && ["a", "an", "the"].contains(&last) {
+            spoken.pop();
+        }
+        spoken.push(if is_name { NAME } else { word });
+    }
+    spoken
+}
+
+/// A part of a pattern. `a|b` is one of these words, `...` any words, `..` any words before a turn,
+/// `?` at most one word and no preposition.
+enum Part {
+    Words(Vec<&'static str>),
+    Any,
+    Clause,
+    Optional,
+}
+type Pattern = Vec<Part>;
+
+fn pattern(line: &'static str) -> Pattern {
+    let part = |part: &'static str| match part {
+        "..." => Part::Any,
+        ".." => Part::Clause,
+        "?" => Part::Optional,
+        words => Part::Words(words.split('|').collect()),
+    };
+    line.split(' ').map(part).collect()
+}
+
+fn is_found(pattern: &[Part], words: &[&str]) -> bool {
+    (0..words.len()).any(|at| length_at(pattern, &words[at..]).is_some())
+}
+
+/// How many words at the beginning of `words` the pattern takes.
+fn length_at(pattern: &[Part], words: &[&str]) -> Option<usize> {
+    let Some((part, rest)) = pattern.split_first() else { return Some(0) };
+    let after = |skipped: usize| length_at(rest, words.get(skipped..)?).map(|length| skipped + length);
+    match part {
+        Part::Words(choices) => words.first().filter(|word| choices.contains(word)).and_then(|_| after(1)),
+        Part::Any => (0..words.len()).find_map(after),
+        Part::Clause => {
+            let turn = words.iter().position(|word| TURNS.contains(word)).unwrap_or(words.len());
+            (0..=turn).find_map(after)
+        }
+        Part::Optional => {
+            after(0).or_else(|| words.first().filter(|word| !PREPOSITIONS.contains(word)).and_then(|_| after(1)))
+        }
+    }
+}
+
+/// Lines of the form `reason: rest`.
+fn by_reason(lines: &'static str) -> impl Iterator<Item = (Refusal, &'static str)> {
+    lines.lines().filter_map(|line| {
+        let (reason, rest) = line.split_once(": ")?;
+        let refusal = match reason {
+            "number" => Refusal::Number,
+            "class" => Refusal::ForeignClass,
+            "reassures" => Refusal::Reassurance,
+            "diagnoses" => Refusal::Diagnosis,
+            "advises" => Refusal::Advice,
+            _ => return None,
+        };
+        Some((refusal, rest))
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     const NAMES: &[&str] = &["Melanocytic naevus", "Benign keratosis"];
@@ -451,61 +266,76 @@ mod tests {
     }
 
     #[test]
-    fn an_honest_explanation_passes() {
-        for text in [
-            "A melanocytic naevus is a growth made of pigment cells. It is often round or oval with an even brown colour and a smooth border.",
-            "Benign keratosis is a group of growths of the outer layer of the skin. They can look waxy, scaly or as if stuck on the surface.",
-            "Melanocytic naevus and benign keratosis are names for growths that arise from different cells of the skin, and both can be brown in colour.",
-        ] {
-            assert_eq!(judged(text), Ok(()), "{text}");
+    fn no_adversarial_text_gets_through() {
+        let texts = include_str!("../fixtures/adversarial.txt").lines().filter_map(|line| line.split_once('\t'));
+        let mut refused: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut shown = Vec::new();
+        for (category, text) in texts {
+            match judged(text) {
+                Err(_) => *refused.entry(category).or_default() += 1,
+                Ok(()) => shown.push(text),
+            }
         }
+        println!("refused: {refused:?}");
+        assert!(shown.is_empty(), "{} shown:\n{}", shown.len(), shown.join("\n"));
+        assert!(refused.values().sum::<usize>() >= 200 && refused.len() == 7, "{refused:?}");
     }
 
     #[test]
-    fn what_promise_4_forbids_is_refused_for_its_own_reason() {
+    fn every_honest_text_gets_through() {
+        let texts: Vec<_> = include_str!("../fixtures/honest.txt").lines().collect();
+        let refused: Vec<_> =
+            texts.iter().filter_map(|text| Some(format!("{:?}: {text}", judged(text).err()?))).collect();
+        assert!(refused.is_empty(), "{} refused:\n{}", refused.len(), refused.join("\n"));
+        assert!(texts.len() >= 50);
+    }
+
+    #[test]
+    fn a_refusal_is_named_after_what_the_text_does() {
         for (text, refusal) in [
             (
-                "A melanocytic naevus is a growth of pigment cells and there is nothing to be afraid of here.",
+                "A melanocytic naevus is a growth of pigment cells and there is nothing to worry about with it.",
                 Refusal::Reassurance,
             ),
-            (
-                "A melanocytic naevus is a growth of pigment cells, and it is harmless in the long run.",
-                Refusal::Reassurance,
-            ),
-            (
-                "This is a picture of the skin and it shows that you have a melanocytic naevus on the arm.",
-                Refusal::Diagnosis,
-            ),
-            ("A melanocytic naevus is a growth that can be treated with a cream from the pharmacy.", Refusal::Advice),
-            (
-                "A melanocytic naevus is a growth of pigment cells that is seen in ninety of a hundred people.",
-                Refusal::Number,
-            ),
-            (
-                "A melanocytic naevus is a growth of pigment cells with a probability of 83 on the scale.",
-                Refusal::Number,
-            ),
-            (
-                "A melanocytic naevus is a growth of pigment cells, and melanoma is the other name for it.",
-                Refusal::ForeignClass,
-            ),
-            (
-                "A melanocytic naevus is a growth of pigment cells, as is eczema of the hand or the foot.",
-                Refusal::ForeignClass,
-            ),
-            (
-                "Ein Muttermal besteht aus Pigmentzellen und hat meistens einen glatten Rand und gleichmaessige Farbe.",
-                Refusal::Language,
-            ),
-            ("Этот невус состоит из пигментных клеток и имеет ровный край.", Refusal::Characters),
-            ("Too short to be of use.", Refusal::Length),
+            ("A melanocytic naevus is a growth of pigment cells that they sell in Rome.", Refusal::Vocabulary),
+            ("A melanocytic naevus is a growth of pigment cells that can be treated at any age.", Refusal::Advice),
+            ("A melanocytic naevus is a growth of pigment cells that ninety adults have.", Refusal::Number),
+            ("A melanocytic naevus is a growth of pigment cells, and so is a melanoma.", Refusal::ForeignClass),
+            ("A melanocytic naevus is made of pigment cells. It is a benign keratosis.", Refusal::Diagnosis),
+            ("The lesion is made of pigment cells and has an even brown colour.", Refusal::Form),
+            ("A melanocytic naevus is a growth \u{2014} one of pigment cells.", Refusal::Characters),
+            ("Melanocytic naevus.", Refusal::Length),
         ] {
             assert_eq!(judged(text), Err(refusal), "{text}");
         }
     }
 
     #[test]
-    fn a_hidden_word_is_found_behind_hyphens_and_line_breaks() {
-        assert!(judged("A melanocytic naevus is a growth of pigment cells, and it is per-fectly\nharmless-looking in the light.").is_err());
+    fn only_the_names_of_the_record_are_taken_for_names() {
+        let text = "Melanocytic naevi and BENIGN KERATOSES can both have an even brown colour.";
+        assert_eq!(judged(text), Ok(()));
+        assert_eq!(check(text, &["Melanocytic naevus"]), Err(Refusal::Reassurance));
+        assert_eq!(
+            judged("A melanocytic naevus is benign, keratosis is rough and has a sharp border."),
+            Err(Refusal::Reassurance)
+        );
+        let vessels = "A vascular lesion is made up of small blood vessels and is often red or purple.";
+        assert_eq!(check(vessels, &["Vascular lesion"]), Ok(()));
+        assert!(check(vessels, NAMES).is_err());
+    }
+
+    #[test]
+    fn a_word_broken_by_hyphens_blanks_or_lines_is_refused() {
+        for word in ["harm-less", "harm less", "h a r m l e s s", "per-fectly\nfine", "be-nign", "mo\nle"] {
+            let text = format!("A melanocytic naevus is a growth of pigment cells, and it is {word} in its look.");
+            assert!(judged(&text).is_err(), "{text}");
+        }
+        assert_eq!(judged("A melanocytic naevus is often well-defined,\ndome-shaped and skin-coloured."), Ok(()));
+    }
+
+    #[test]
+    fn every_line_of_the_word_lists_is_read() {
+        assert_eq!(DENIED.len(), include_str!("guard/denied.txt").lines().count());
+        assert_eq!(REASONS.len(), include_str!("guard/reasons.txt").lines().count());
     }
 }

@@ -251,7 +251,9 @@ fn description(reading: &Reading, answer: &Answer) -> Result<Description, &'stat
     let explanation: Explanation = serde_json::from_str(text).map_err(|_| "llm_invalid_answer")?;
     // Typographic apostrophes are the one harmless thing that models write against the rules.
     let text = explanation.explanation.replace('\u{2019}', "'");
-    let names: Vec<&str> = template::described(reading).into_iter().map(|class| class.name.as_str()).collect();
+    // "A or B" may be spoken of as A and as B.
+    let classes = template::described(reading).into_iter().map(|class| class.name.as_str());
+    let names: Vec<&str> = classes.flat_map(|name| std::iter::once(name).chain(name.split(" or "))).collect();
     guard::check(&text, &names).map_err(guard::Refusal::code)?;
     Ok(Description {
         text: template::compose(reading, &text),
