@@ -31,8 +31,9 @@ const MAX_DC: u32 = 1024 + 64;
 /// The largest length of a block's AC coefficients together: 64 samples of ±128 (Parseval), and a
 /// quarter for encoders that overshoot white and black on purpose (mozjpeg, by up to 31 of 128).
 const MAX_AC: f64 = 1024.0 + 256.0;
-/// A few bytes can end all blocks of a scan, so it is the scans that bound the time. Encoders write ten or so.
-const MAX_SCANS: usize = 256;
+/// A few bytes can end all blocks of a scan, so it is the scans that bound the time. Encoders write
+/// ten or so; the decoder (zune-jpeg) takes as many as here.
+const MAX_SCANS: usize = 100;
 /// No scan has brought the coefficient yet.
 const NOT_YET: u8 = u8::MAX;
 
@@ -206,8 +207,9 @@ struct Bits<'a> {
 }
 
 impl Bits<'_> {
+    /// Up to 64 bits; whoever fills reads at least one, so that no shift is by 64.
     fn fill(&mut self) {
-        while self.count < 32 {
+        while self.count <= 32 {
             if let Some((word, tail)) = self.rest.split_first_chunk()
                 && !word.contains(&0xFF)
             {

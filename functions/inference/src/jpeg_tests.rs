@@ -260,8 +260,8 @@ fn a_file_cannot_have_its_blocks_walked_without_end() {
         let bands = bands.map(|(at, low)| ([at, at, bits(low)], "0 0"));
         std::iter::once(([0, 0, 0], "0 0")).chain(bands).collect::<Vec<_>>()
     };
-    assert_eq!(check(&tiny(0xC2, 0, [0x00, 0x01], &scans(3))), Ok(()));
-    assert_eq!(check(&tiny(0xC2, 0, [0x00, 0x01], &scans(4))), Err(SEGMENT));
+    assert_eq!(check(&tiny(0xC2, 0, [0x00, 0x01], &scans(0))), Ok(()));
+    assert_eq!(check(&tiny(0xC2, 0, [0x00, 0x01], &scans(1))), Err(SEGMENT));
 }
 
 #[test]
@@ -283,6 +283,11 @@ fn frames_that_the_decoder_does_not_know_are_refused() {
         let mut other = grey.clone();
         other[frame + at] = value;
         assert!(check(&other).is_err(), "{what}");
+    }
+    for side in [6, 8] {
+        let mut empty = two_blocks("");
+        empty[frame + side] = 0;
+        assert_eq!(check(&empty), Err(SEGMENT), "no pixels and no data for them");
     }
 }
 
