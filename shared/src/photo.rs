@@ -297,5 +297,4 @@ fn webp_frame_size(kind: &[u8; 4], data: &[u8]) -> Option<(u32, u32)> {
 }
 
 #[cfg(test)]
-#[path = "photo_tests.rs"]
 mod tests;

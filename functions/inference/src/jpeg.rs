@@ -193,5 +193,4 @@ impl Frame {
 }
 
 #[cfg(test)]
-#[path = "jpeg_tests.rs"]
 mod tests;

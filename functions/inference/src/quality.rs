@@ -222,5 +222,4 @@ impl Energies {
 }
 
 #[cfg(test)]
-#[path = "quality_tests.rs"]
 mod tests;

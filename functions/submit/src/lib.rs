@@ -87,9 +87,9 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
         (status = 401, description = "No credentials.", body = ErrorBody),
         (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),
         (status = 409, description = "The key was used for other content.", body = ErrorBody),
-        (status = 413, description = "More than 4 MiB, or more than 50 megapixels.", body = ErrorBody),
+        (status = 413, description = "More than 4 MiB, 50 megapixels, or 200 MB decoded.", body = ErrorBody),
         (status = 415, description = "Not a JPEG, PNG or WebP photo.", body = ErrorBody),
-        (status = 422, description = "The photo's header cannot be read.", body = ErrorBody),
+        (status = 422, description = "The photo is damaged or cut off.", body = ErrorBody),
         (status = 429, description = "Too many requests.", body = ErrorBody),
         (status = 503, description = "A store is not available.", body = ErrorBody),
     )

@@ -4,19 +4,19 @@
 use super::*;
 
 const PHOTOS: [(&str, &[u8]); 9] = [
-    ("baseline-420", include_bytes!("../fixtures/baseline-420.jpg")),
-    ("baseline-444", include_bytes!("../fixtures/baseline-444.jpg")),
-    ("grey", include_bytes!("../fixtures/grey.jpg")),
-    ("cmyk", include_bytes!("../fixtures/cmyk.jpg")),
-    ("optimised-tables", include_bytes!("../fixtures/optimised-tables.jpg")),
-    ("a-scan-each", include_bytes!("../fixtures/a-scan-each.jpg")),
+    ("baseline-420", include_bytes!("../../fixtures/baseline-420.jpg")),
+    ("baseline-444", include_bytes!("../../fixtures/baseline-444.jpg")),
+    ("grey", include_bytes!("../../fixtures/grey.jpg")),
+    ("cmyk", include_bytes!("../../fixtures/cmyk.jpg")),
+    ("optimised-tables", include_bytes!("../../fixtures/optimised-tables.jpg")),
+    ("a-scan-each", include_bytes!("../../fixtures/a-scan-each.jpg")),
     ("restarts", RESTARTS),
     ("progressive", PROGRESSIVE),
-    ("progressive-restarts", include_bytes!("../fixtures/progressive-restarts.jpg")),
+    ("progressive-restarts", include_bytes!("../../fixtures/progressive-restarts.jpg")),
 ];
 /// 80 MCUs, ten to an interval.
-const RESTARTS: &[u8] = include_bytes!("../fixtures/restarts.jpg");
-const PROGRESSIVE: &[u8] = include_bytes!("../fixtures/progressive.jpg");
+const RESTARTS: &[u8] = include_bytes!("../../fixtures/restarts.jpg");
+const PROGRESSIVE: &[u8] = include_bytes!("../../fixtures/progressive.jpg");
 const SEEDS: u64 = 100;
 
 /// Steele and Vigna's SplitMix64: damages are the same in every run.
@@ -93,7 +93,7 @@ fn whole_photos_of_every_kind_pass() {
     for (name, photo) in PHOTOS {
         assert_eq!(check(photo), Ok(()), "{name}");
     }
-    assert_eq!(check(include_bytes!("../fixtures/a-byte-of-ones.jpg")), Ok(()));
+    assert_eq!(check(include_bytes!("../../fixtures/a-byte-of-ones.jpg")), Ok(()));
 }
 
 #[test]

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use stateright::{Checker, Model, Property};
 
+use chrono::TimeDelta;
+
 use super::*;
 
 const TICKS: u8 = 12;

@@ -1,0 +1,413 @@
+//! The state machine: every way in which a record becomes the next one.
+//!
+//! Each move takes the moment as an argument and returns the record as it must be written, or says
+//! why the move is refused.
+
+use chrono::TimeDelta;
+
+use super::{
+    Attempts, Description, Dispatch, Failure, FailureCode, Fence, Job, NewJob, Quality, Reading, Stage, Status,
+    Timings, Tombstone,
+};
+use crate::clock::Timestamp;
+
+/// The numbers that the state machine goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    /// Claims per stage before a job is given up (`MAX_ATTEMPTS`).
+    pub max_attempts: u32,
+    /// How long a dispatched job may lie unclaimed before sweep sends it again; doubles each time.
+    pub redispatch: TimeDelta,
+    /// The first wait after a retryable failure; doubles with each attempt.
+    pub backoff: TimeDelta,
+    /// Upper bound of both.
+    pub max_delay: TimeDelta,
+    /// The longest that one claim may last.
+    pub lease: TimeDelta,
+    /// How long a job may stay open.
+    pub deadline: TimeDelta,
+    pub photo_ttl: TimeDelta,
+    pub result_ttl: TimeDelta,
+    pub tombstone_ttl: TimeDelta,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            max_attempts: 5,
+            redispatch: TimeDelta::seconds(120),
+            backoff: TimeDelta::seconds(5),
+            max_delay: TimeDelta::hours(1),
+            lease: TimeDelta::seconds(120),
+            deadline: TimeDelta::hours(24),
+            photo_ttl: TimeDelta::days(7),
+            result_ttl: TimeDelta::days(30),
+            tombstone_ttl: TimeDelta::days(15),
+        }
+    }
+}
+
+impl Policy {
+    /// `base` doubled `times` times, at most `max_delay`.
+    #[must_use]
+    pub fn doubled(&self, base: TimeDelta, times: u32) -> TimeDelta {
+        let factor = 1_i32.checked_shl(times.min(20)).unwrap_or(i32::MAX);
+        base.checked_mul(factor).map_or(self.max_delay, |delay| delay.min(self.max_delay))
+    }
+}
+
+/// Why a move is refused. Nothing is written then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error("the job has ended")]
+    Ended,
+    #[error("another worker holds a live lease")]
+    Leased,
+    #[error("the claim is no longer held")]
+    Stale,
+    #[error("the job is not in the state that this move leaves")]
+    WrongState,
+    #[error("the attempts are used up or the deadline has passed: sweep ends the job")]
+    Exhausted,
+    #[error("nothing is due")]
+    NotDue,
+    #[error("the photo has expired")]
+    PhotoExpired,
+}
+
+/// How inference ended; see [`Job::finish_inference`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum InferenceOutcome {
+    /// The model gave predictions or abstained.
+    Read { reading: Reading, quality: Quality, cache_key: Option<String> },
+    /// The quality gate wants another photo.
+    Retake { quality: Quality },
+    /// No later attempt would do better.
+    Failed { code: FailureCode },
+}
+
+/// What sweep must do after it wrote a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SweepAction {
+    /// Send the inference message again.
+    SendInfer,
+    /// The write itself was the dispatch: the feed carries it.
+    Marked,
+    /// The job was ended.
+    Ended,
+}
+
+impl Job {
+    /// A pending job whose message is about to be sent.
+    #[must_use]
+    pub fn new(new: NewJob, now: Timestamp, policy: &Policy) -> Self {
+        Self {
+            id: new.id,
+            caller: new.caller,
+            status: Status::Pending,
+            version: 1,
+            claim: 0,
+            attempts: Attempts::default(),
+            redispatches: 0,
+            created_at: now,
+            updated_at: now,
+            deadline_at: now + policy.deadline,
+            due_at: Some(now + policy.redispatch),
+            lease_until: None,
+            dispatch: None,
+            expires_at: now + policy.result_ttl,
+            trace_id: new.trace_id,
+            describe: new.describe,
+            idempotency_key: new.idempotency_key,
+            photo: new.photo,
+            quality: None,
+            reading: None,
+            cache_key: None,
+            description: None,
+            llm_calls: Vec::new(),
+            failure: None,
+            timings_ms: Timings::default(),
+        }
+    }
+
+    /// The condition under which a write computed from this record may happen.
+    #[must_use]
+    pub fn fence(&self) -> Fence {
+        Fence { id: self.id, version: self.version, claim: self.claim, status: Some(self.status) }
+    }
+
+    fn next(&self, now: Timestamp) -> Self {
+        Self { version: self.version + 1, updated_at: now, ..self.clone() }
+    }
+
+    fn open(self, status: Status, due_at: Timestamp) -> Self {
+        Self { status, due_at: Some(due_at), lease_until: None, dispatch: None, ..self }
+    }
+
+    fn ended(mut self, status: Status) -> Self {
+        let elapsed = self.updated_at - self.created_at;
+        self.timings_ms.total = Some(elapsed.num_milliseconds().max(0) as f64);
+        Self { status, due_at: None, lease_until: None, dispatch: None, ..self }
+    }
+
+    fn fail(self, stage: Stage, code: FailureCode, retryable: bool) -> Self {
+        let failed = self.ended(Status::Failed);
+        Self { failure: Some(Failure { stage, code, retryable }), ..failed }
+    }
+
+    fn is_leased(&self, now: Timestamp) -> bool {
+        self.lease_until.is_some_and(|until| until > now)
+    }
+
+    /// Whether no claim is left for `stage`.
+    fn is_exhausted(&self, attempts: u32, now: Timestamp, policy: &Policy) -> bool {
+        attempts >= policy.max_attempts || now >= self.deadline_at
+    }
+
+    /// `pending → processing`, or a take-over of a claim whose lease ran out.
+    ///
+    /// # Errors
+    /// [`Refused`] where the job is not waiting for inference.
+    pub fn claim_inference(&self, now: Timestamp, lease_until: Timestamp, policy: &Policy) -> Result<Self, Refused> {
+        match self.status {
+            Status::Pending => {}
+            Status::Processing if !self.is_leased(now) => {}
+            Status::Processing => return Err(Refused::Leased),
+            Status::AwaitingDescription => return Err(Refused::WrongState),
+            Status::Completed | Status::NeedsRetake | Status::Failed => return Err(Refused::Ended),
+        }
+        if self.is_exhausted(self.attempts.inference, now, policy) {
+            return Err(Refused::Exhausted);
+        }
+        let mut next = self.next(now).open(Status::Processing, lease_until);
+        next.lease_until = Some(lease_until);
+        next.claim += 1;
+        next.attempts.inference += 1;
+        next.redispatches = 0;
+        next.timings_ms.queued = Some((now - self.created_at).num_milliseconds().max(0) as f64);
+        Ok(next)
+    }
+
+    fn held(&self, status: Status, claim: u64) -> Result<(), Refused> {
+        if self.status == status && self.claim == claim && self.lease_until.is_some() {
+            return Ok(());
+        }
+        Err(if self.status.is_open() { Refused::Stale } else { Refused::Ended })
+    }
+
+    /// `processing →` whatever the outcome says.
+    ///
+    /// # Errors
+    /// [`Refused`] where `claim` is no longer held.
+    pub fn finish_inference(
+        &self,
+        claim: u64,
+        outcome: InferenceOutcome,
+        now: Timestamp,
+        policy: &Policy,
+    ) -> Result<Self, Refused> {
+        self.held(Status::Processing, claim)?;
+        let mut next = self.next(now);
+        match outcome {
+            InferenceOutcome::Failed { code } => Ok(next.fail(Stage::Inference, code, false)),
+            InferenceOutcome::Retake { quality } => {
+                next.quality = Some(quality);
+                Ok(next.ended(Status::NeedsRetake))
+            }
+            InferenceOutcome::Read { reading, quality, cache_key } => {
+                let wants_description = self.describe && reading.abstained.is_none();
+                next.quality = Some(quality);
+                next.reading = Some(reading);
+                next.cache_key = cache_key;
+                if !wants_description {
+                    return Ok(next.ended(Status::Completed));
+                }
+                let mut next = next.open(Status::AwaitingDescription, now + policy.redispatch);
+                next.dispatch = Some(Dispatch::Enrichment);
+                Ok(next)
+            }
+        }
+    }
+
+    /// `processing → pending` after a failure that another attempt may cure; the last attempt ends
+    /// the job.
+    ///
+    /// # Errors
+    /// [`Refused`] where `claim` is no longer held.
+    pub fn release_inference(&self, claim: u64, now: Timestamp, policy: &Policy) -> Result<Self, Refused> {
+        self.held(Status::Processing, claim)?;
+        if self.is_exhausted(self.attempts.inference, now, policy) {
+            return Ok(self.next(now).fail(Stage::Inference, FailureCode::AttemptsExhausted, true));
+        }
+        let delay = self.inference_backoff(policy);
+        Ok(self.next(now).open(Status::Pending, now + delay))
+    }
+
+    /// How long a released message stays invisible.
+    #[must_use]
+    pub fn inference_backoff(&self, policy: &Policy) -> TimeDelta {
+        policy.doubled(policy.backoff, self.attempts.inference.saturating_sub(1))
+    }
+
+    /// Takes the dispatch marker off, so that a second delivery of the same change finds none.
+    ///
+    /// # Errors
+    /// [`Refused`] where the job waits for no description or the marker is gone.
+    pub fn claim_enrichment(&self, now: Timestamp, lease_until: Timestamp, policy: &Policy) -> Result<Self, Refused> {
+        if !self.status.is_open() {
+            return Err(Refused::Ended);
+        }
+        if self.status != Status::AwaitingDescription {
+            return Err(Refused::WrongState);
+        }
+        if self.dispatch != Some(Dispatch::Enrichment) {
+            return Err(Refused::Leased);
+        }
+        if self.is_exhausted(self.attempts.enrichment, now, policy) {
+            return Err(Refused::Exhausted);
+        }
+        let mut next = self.next(now).open(Status::AwaitingDescription, lease_until);
+        next.lease_until = Some(lease_until);
+        next.claim += 1;
+        next.attempts.enrichment += 1;
+        next.redispatches = 0;
+        Ok(next)
+    }
+
+    /// `awaiting_description → completed`.
+    ///
+    /// # Errors
+    /// [`Refused`] where `claim` is no longer held.
+    pub fn finish_description(&self, claim: u64, description: Description, now: Timestamp) -> Result<Self, Refused> {
+        self.held(Status::AwaitingDescription, claim)?;
+        let mut next = self.next(now).ended(Status::Completed);
+        next.description = Some(description);
+        Ok(next)
+    }
+
+    /// Gives an enrichment claim back after an LLM failure: sweep marks the job again after
+    /// `wait`, or after the backoff where that is longer.
+    ///
+    /// # Errors
+    /// [`Refused`] where `claim` is no longer held; [`Refused::Exhausted`] where no attempt is left
+    /// and the template must do.
+    pub fn defer_description(
+        &self,
+        claim: u64,
+        wait: Option<TimeDelta>,
+        now: Timestamp,
+        policy: &Policy,
+    ) -> Result<Self, Refused> {
+        self.held(Status::AwaitingDescription, claim)?;
+        if self.is_exhausted(self.attempts.enrichment, now, policy) {
+            return Err(Refused::Exhausted);
+        }
+        let backoff = policy.doubled(policy.backoff, self.attempts.enrichment.saturating_sub(1));
+        let delay = wait.map_or(backoff, |wait| wait.min(policy.max_delay).max(backoff));
+        Ok(self.next(now).open(Status::AwaitingDescription, now + delay))
+    }
+
+    /// Sends a due job round again, or ends it. `template` is the description for a job of which
+    /// only that is missing.
+    ///
+    /// # Errors
+    /// [`Refused::NotDue`] where nothing is due yet.
+    pub fn sweep(
+        &self,
+        now: Timestamp,
+        policy: &Policy,
+        template: impl FnOnce(&Reading) -> Description,
+    ) -> Result<(Self, SweepAction), Refused> {
+        if self.due_at.is_none_or(|due| due > now) {
+            return Err(Refused::NotDue);
+        }
+        let wait = policy.doubled(policy.redispatch, self.redispatches);
+        let mut next = self.next(now);
+        next.redispatches += 1;
+        match self.status {
+            Status::Pending | Status::Processing => {
+                if self.is_exhausted(self.attempts.inference, now, policy) {
+                    let late = now >= self.deadline_at;
+                    let code = if late { FailureCode::DeadlineExceeded } else { FailureCode::AttemptsExhausted };
+                    return Ok((next.fail(Stage::Inference, code, true), SweepAction::Ended));
+                }
+                Ok((next.open(Status::Pending, now + wait), SweepAction::SendInfer))
+            }
+            Status::AwaitingDescription => {
+                let exhausted = self.is_exhausted(self.attempts.enrichment, now, policy);
+                match (&self.reading, exhausted) {
+                    (Some(reading), true) => {
+                        next.description = Some(template(reading));
+                        Ok((next.ended(Status::Completed), SweepAction::Ended))
+                    }
+                    (None, true) => {
+                        let code = FailureCode::AttemptsExhausted;
+                        Ok((next.fail(Stage::Enrichment, code, true), SweepAction::Ended))
+                    }
+                    (_, false) => {
+                        let mut next = next.open(Status::AwaitingDescription, now + wait);
+                        next.dispatch = Some(Dispatch::Enrichment);
+                        Ok((next, SweepAction::Marked))
+                    }
+                }
+            }
+            Status::Completed | Status::NeedsRetake | Status::Failed => Err(Refused::NotDue),
+        }
+    }
+
+    /// `failed {retryable} → pending | awaiting_description`, due at once.
+    ///
+    /// # Errors
+    /// [`Refused::WrongState`] where the job did not fail retryably, [`Refused::PhotoExpired`]
+    /// where there is no photo left to work on.
+    pub fn redrive(&self, now: Timestamp, policy: &Policy) -> Result<Self, Refused> {
+        let Some(failure) = self.failure.as_ref().filter(|failure| failure.retryable) else {
+            return Err(Refused::WrongState);
+        };
+        let status = match failure.stage {
+            Stage::Inference if now >= self.photo.expires_at => return Err(Refused::PhotoExpired),
+            Stage::Inference => Status::Pending,
+            Stage::Enrichment => Status::AwaitingDescription,
+        };
+        let mut next = self.next(now).open(status, now);
+        next.failure = None;
+        next.attempts = Attempts::default();
+        next.redispatches = 0;
+        next.deadline_at = now + policy.deadline;
+        next.timings_ms.total = None;
+        Ok(next)
+    }
+
+    /// What is left when the caller deletes the job, whatever its state.
+    #[must_use]
+    pub fn tombstone(&self, now: Timestamp, policy: &Policy) -> Tombstone {
+        Tombstone {
+            id: self.id,
+            caller: self.caller.clone(),
+            version: self.version + 1,
+            cache_key: self.cache_key.clone(),
+            erase_after: now + policy.lease,
+            sweeps: 0,
+            due_at: Some(now + policy.lease),
+            expires_at: now + policy.tombstone_ttl,
+        }
+    }
+}
+
+impl Tombstone {
+    /// The tombstone after sweep has erased the blobs: settled where the cache holds nothing,
+    /// otherwise due again, at doubling intervals, until [`Tombstone::forgotten`].
+    #[must_use]
+    pub fn swept(&self, now: Timestamp, policy: &Policy) -> Self {
+        let wait = policy.doubled(policy.redispatch, self.sweeps);
+        let due_at = self.cache_key.as_ref().map(|_| now + wait);
+        Self { version: self.version + 1, sweeps: self.sweeps + 1, due_at, ..self.clone() }
+    }
+
+    /// The tombstone after the cache entry was erased; `None` where a worker may still write it.
+    #[must_use]
+    pub fn forgotten(&self, now: Timestamp) -> Option<Self> {
+        let is_final = self.cache_key.is_some() && now >= self.erase_after;
+        is_final.then(|| Self { version: self.version + 1, cache_key: None, due_at: Some(now), ..self.clone() })
+    }
+}
