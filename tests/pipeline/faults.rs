@@ -117,3 +117,18 @@ async fn a_clock_set_back_an_hour_delays_and_loses_nothing() {
         assert_eq!(job.status, Status::Completed, "{name}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_feed_drops_what_concerns_nobody() {
+    let host = Running::start(&[]).await;
+    for _ in 0..60 {
+        let request = host.http.post(format!("{}/submit?describe=false", host.url)).header("content-type", "image/png");
+        assert_eq!(request.body(mole()).send().await.unwrap().status().as_u16(), 202);
+    }
+    let jobs = rusqlite::Connection::open(host.folder.path().join("jobs.sqlite")).unwrap();
+    let count = |sql: &str| jobs.query_row(sql, [], |row| row.get::<_, u32>(0)).unwrap();
+    eventually("all sixty are completed", async || count("SELECT count(*) FROM jobs WHERE status = 'completed'") == 60)
+        .await;
+    // Three writes a job, of which none asks for a description.
+    eventually("the changes are passed by", async || count("SELECT count(*) FROM changes") < 100).await;
+}
