@@ -25,6 +25,8 @@ pub struct Config {
     pub temporary_dir: PathBuf,
     /// `INFERENCE_WORKERS`: photos worked at the same time.
     pub inference_workers: usize,
+    /// `MAX_QUEUED_MB`: photos that one caller may have waiting, in bytes.
+    pub max_queued_bytes: u64,
     /// `SWEEP_INTERVAL_SECONDS`.
     pub sweep_interval: Duration,
     pub policy: Policy,
@@ -55,6 +57,7 @@ impl Config {
             ort_library: env.text("ORT_DYLIB_PATH")?.map_or_else(beside_executable, PathBuf::from),
             temporary_dir: env.text("TMPDIR")?.unwrap_or("/tmp").into(),
             inference_workers: env.number("INFERENCE_WORKERS", cores.min(8), 1, 64)?,
+            max_queued_bytes: env.number("MAX_QUEUED_MB", 4096, 1, 1_000_000)? * 1_000_000,
             sweep_interval: Duration::from_secs(env.number("SWEEP_INTERVAL_SECONDS", 60, 1, 3600)?),
             policy: config::policy(env)?,
         })

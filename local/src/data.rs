@@ -52,9 +52,9 @@ pub(crate) fn model_folder(temporary: &Path) -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-/// The key of the cache's keys, made at the first start.
-pub(crate) fn cache_secret(data_dir: &Path) -> anyhow::Result<Vec<u8>> {
-    let path = data_dir.join("cache.key");
+/// What keys the cache and signs uploads, made at the first start.
+pub(crate) fn secret(data_dir: &Path) -> anyhow::Result<Vec<u8>> {
+    let path = data_dir.join("secret.key");
     let mut secret = Vec::new();
     match File::open(&path) {
         Ok(mut file) => {
@@ -63,16 +63,16 @@ pub(crate) fn cache_secret(data_dir: &Path) -> anyhow::Result<Vec<u8>> {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             secret = (0..2).flat_map(|_| uuid::Uuid::new_v4().into_bytes()).collect();
             // Renamed into place whole: half a key would keep every later start from starting.
-            let unfinished = data_dir.join("cache.key.new");
+            let unfinished = data_dir.join("secret.key.new");
             let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&unfinished)?;
             file.write_all(&secret)?;
             file.sync_all()?;
             std::fs::rename(&unfinished, &path)?;
         }
-        Err(error) => return Err(error).context("DATA_DIR: cannot read cache.key"),
+        Err(error) => return Err(error).context("DATA_DIR: cannot read secret.key"),
     }
     if secret.len() < 16 {
-        bail!("DATA_DIR: {} is too short; delete it, and the cache starts afresh", path.display());
+        bail!("DATA_DIR: {} is too short; delete it, and a new one is made", path.display());
     }
     Ok(secret)
 }

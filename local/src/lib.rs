@@ -73,8 +73,8 @@ impl Host {
         let store = SqliteJobStore::open(&data_dir.join("jobs.sqlite"))?;
         // Above MAX_ATTEMPTS, or the queue gives a job up before the job's own attempts are used up.
         let queue = SqliteJobQueue::open(&data_dir.join("queue.sqlite"), clock.clone(), policy.max_attempts * 2 + 5)?;
-        let blobs = DirBlobStore::open(&data_dir.join("blobs"))?;
-        let cache_secret = data::cache_secret(data_dir)?;
+        let secret = data::secret(data_dir)?;
+        let blobs = DirBlobStore::open(&data_dir.join("blobs"), &secret)?;
 
         let digest =
             Bundle::publish(&config.model_dir, config.model_digest.as_deref(), &blobs).await.context("MODEL_DIR")?;
@@ -82,8 +82,14 @@ impl Host {
         let (library, sessions) = (config.ort_library.clone(), config.inference_workers);
         let model = Arc::new(tokio::task::spawn_blocking(move || Model::load(bundle, &library, sessions)).await??);
 
-        let submit =
-            Submit { jobs: store.clone(), queue: queue.clone(), blobs: blobs.clone(), clock: clock.clone(), policy };
+        let submit = Submit {
+            jobs: store.clone(),
+            queue: queue.clone(),
+            blobs: blobs.clone(),
+            clock: clock.clone(),
+            policy,
+            max_queued_bytes: config.max_queued_bytes,
+        };
         let results =
             Results { jobs: store.clone(), queue: queue.clone(), blobs: blobs.clone(), clock: clock.clone(), policy };
         let inference = Inference {
@@ -91,7 +97,7 @@ impl Host {
             queue: queue.clone(),
             blobs: blobs.clone(),
             cache: PredictionCache::from_env(env)?,
-            cache_secret,
+            cache_secret: secret,
             model: Arc::clone(&model),
             clock: clock.clone(),
             policy,

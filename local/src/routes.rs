@@ -7,6 +7,7 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Json, Router};
+use shared::embedded::uploads;
 use shared::error::{Code, Error};
 use shared::http::{self, Caller};
 use utoipa::OpenApi;
@@ -38,6 +39,7 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
     Router::new()
         .merge(submit::router(Arc::clone(&host.submit)))
         .merge(result::router(Arc::clone(&host.results)))
+        .merge(uploads::router(host.blobs.clone(), host.clock.clone()))
         .route("/openapi.json", get(|| async move { Json(description) }))
         .fallback(http::no_route)
         .method_not_allowed_fallback(http::no_method)

@@ -26,6 +26,7 @@ const FEED_BATCH: u32 = 10;
 /// Changes that concern nobody are passed by together: each move of the cursor is a write.
 const PASSED_BY: i64 = 100;
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(3600);
+const LATE_UPLOAD_TTL: TimeDelta = TimeDelta::days(1);
 /// Beyond the lease, so that a message comes back after its worker has given up.
 const VISIBILITY_MARGIN: TimeDelta = TimeDelta::seconds(10);
 
@@ -165,10 +166,13 @@ pub(crate) async fn housekeeping(host: Arc<Host>, mut stopped: Receiver<bool>) {
             Ok(count) => tracing::info!(count, "expired records deleted"),
             Err(error) => failed("expired records not deleted", &error),
         }
-        match host.blobs.remove_older("jobs/", (now - host.config.policy.photo_ttl).into()).await {
-            Ok(0) => {}
-            Ok(count) => tracing::info!(count, "expired photos deleted"),
-            Err(error) => failed("expired photos not deleted", &error),
+        // Uploads that came after sweep had given them up.
+        for (prefix, ttl) in [("jobs/", host.config.policy.photo_ttl), ("incoming/", LATE_UPLOAD_TTL)] {
+            match host.blobs.remove_older(prefix, (now - ttl).into()).await {
+                Ok(0) => {}
+                Ok(count) => tracing::info!(count, "expired photos deleted"),
+                Err(error) => failed("expired photos not deleted", &error),
+            }
         }
         idle(std::future::pending(), HOUSEKEEPING_INTERVAL, &mut stopped).await;
     }

@@ -1,5 +1,7 @@
 //! The bodies of the HTTP API, as the functions write them and the CLI reads them.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -9,6 +11,8 @@ use crate::job::{Abstention, Description, FailureCode, Job, Prediction, Quality,
 
 /// The largest photo that a request may carry, in bytes: what is left of Lambda's 6 MB after base64.
 pub const MAX_PHOTO_BYTES: usize = 4 * 1024 * 1024;
+/// The largest photo that may be uploaded through `POST /uploads`, in bytes.
+pub const MAX_UPLOAD_BYTES: u64 = 25 * 1024 * 1024;
 /// The longest that `?wait=` holds a request open, in seconds: below the 29–30 s at which API
 /// Gateway gives up.
 pub const MAX_WAIT_SECONDS: u32 = 25;
@@ -20,10 +24,18 @@ pub const PAGE_MAX: u32 = 100;
 pub const DISCLAIMER: &str = "Research demonstration, not a medical device: this is no diagnosis and no substitute \
 for one. Have any lesion that is new, changing, bleeding or that worries you seen by a doctor, whatever is written here.";
 
-/// `POST /submit` as JSON.
+/// `POST /submit` as JSON: the photo itself, or where it was uploaded to.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum SubmitBody {
+    Photo(PhotoBody),
+    Upload(ImageKeyBody),
+}
+
+/// A photo in the request.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct SubmitBody {
+pub struct PhotoBody {
     /// A JPEG, PNG or WebP photo of at most 4 MiB, in standard base64.
     #[schema(
         content_encoding = "base64",
@@ -35,6 +47,52 @@ pub struct SubmitBody {
     #[serde(default = "yes")]
     #[schema(default = true)]
     pub describe: bool,
+}
+
+/// A photo that was uploaded before.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImageKeyBody {
+    /// As `POST /uploads` answered it.
+    pub image_key: String,
+    /// Whether a description is wanted.
+    #[serde(default = "yes")]
+    #[schema(default = true)]
+    pub describe: bool,
+}
+
+/// `POST /uploads`: the photo that is to be uploaded.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UploadBody {
+    /// `image/jpeg`, `image/png` or `image/webp`.
+    #[schema(example = "image/jpeg")]
+    pub content_type: String,
+    /// The exact number of bytes, at most 25 MiB.
+    #[schema(minimum = 1, maximum = 26214400)]
+    pub size_bytes: u64,
+    /// SHA-256 of the bytes, 64 hex digits.
+    #[schema(
+        pattern = "^[0-9a-fA-F]{64}$",
+        example = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    )]
+    pub sha256: String,
+}
+
+/// The answer to `POST /uploads`: send the bytes to `url`, then submit `image_key`.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct UploadPermit {
+    /// What `POST /submit` takes in the place of the photo.
+    pub image_key: String,
+    /// `PUT`
+    pub method: String,
+    /// Absolute, or to be resolved against the address of the API.
+    pub url: String,
+    /// To be sent with the bytes, exactly as they are.
+    pub headers: BTreeMap<String, String>,
+    /// Until when the upload may begin.
+    #[schema(value_type = String, format = DateTime)]
+    pub expires_at: Timestamp,
 }
 
 /// `describe` where a request does not say.

@@ -27,9 +27,11 @@ macro_rules! points {
 
 points! {
     BlobWritten = "blobs.written_before_rename",
+    SubmitUploadReserved = "submit.upload_reserved",
     SubmitPhotoStored = "submit.photo_stored",
     SubmitRecordWritten = "submit.record_written",
     SubmitMessageSent = "submit.message_sent",
+    SubmitOriginalErased = "submit.original_erased",
     InferenceClaimed = "inference.claimed",
     InferenceFinished = "inference.finished",
     InferenceCached = "inference.cached",
@@ -50,6 +52,8 @@ points! {
     SweepErased = "sweep.erased",
     SweepForgetSent = "sweep.forget_sent",
     SweepTombstoneSettled = "sweep.tombstone_settled",
+    SweepUploadErased = "sweep.upload_erased",
+    SweepUploadSettled = "sweep.upload_settled",
     SweepOrphanErased = "sweep.orphan_erased",
 }
 

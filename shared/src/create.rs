@@ -2,29 +2,24 @@
 
 use crate::crash::{self, Point};
 use crate::error::Error;
-use crate::job::Job;
 use crate::message::Message;
-use crate::ports::{Created, Idempotency, JobQueue, JobStore};
+use crate::ports::{Created, Creation, JobQueue, JobStore};
 
-/// Writes a job with its idempotency item, then sends its message. A message that cannot be sent is
+/// Writes a job with what belongs to it, then sends its message. A message that cannot be sent is
 /// no error: the record is due, and sweep sends it.
 ///
 /// # Errors
 /// Where the record could not be written.
-pub async fn create_job(
-    jobs: &impl JobStore,
-    queue: &impl JobQueue,
-    job: &Job,
-    idempotency: Option<&Idempotency>,
-) -> Result<Created, Error> {
-    let created = jobs.create(job, idempotency).await?;
+pub async fn create_job(jobs: &impl JobStore, queue: &impl JobQueue, creation: Creation) -> Result<Created, Error> {
+    let (id, trace_id) = (creation.job.id, creation.job.trace_id.clone());
+    let created = jobs.create(creation).await?;
     if created == Created::New {
         crash::here(Point::SubmitRecordWritten);
-        match queue.send(Message::Infer { id: job.id }).await {
+        match queue.send(Message::Infer { id }).await {
             Ok(()) => crash::here(Point::SubmitMessageSent),
             Err(error) => tracing::warn!(
-                job.id = %job.id,
-                trace.id = job.trace_id,
+                job.id = %id,
+                trace.id = trace_id,
                 error.chain = error.chain(),
                 "message not sent; sweep will send it"
             ),

@@ -331,13 +331,32 @@ pub struct Tombstone {
     pub expires_at: Timestamp,
 }
 
+/// A photo that a caller may send straight to the blob store, until a job is made of it. Its size
+/// counts against the caller's queued bytes from the start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upload {
+    pub id: Uuid,
+    pub caller: String,
+    pub version: u64,
+    /// Where the blob store puts it: `incoming/<digest of the caller>/<id>/photo`.
+    pub image_key: String,
+    /// As announced, and signed with the permission to upload.
+    pub size_bytes: u64,
+    /// Whether a job was made of it, or it was given up.
+    pub used: bool,
+    /// When sweep erases what was uploaded; absent when it is gone.
+    pub due_at: Option<Timestamp>,
+    pub expires_at: Timestamp,
+}
+
 /// What the store holds under an id.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "snake_case")]
-#[expect(clippy::large_enum_variant, reason = "tombstones are rare and short-lived in memory")]
+#[expect(clippy::large_enum_variant, reason = "the others are rare and short-lived in memory")]
 pub enum Record {
     Job(Job),
     Tombstone(Tombstone),
+    Upload(Upload),
 }
 
 /// The record that a write replaces. The version alone would do; naming the state and the claim
@@ -347,8 +366,10 @@ pub struct Fence {
     pub id: Uuid,
     pub version: u64,
     pub claim: u64,
-    /// Absent for a tombstone.
+    /// Absent for what is no job.
     pub status: Option<Status>,
+    /// What the record counts against its caller; the write settles the difference.
+    pub queued_bytes: u64,
 }
 
 impl Record {
@@ -357,6 +378,16 @@ impl Record {
         match self {
             Self::Job(job) => job.id,
             Self::Tombstone(tombstone) => tombstone.id,
+            Self::Upload(upload) => upload.id,
+        }
+    }
+
+    #[must_use]
+    pub fn caller(&self) -> &str {
+        match self {
+            Self::Job(job) => &job.caller,
+            Self::Tombstone(tombstone) => &tombstone.caller,
+            Self::Upload(upload) => &upload.caller,
         }
     }
 
@@ -365,6 +396,27 @@ impl Record {
         match self {
             Self::Job(job) => job.due_at,
             Self::Tombstone(tombstone) => tombstone.due_at,
+            Self::Upload(upload) => upload.due_at,
+        }
+    }
+
+    #[must_use]
+    pub fn expires_at(&self) -> Timestamp {
+        match self {
+            Self::Job(job) => job.expires_at,
+            Self::Tombstone(tombstone) => tombstone.expires_at,
+            Self::Upload(upload) => upload.expires_at,
+        }
+    }
+
+    /// What the record counts against its caller's queued bytes: the photo of an open job, or the
+    /// room kept for an upload.
+    #[must_use]
+    pub fn queued_bytes(&self) -> u64 {
+        match self {
+            Self::Job(job) => job.queued_bytes(),
+            Self::Upload(upload) if !upload.used => upload.size_bytes,
+            Self::Tombstone(_) | Self::Upload(_) => 0,
         }
     }
 
@@ -373,7 +425,11 @@ impl Record {
         match self {
             Self::Job(job) => job.fence(),
             Self::Tombstone(tombstone) => {
-                Fence { id: tombstone.id, version: tombstone.version, claim: 0, status: None }
+                Fence { id: tombstone.id, version: tombstone.version, claim: 0, status: None, queued_bytes: 0 }
+            }
+            Self::Upload(upload) => {
+                let (id, version, queued_bytes) = (upload.id, upload.version, self.queued_bytes());
+                Fence { id, version, claim: 0, status: None, queued_bytes }
             }
         }
     }
@@ -383,7 +439,7 @@ impl Record {
     pub fn into_job(self) -> Option<Job> {
         match self {
             Self::Job(job) => Some(job),
-            Self::Tombstone(_) => None,
+            Self::Tombstone(_) | Self::Upload(_) => None,
         }
     }
 }

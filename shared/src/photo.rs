@@ -38,6 +38,20 @@ impl Format {
         }
     }
 
+    /// The format that a media type names.
+    ///
+    /// # Errors
+    /// 415, with advice of its own for HEIC.
+    pub fn of_content_type(content_type: &str) -> Result<Self, Error> {
+        match content_type.to_ascii_lowercase().as_str() {
+            "image/jpeg" => Ok(Self::Jpeg),
+            "image/png" => Ok(Self::Png),
+            "image/webp" => Ok(Self::WebP),
+            "image/heic" | "image/heif" => Err(heic_not_supported()),
+            _ => Err(unsupported()),
+        }
+    }
+
     /// The decoder's name for the format.
     #[must_use]
     pub fn image_format(self) -> image::ImageFormat {
@@ -57,14 +71,22 @@ impl Format {
             [0xFF, 0xD8, 0xFF, ..] => Ok(Self::Jpeg),
             [0x89, b'P', b'N', b'G', 0x0D, 0x0A, 0x1A, 0x0A, ..] => Ok(Self::Png),
             [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Ok(Self::WebP),
-            [_, _, _, _, b'f', b't', b'y', b'p', brand @ ..] if is_heic(brand) => Err(Error::new(
-                Code::HeicNotSupported,
-                "HEIC photos are not supported. Send a JPEG: on an iPhone choose Settings > Camera > Formats > \
-                 Most Compatible, or let the app convert the photo before the upload.",
-            )),
-            _ => Err(Error::new(Code::UnsupportedMediaType, "Send a JPEG, PNG or WebP photo.")),
+            [_, _, _, _, b'f', b't', b'y', b'p', brand @ ..] if is_heic(brand) => Err(heic_not_supported()),
+            _ => Err(unsupported()),
         }
     }
+}
+
+fn heic_not_supported() -> Error {
+    Error::new(
+        Code::HeicNotSupported,
+        "HEIC photos are not supported. Send a JPEG: on an iPhone choose Settings > Camera > Formats > \
+         Most Compatible, or let the app convert the photo before the upload.",
+    )
+}
+
+fn unsupported() -> Error {
+    Error::new(Code::UnsupportedMediaType, "Send a JPEG, PNG or WebP photo.")
 }
 
 fn is_heic(brand: &[u8]) -> bool {

@@ -4,13 +4,14 @@
 //! Every method is safe to call twice. Errors are [`Error::unavailable`] where another try may
 //! succeed.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use uuid::Uuid;
 
 use crate::clock::Timestamp;
 use crate::error::Error;
-use crate::job::{Fence, Job, Record, Tombstone};
+use crate::job::{Fence, Job, Record, Tombstone, Upload};
 use crate::message::Message;
 
 type Result<T> = std::result::Result<T, Error>;
@@ -26,18 +27,36 @@ pub struct Idempotency {
     pub expires_at: Timestamp,
 }
 
+/// What is written in one transaction when a job comes into being.
+#[derive(Debug, Clone)]
+pub struct Creation {
+    pub job: Job,
+    pub idempotency: Option<Idempotency>,
+    /// The upload that the job is made of; it is used up.
+    pub upload: Option<Upload>,
+    /// The most that the caller may have queued, this job included.
+    pub max_queued_bytes: u64,
+}
+
 /// What [`JobStore::create`] did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Created {
     New,
     /// The key was taken first by another request.
     KeyTaken(Idempotency),
+    /// The upload was used or given up in the meantime.
+    UploadTaken,
+    /// The caller has too much queued.
+    QueueFull,
 }
 
 /// The records, and the change feed that every write to them appends to.
 pub trait JobStore: Send + Sync + 'static {
-    /// Writes a new job and its idempotency item in one transaction.
-    fn create(&self, job: &Job, idempotency: Option<&Idempotency>) -> impl Future<Output = Result<Created>> + Send;
+    /// Writes all of a creation, or nothing.
+    fn create(&self, creation: Creation) -> impl Future<Output = Result<Created>> + Send;
+
+    /// Writes a new upload; `false` where its caller would have more than `max_queued_bytes` queued.
+    fn reserve(&self, upload: &Upload, max_queued_bytes: u64) -> impl Future<Output = Result<bool>> + Send;
 
     /// A live idempotency item.
     fn idempotency(
@@ -50,6 +69,7 @@ pub trait JobStore: Send + Sync + 'static {
     fn get(&self, id: Uuid) -> impl Future<Output = Result<Option<Record>>> + Send;
 
     /// Writes `after` where the record that `fence` names still stands; `false` where it does not.
+    /// What the caller has queued changes with it.
     fn replace(&self, fence: Fence, after: &Record) -> impl Future<Output = Result<bool>> + Send;
 
     /// Puts a tombstone in the place of `job`, where it still stands, and deletes its idempotency
@@ -73,8 +93,30 @@ pub trait JobQueue: Send + Sync + 'static {
     fn set_visibility(&self, receipt: &str, seconds: u32) -> impl Future<Output = Result<()>> + Send;
 }
 
+/// What a client may put under one key, once signed: exactly this.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PutTerms {
+    pub content_type: String,
+    pub size_bytes: u64,
+    /// SHA-256 of the body, in standard base64.
+    pub checksum_sha256: String,
+    pub expires_at: Timestamp,
+}
+
+/// A permission to put one blob, for whoever holds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PresignedPut {
+    /// To be resolved against the address of the API.
+    pub url: String,
+    /// To be sent with the body as they are.
+    pub headers: BTreeMap<String, String>,
+}
+
 /// Photos and model bundles, by key. Keys use `/` and hold no `..`.
 pub trait BlobStore: Send + Sync + 'static {
+    /// A permission to put one blob under `key`.
+    fn presign_put(&self, key: &str, terms: &PutTerms) -> impl Future<Output = Result<PresignedPut>> + Send;
+
     /// Writes the whole blob or nothing; an existing one is replaced.
     fn put(&self, key: &str, bytes: Vec<u8>) -> impl Future<Output = Result<()>> + Send;
 

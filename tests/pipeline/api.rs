@@ -290,6 +290,7 @@ async fn every_described_operation_answers_and_every_answer_is_described() {
         "GET /result/{request_id}",
         "GET /results",
         "POST /submit",
+        "POST /uploads",
     ];
     assert_eq!(operations, expected);
 }

@@ -17,9 +17,18 @@ use uuid::Uuid;
 use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::process::Process;
 use crate::support::{client, ended, eventually, mole, open, submit};
+use crate::uploads;
 
 const SUBMIT: &[Point] =
     &[Point::BlobWritten, Point::SubmitPhotoStored, Point::SubmitRecordWritten, Point::SubmitMessageSent];
+const UPLOAD: &[Point] = &[
+    Point::SubmitUploadReserved,
+    Point::BlobWritten,
+    Point::SubmitPhotoStored,
+    Point::SubmitRecordWritten,
+    Point::SubmitMessageSent,
+    Point::SubmitOriginalErased,
+];
 const INFERENCE: &[Point] =
     &[Point::InferenceClaimed, Point::InferenceFinished, Point::InferenceCached, Point::QueueBeforeAck];
 const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
@@ -30,12 +39,14 @@ const RESULT: &[Point] =
     &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten];
 const SWEEP: &[Point] = &[Point::SweepWritten, Point::SweepSent];
 const SWEEP_TOMBSTONE: &[Point] = &[Point::SweepErased, Point::SweepForgetSent, Point::SweepTombstoneSettled];
+const SWEEP_UPLOAD: &[Point] = &[Point::SweepUploadErased, Point::SweepUploadSettled];
 const SWEEP_ORPHAN: &[Point] = &[Point::SweepOrphanErased];
 
 #[test]
 fn every_crash_point_is_in_a_scenario() {
     let scenarios = [
         SUBMIT,
+        UPLOAD,
         INFERENCE,
         INFERENCE_RETRY,
         ENRICHMENT,
@@ -43,11 +54,13 @@ fn every_crash_point_is_in_a_scenario() {
         RESULT,
         SWEEP,
         SWEEP_TOMBSTONE,
+        SWEEP_UPLOAD,
         SWEEP_ORPHAN,
     ];
     let mut tested: Vec<_> = scenarios.concat().iter().map(|point| point.name()).collect();
     let mut all: Vec<_> = Point::ALL.iter().map(|point| point.name()).collect();
     tested.sort_unstable();
+    tested.dedup();
     all.sort_unstable();
     assert_eq!(tested, all);
     println!("{} crash points", all.len());
@@ -119,6 +132,13 @@ impl Scene {
         assert!(jobs.iter().all(|job| job.status == Status::Completed), "{}", point.name());
         let blobs = host.blobs.list("jobs/", None, 100).await.unwrap();
         assert_eq!(blobs, ids, "{}: photos and jobs must match", point.name());
+        for caller in host.blobs.list("incoming/", None, 100).await.unwrap() {
+            let left = host.blobs.list(&format!("incoming/{caller}/"), None, 100).await.unwrap();
+            assert_eq!(left, [] as [&str; 0], "{}: what was uploaded is erased", point.name());
+        }
+        let jobs = rusqlite::Connection::open(self.data().join("jobs.sqlite")).unwrap();
+        let queued = jobs.query_row("SELECT count(*) FROM usage", [], |row| row.get::<_, u32>(0)).unwrap();
+        assert_eq!(queued, 0, "{}: nothing is counted as queued", point.name());
         assert_eq!(host.queue.depth().await.unwrap(), (0, 0), "{}", point.name());
     }
 }
@@ -136,6 +156,54 @@ async fn a_kill_between_any_two_writes_of_submit_loses_and_doubles_nothing() {
         assert_eq!(scene.llm.calls(), 1, "{}", point.name());
     }
     println!("submit: killed at {} points", SUBMIT.len());
+}
+
+/// Uploads and submits as an app does: whatever step fails is begun again.
+async fn upload_and_submit(scene: &Scene, host: &Process, known: &mut Option<String>) -> reqwest::Result<String> {
+    let photo = mole();
+    let image_key = match known {
+        Some(image_key) => image_key.clone(),
+        None => {
+            let permit = uploads::permit(&scene.http, &host.url, &photo).await?;
+            assert_eq!(uploads::put(&scene.http, &host.url, &permit, &photo).await?.status().as_u16(), 200);
+            known.insert(permit["image_key"].as_str().unwrap().to_owned()).clone()
+        }
+    };
+    let response = uploads::submit_key(&scene.http, &host.url, &image_key).await?;
+    assert_eq!(response.status().as_u16(), 202);
+    let body: serde_json::Value = response.json().await?;
+    Ok(body["request_id"].as_str().unwrap().to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_an_upload_loses_and_doubles_nothing() {
+    for &point in UPLOAD {
+        let scene = Scene::new([]).await;
+        scene.start(None).await.kill().await;
+        let mut host = scene.start(Some(point)).await;
+        let mut image_key = None;
+        assert!(upload_and_submit(&scene, &host, &mut image_key).await.is_err(), "{}", point.name());
+        host.killed().await;
+        let host = scene.start(None).await;
+        let id = upload_and_submit(&scene, &host, &mut image_key).await.unwrap();
+        assert_eq!(ended(&scene.http, &host.url, &id).await["status"], "completed", "{}", point.name());
+        scene.settled(host, &[id], point).await;
+    }
+    for &point in SWEEP_UPLOAD {
+        let scene = Scene::new([]).await;
+        let host = scene.start(None).await;
+        let photo = mole();
+        let permit = uploads::permit(&scene.http, &host.url, &photo).await.unwrap();
+        assert_eq!(uploads::put(&scene.http, &host.url, &permit, &photo).await.unwrap().status().as_u16(), 200);
+        host.kill().await;
+        hurry(scene.data());
+        // Sweep meets it at once; the host may be dead before it listens.
+        if let Some(mut host) = Process::start(scene.data(), &[("CRASH_AT", point.name())]).await {
+            host.killed().await;
+        }
+        scene.recover("key", point).await;
+    }
+    println!("uploads: killed at {} points", UPLOAD.len() + SWEEP_UPLOAD.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

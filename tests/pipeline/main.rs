@@ -20,3 +20,4 @@ mod redis;
 mod stages;
 mod start;
 mod support;
+mod uploads;

@@ -79,7 +79,7 @@ fn a_network_of_other_bytes_and_a_manifest_of_another_digest_are_refused() {
 async fn a_bundle_is_fetched_once_and_a_spoilt_copy_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let (blobs, cache) = (folder.path().join("blobs"), folder.path().join("cache"));
-    let store = DirBlobStore::open(&blobs).unwrap();
+    let store = DirBlobStore::open(&blobs, b"secret").unwrap();
     let digest = Bundle::publish(&root().join("model"), None, &store).await.unwrap();
     Bundle::fetch(&store, &digest, &cache).await.unwrap();
     let copy = cache.join(&digest).join("model.onnx");

@@ -3,9 +3,9 @@
 use chrono::TimeDelta;
 use shared::clock::{Clock, Timestamp, from_millis};
 use shared::embedded::{Changes, DirBlobStore, SqliteJobQueue, SqliteJobStore};
-use shared::job::{Job, NewJob, Photo, Policy, Record, Tombstone, new_id};
+use shared::job::{Job, NewJob, Photo, Policy, Record, Tombstone, Upload, new_id};
 use shared::message::Message;
-use shared::ports::{BlobStore, Created, Idempotency, JobQueue, JobStore};
+use shared::ports::{BlobStore, Created, Creation, Idempotency, JobQueue, JobStore};
 use uuid::Uuid;
 
 fn start() -> Timestamp {
@@ -32,6 +32,10 @@ fn new_job(caller: &str, now: Timestamp) -> Job {
     Job::new(new, now, &Policy::default())
 }
 
+fn creation(job: &Job, idempotency: Option<&Idempotency>) -> Creation {
+    Creation { job: job.clone(), idempotency: idempotency.cloned(), upload: None, max_queued_bytes: u64::MAX }
+}
+
 async fn job_store_suite(store: impl JobStore) {
     let now = start();
     let policy = Policy::default();
@@ -45,11 +49,11 @@ async fn job_store_suite(store: impl JobStore) {
         id: job.id,
         expires_at: now + TimeDelta::hours(24),
     };
-    assert_eq!(store.create(&job, Some(&item)).await.unwrap(), Created::New);
+    assert_eq!(store.create(creation(&job, Some(&item))).await.unwrap(), Created::New);
     assert_eq!(store.get(job.id).await.unwrap(), Some(Record::Job(job.clone())));
     let rival = new_job("alice", now);
     let rival_item = Idempotency { id: rival.id, ..item.clone() };
-    assert_eq!(store.create(&rival, Some(&rival_item)).await.unwrap(), Created::KeyTaken(item.clone()));
+    assert_eq!(store.create(creation(&rival, Some(&rival_item))).await.unwrap(), Created::KeyTaken(item.clone()));
     assert_eq!(store.get(rival.id).await.unwrap(), None, "the job of a taken key is not written");
 
     // A key belongs to its caller and expires.
@@ -59,7 +63,7 @@ async fn job_store_suite(store: impl JobStore) {
     assert_eq!(store.idempotency("alice", "k", later).await.unwrap(), None);
     let second = new_job("alice", later);
     let second_item = Idempotency { id: second.id, expires_at: later + TimeDelta::hours(24), ..item };
-    assert_eq!(store.create(&second, Some(&second_item)).await.unwrap(), Created::New);
+    assert_eq!(store.create(creation(&second, Some(&second_item))).await.unwrap(), Created::New);
 
     // A write happens once: the record that it replaces must still stand.
     let claimed = job.claim_inference(now, now + policy.lease, &policy).unwrap();
@@ -88,7 +92,7 @@ async fn job_store_suite(store: impl JobStore) {
         id: third.id,
         expires_at: now + TimeDelta::hours(24),
     };
-    assert_eq!(store.create(&third, Some(&third_item)).await.unwrap(), Created::New);
+    assert_eq!(store.create(creation(&third, Some(&third_item))).await.unwrap(), Created::New);
     assert!(store.bury(&third, &third.tombstone(now, &policy)).await.unwrap());
     assert_eq!(store.idempotency("carol", "again", now).await.unwrap(), None);
 
@@ -116,6 +120,78 @@ async fn job_store_suite(store: impl JobStore) {
     assert_eq!(store.due(now + TimeDelta::hours(26), 10).await.unwrap().len(), 2);
 }
 
+/// What a caller has queued grows and shrinks with the records, in their own transactions.
+async fn queued_bytes_suite(store: impl JobStore) {
+    let (now, policy) = (start(), Policy::default());
+    let job_of = |size_bytes: u64| {
+        let job = new_job("alice", now);
+        Job { photo: Photo { size_bytes, ..job.photo.clone() }, ..job }
+    };
+    let limited = |job: &Job, upload: Option<&Upload>| Creation {
+        upload: upload.cloned(),
+        max_queued_bytes: 100,
+        ..creation(job, None)
+    };
+    let upload_of = |caller: &str, size: u64| {
+        let id = new_id(now);
+        Upload::new(id, caller.into(), format!("incoming/x/{id}/photo"), size, now + TimeDelta::hours(1))
+    };
+    // Room left, by asking for it and giving it back.
+    let has_room = async |bytes: u64| {
+        let probe = upload_of("alice", bytes);
+        let granted = store.reserve(&probe, 100).await.unwrap();
+        if granted {
+            let fence = Record::Upload(probe.clone()).fence();
+            assert!(store.replace(fence, &Record::Upload(probe.erased())).await.unwrap());
+        }
+        granted
+    };
+
+    let first = job_of(60);
+    assert_eq!(store.create(limited(&first, None)).await.unwrap(), Created::New);
+    let second = job_of(41);
+    assert_eq!(store.create(limited(&second, None)).await.unwrap(), Created::QueueFull);
+    assert_eq!(store.get(second.id).await.unwrap(), None, "what is refused is not written");
+    assert!(has_room(40).await && !has_room(41).await);
+    assert!(store.reserve(&upload_of("bob", 100), 100).await.unwrap(), "another caller has a queue of its own");
+
+    // An open job counts until its end; a refused write changes nothing.
+    let claimed = first.claim_inference(now, now + policy.lease, &policy).unwrap();
+    assert!(store.replace(first.fence(), &Record::Job(claimed.clone())).await.unwrap());
+    assert!(!has_room(41).await);
+    let quality = shared::job::Quality { accepted: false, reasons: Vec::new(), measures: Default::default() };
+    let outcome = shared::job::InferenceOutcome::Retake { quality };
+    let ended = claimed.finish_inference(claimed.claim, outcome, now, &policy).unwrap();
+    assert!(!store.replace(first.fence(), &Record::Job(ended.clone())).await.unwrap());
+    assert!(!has_room(41).await);
+    assert!(store.replace(claimed.fence(), &Record::Job(ended.clone())).await.unwrap());
+    assert!(has_room(100).await);
+
+    // A delete gives back what was still open, and only that.
+    assert!(store.bury(&ended, &ended.tombstone(now, &policy)).await.unwrap());
+    let third = job_of(100);
+    assert_eq!(store.create(limited(&third, None)).await.unwrap(), Created::New);
+    assert!(!has_room(1).await);
+    assert!(store.bury(&third, &third.tombstone(now, &policy)).await.unwrap());
+    assert!(has_room(100).await);
+
+    // An upload keeps its room, is used up by one job, and falls due when it is not.
+    let upload = upload_of("alice", 90);
+    assert!(store.reserve(&upload, 100).await.unwrap());
+    assert!(!has_room(11).await);
+    let due = store.due(upload.due_at.unwrap(), 100).await.unwrap();
+    assert!(due.contains(&Record::Upload(upload.clone())));
+    let fourth = job_of(80);
+    assert_eq!(store.create(limited(&fourth, Some(&upload))).await.unwrap(), Created::New);
+    assert!(has_room(20).await && !has_room(21).await);
+    let Some(Record::Upload(used)) = store.get(upload.id).await.unwrap() else { panic!("the upload is still known") };
+    assert_eq!((used.used, used.due_at), (true, Some(now)));
+    let fifth = job_of(1);
+    assert_eq!(store.create(limited(&fifth, Some(&upload))).await.unwrap(), Created::UploadTaken);
+    assert_eq!(store.get(fifth.id).await.unwrap(), None);
+    assert!(store.list("alice", None, 10).await.unwrap().iter().all(|job| job.id == fourth.id), "uploads are no jobs");
+}
+
 async fn blob_store_suite(store: impl BlobStore) {
     assert_eq!(store.get("jobs/a/photo").await.unwrap(), None);
     store.put("jobs/a/photo", b"one".to_vec()).await.unwrap();
@@ -138,18 +214,19 @@ async fn blob_store_suite(store: impl BlobStore) {
 async fn the_job_store_keeps_its_contract() {
     let folder = tempfile::tempdir().unwrap();
     job_store_suite(SqliteJobStore::open(&folder.path().join("jobs.sqlite")).unwrap()).await;
+    queued_bytes_suite(SqliteJobStore::open(&folder.path().join("queued.sqlite")).unwrap()).await;
 }
 
 #[tokio::test]
 async fn the_blob_store_keeps_its_contract() {
     let folder = tempfile::tempdir().unwrap();
-    blob_store_suite(DirBlobStore::open(folder.path()).unwrap()).await;
+    blob_store_suite(DirBlobStore::open(folder.path(), b"secret").unwrap()).await;
 }
 
 #[tokio::test]
 async fn expiry_takes_old_blobs_with_their_folders_and_leaves_a_folder_that_awaits_its_first() {
     let folder = tempfile::tempdir().unwrap();
-    let store = DirBlobStore::open(folder.path()).unwrap();
+    let store = DirBlobStore::open(folder.path(), b"secret").unwrap();
     store.put("jobs/old/photo", b"x".to_vec()).await.unwrap();
     let limit = std::time::SystemTime::now();
     std::thread::sleep(std::time::Duration::from_millis(20));
@@ -161,7 +238,7 @@ async fn expiry_takes_old_blobs_with_their_folders_and_leaves_a_folder_that_awai
 #[tokio::test]
 async fn a_blob_key_cannot_leave_the_store() {
     let folder = tempfile::tempdir().unwrap();
-    let store = DirBlobStore::open(&folder.path().join("blobs")).unwrap();
+    let store = DirBlobStore::open(&folder.path().join("blobs"), b"secret").unwrap();
     for key in ["../x", "jobs/../../x", "/etc/passwd", "jobs/./x", ".incoming/x"] {
         assert!(store.put(key, Vec::new()).await.is_err(), "{key}");
         assert!(store.get(key).await.is_err(), "{key}");
@@ -215,7 +292,7 @@ async fn the_feed_shows_each_write_until_the_cursor_has_passed_it() {
     let mut waiting = Vec::new();
     for _ in 0..3 {
         let job = new_job("alice", now);
-        store.create(&job, None).await.unwrap();
+        store.create(creation(&job, None)).await.unwrap();
         let claimed = job.claim_inference(now, now + policy.lease, &policy).unwrap();
         let mut marked = claimed.sweep(now + policy.lease, &policy, |_| unreachable!()).unwrap().0;
         marked.dispatch = Some(shared::job::Dispatch::Enrichment);

@@ -68,7 +68,7 @@ async fn nobody_else_on_the_machine_can_read_the_data() {
     let host = crate::support::open(folder.path(), shared::clock::Clock::System, &[]).await;
     let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(folder.path()), 0o700);
-    for file in ["jobs.sqlite", "jobs.sqlite-wal", "queue.sqlite", "cache.key", "lock"] {
+    for file in ["jobs.sqlite", "jobs.sqlite-wal", "queue.sqlite", "secret.key", "lock"] {
         assert_eq!(mode(&folder.path().join(file)), 0o600, "{file}");
     }
     drop(host);

@@ -247,11 +247,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
         // What is no id is the id of nothing.
         let id = Uuid::parse_str(request_id).map_err(|_| Error::not_found())?;
         let record = self.jobs.get(id).await?.ok_or_else(Error::not_found)?;
-        let owner = match &record {
-            Record::Job(job) => &job.caller,
-            Record::Tombstone(tombstone) => &tombstone.caller,
-        };
-        if *owner == caller.0 { Ok(record) } else { Err(Error::not_found()) }
+        if record.caller() == caller.0 { Ok(record) } else { Err(Error::not_found()) }
     }
 
     async fn own(&self, caller: &Caller, request_id: &str) -> Result<Job, Error> {
@@ -266,6 +262,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
         let (id, cache_key) = loop {
             match self.own_record(caller, request_id).await? {
                 Record::Tombstone(tombstone) => break (tombstone.id, tombstone.cache_key),
+                Record::Upload(_) => return Err(Error::not_found()),
                 Record::Job(job) => {
                     let tombstone = job.tombstone(self.clock.now(), &self.policy);
                     let (id, cache_key) = (tombstone.id, tombstone.cache_key.clone());

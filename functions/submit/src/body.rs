@@ -1,4 +1,4 @@
-//! The three ways in which a photo arrives: JSON, a raw body, a form.
+//! The ways in which a photo arrives: JSON, a raw body, a form, or the key of an upload in JSON.
 
 use axum::body::{Body, to_bytes};
 use axum::extract::multipart::{Field, MultipartError};
@@ -7,7 +7,8 @@ use axum::http::{StatusCode, header};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
-use shared::api::{MAX_PHOTO_BYTES, SubmitBody, yes};
+use serde::de::DeserializeOwned;
+use shared::api::{MAX_PHOTO_BYTES, MAX_UPLOAD_BYTES, yes};
 use shared::error::{Code, Error};
 
 /// A form's boundaries and part headers are small as well.
@@ -22,6 +23,27 @@ pub struct Submission {
     pub describe: bool,
 }
 
+/// What a body may ask for.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    Photo(Submission),
+    /// A job of what was uploaded under this key.
+    Upload {
+        image_key: String,
+        describe: bool,
+    },
+}
+
+/// [`shared::api::SubmitBody`], read so that an error can say where it is.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Json {
+    image: Option<String>,
+    image_key: Option<String>,
+    #[serde(default = "yes")]
+    describe: bool,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parameters {
@@ -30,7 +52,7 @@ struct Parameters {
 }
 
 /// Reads whichever of the three the content type announces.
-pub(crate) async fn read(request: Request) -> Result<Submission, Error> {
+pub(crate) async fn read(request: Request) -> Result<Asked, Error> {
     let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let content_type = content_type.unwrap_or("").to_ascii_lowercase();
     let media_type = content_type.split(';').next().unwrap_or("").trim();
@@ -40,9 +62,9 @@ pub(crate) async fn read(request: Request) -> Result<Submission, Error> {
             Err(invalid("Only raw bodies take query parameters; put \"describe\" into the body."))
         }
         "application/json" => from_json(request.into_body()).await,
-        "multipart/form-data" => from_form(request).await,
-        "application/octet-stream" => from_raw(request).await,
-        other if other.starts_with("image/") => from_raw(request).await,
+        "multipart/form-data" => from_form(request).await.map(Asked::Photo),
+        "application/octet-stream" => from_raw(request).await.map(Asked::Photo),
+        other if other.starts_with("image/") => from_raw(request).await.map(Asked::Photo),
         _ => Err(Error::new(
             Code::UnsupportedMediaType,
             "Send the photo as image/jpeg, image/png, image/webp, multipart/form-data or application/json.",
@@ -50,22 +72,29 @@ pub(crate) async fn read(request: Request) -> Result<Submission, Error> {
     }
 }
 
-async fn from_json(body: Body) -> Result<Submission, Error> {
-    let bytes = limited(body, MAX_JSON_BYTES).await?;
-    let body: SubmitBody = serde_json::from_slice(&bytes).map_err(|error| {
-        // serde's own message may repeat a value.
-        let place = format!("line {}, column {}", error.line(), error.column());
-        invalid(format!(
-            "The body is not {{\"image\": base64, \"describe\": bool}}: {:?} error at {place}.",
-            error.classify()
-        ))
-    })?;
+async fn from_json(body: Body) -> Result<Asked, Error> {
+    let body: Json = json(body, MAX_JSON_BYTES, r#"{"image": base64, "describe": bool}"#).await?;
+    let image = match (body.image, body.image_key) {
+        (Some(image), None) => image,
+        (None, Some(image_key)) => return Ok(Asked::Upload { image_key, describe: body.describe }),
+        _ => return Err(invalid("Give \"image\" or \"image_key\", one of the two.")),
+    };
     // Android's encoder breaks lines, a browser's canvas gives a data URL.
-    let text = body.image.split_once(";base64,").filter(|(scheme, _)| scheme.starts_with("data:"));
-    let mut text = text.map_or(body.image.as_str(), |(_, text)| text).to_owned();
+    let text = image.split_once(";base64,").filter(|(scheme, _)| scheme.starts_with("data:"));
+    let mut text = text.map_or(image.as_str(), |(_, text)| text).to_owned();
     text.retain(|letter| !letter.is_ascii_whitespace());
     let image = STANDARD.decode(text).map_err(|_| invalid("\"image\" is not standard base64."))?;
-    checked(image, body.describe)
+    checked(image, body.describe).map(Asked::Photo)
+}
+
+/// A JSON body of at most `limit` bytes; `shape` tells the client what was expected.
+pub(crate) async fn json<T: DeserializeOwned>(body: Body, limit: usize, shape: &str) -> Result<T, Error> {
+    let bytes = limited(body, limit).await?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        // serde's own message may repeat a value.
+        let place = format!("line {}, column {}", error.line(), error.column());
+        invalid(format!("The body is not {shape}: {:?} error at {place}.", error.classify()))
+    })
 }
 
 async fn from_raw(request: Request) -> Result<Submission, Error> {
@@ -141,12 +170,16 @@ fn checked(image: Vec<u8>, describe: bool) -> Result<Submission, Error> {
 
 fn too_large() -> Error {
     let mib = MAX_PHOTO_BYTES / (1024 * 1024);
+    let upload_mib = MAX_UPLOAD_BYTES / (1024 * 1024);
     Error::new(
         Code::PayloadTooLarge,
-        format!("The photo is larger than {mib} MiB. Send it smaller; 1,000 pixels across are plenty."),
+        format!(
+            "The photo is larger than {mib} MiB. Send it smaller (1,000 pixels across are plenty), or upload it: \
+             POST /uploads takes up to {upload_mib} MiB and answers an image_key to submit."
+        ),
     )
 }
 
-fn invalid(message: impl Into<String>) -> Error {
+pub(crate) fn invalid(message: impl Into<String>) -> Error {
     Error::new(Code::InvalidRequest, message)
 }

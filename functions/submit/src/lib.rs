@@ -1,10 +1,13 @@
 //! `POST /submit`: takes a photo, stores it without its metadata, and enqueues its job.
+//! `POST /uploads`: lets a client put a larger photo straight into the blob store first.
 //!
-//! Triggered by HTTP. Writes, in this order: the photo (blob store), the record with its
+//! Triggered by HTTP. Submit writes, in this order: the photo (blob store), the record with its
 //! idempotency item (one transaction), the message (queue). Where the last write fails the answer
-//! is still 202: the record is due, and sweep sends.
+//! is still 202: the record is due, and sweep sends. A job of an upload also uses the upload up (in
+//! the same transaction) and then erases what was uploaded.
 
 mod body;
+mod uploads;
 
 use std::sync::Arc;
 
@@ -15,18 +18,19 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use chrono::TimeDelta;
 use sha2::{Digest, Sha256};
-use shared::api::{SubmitBody, Submitted};
+use shared::api::{SubmitBody, Submitted, UploadBody, UploadPermit};
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::create;
 use shared::error::{Code, Error, ErrorBody};
 use shared::http::Caller;
-use shared::job::{self, Job, NewJob, Photo, Policy, Status};
+use shared::job::{self, Job, NewJob, Photo, Policy, Status, Upload};
 use shared::photo;
-use shared::ports::{BlobStore, Created, Idempotency, JobQueue, JobStore};
+use shared::ports::{BlobStore, Created, Creation, Idempotency, JobQueue, JobStore};
 use utoipa::OpenApi;
 use uuid::Uuid;
 
+use body::Asked;
 pub use body::Submission;
 
 /// How long a client may repeat a request under its `Idempotency-Key`.
@@ -41,25 +45,34 @@ pub struct Submit<J, Q, B> {
     pub blobs: B,
     pub clock: Clock,
     pub policy: Policy,
+    /// The most that one caller may have queued (`MAX_QUEUED_MB`).
+    pub max_queued_bytes: u64,
 }
 
 /// This function's part of the API's description.
 #[derive(OpenApi)]
-#[openapi(paths(submit), components(schemas(SubmitBody, Submitted, ErrorBody)))]
+#[openapi(
+    paths(submit, uploads::create_upload),
+    components(schemas(SubmitBody, Submitted, UploadBody, UploadPermit, ErrorBody))
+)]
 pub struct Api;
 
 /// This function's routes.
 pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B>>) -> Router {
     // The other two forms are limited where they are read; a form's parser buffers by itself.
     let limit = DefaultBodyLimit::max(body::MAX_FORM_BYTES);
-    Router::new().route("/submit", post(self::submit::<J, Q, B>).layer(limit)).with_state(submit)
+    Router::new()
+        .route("/submit", post(self::submit::<J, Q, B>).layer(limit))
+        .route("/uploads", post(uploads::create_upload::<J, Q, B>))
+        .with_state(submit)
 }
 
 /// Submit a photo
 ///
 /// Answers at once; the result is found under the id. The photo comes as JSON, as a raw body or as
-/// `multipart/form-data` (file field `image`, optional text field `describe`). Its format is read
-/// from its bytes. Metadata (GPS, device, thumbnail) is removed before it is stored.
+/// `multipart/form-data` (file field `image`, optional text field `describe`); one of more than
+/// 4 MiB is uploaded first (`POST /uploads`) and named by its `image_key`. Its format is read from
+/// its bytes. Metadata (GPS, device, thumbnail) is removed before it is stored.
 #[utoipa::path(
     post,
     path = "/submit",
@@ -86,11 +99,12 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
         (status = 400, description = "The body, a parameter or a header is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
         (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),
-        (status = 409, description = "The key was used for other content.", body = ErrorBody),
+        (status = 404, description = "Nothing was uploaded under this `image_key`.", body = ErrorBody),
+        (status = 409, description = "The key was used for other content, or the upload for another job.", body = ErrorBody),
         (status = 413, description = "More than 4 MiB, 50 megapixels, or 200 MB decoded.", body = ErrorBody),
         (status = 415, description = "Not a JPEG, PNG or WebP photo.", body = ErrorBody),
         (status = 422, description = "The photo is damaged or cut off.", body = ErrorBody),
-        (status = 429, description = "Too many requests.", body = ErrorBody),
+        (status = 429, description = "Too many requests, or too much queued.", body = ErrorBody),
         (status = 503, description = "A store is not available.", body = ErrorBody),
     )
 )]
@@ -100,8 +114,10 @@ async fn submit<J: JobStore, Q: JobQueue, B: BlobStore>(
     request: Request,
 ) -> Result<Response, Error> {
     let key = idempotency_key(request.headers())?;
-    let submission = body::read(request).await?;
-    let id = submit.accept(&caller, key, submission).await?;
+    let id = match body::read(request).await? {
+        Asked::Photo(submission) => submit.accept(&caller, key, submission).await?,
+        Asked::Upload { image_key, describe } => submit.accept_upload(&caller, key, image_key, describe).await?,
+    };
     let body = Submitted { request_id: id, status: Status::Pending };
     let mut response = (StatusCode::ACCEPTED, axum::Json(body)).into_response();
     let location = HeaderValue::from_str(&format!("/result/{id}")).map_err(Error::internal)?;
@@ -117,23 +133,40 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
     key.map(|key| Some(key.to_owned())).ok_or_else(wrong)
 }
 
+/// A new job on its way: what names it, and what the client asked for.
+struct Draft<'a> {
+    id: Uuid,
+    now: Timestamp,
+    caller: &'a Caller,
+    describe: bool,
+    idempotency: Option<Idempotency>,
+    upload: Option<Upload>,
+}
+
 impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
     /// Makes a job of a submission and returns its id, or the id that the same submission under
     /// the same key was given before.
     ///
     /// # Errors
-    /// What is wrong with the photo or the key, or [`Code::Unavailable`]; the client may repeat the
-    /// request then.
+    /// What is wrong with the photo or the key, 429 where too much is queued, or
+    /// [`Code::Unavailable`]; the client may repeat the request then.
     pub async fn accept(&self, caller: &Caller, key: Option<String>, submission: Submission) -> Result<Uuid, Error> {
         let now = self.clock.now();
         let id = job::new_id(now);
-        let idempotency = key.map(|key| self.item(caller, key, &submission, id, now));
+        let Submission { image, describe } = submission;
+        let idempotency = key.map(|key| idempotency_item(caller, key, (describe, &image), id, now));
         if let Some(item) = &idempotency
             && let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await?
         {
             return same_content(item, &earlier);
         }
-        let accepted = photo::accept(&submission.image)?;
+        self.create(Draft { id, now, caller, describe, idempotency, upload: None }, &image).await
+    }
+
+    /// Stores the photo, writes the job, sends its message.
+    async fn create(&self, draft: Draft<'_>, image: &[u8]) -> Result<Uuid, Error> {
+        let Draft { id, now, caller, describe, idempotency, upload } = draft;
+        let accepted = photo::accept(image)?;
         let photo = Photo {
             content_type: accepted.format.content_type().to_owned(),
             width: accepted.width,
@@ -146,26 +179,46 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         crash::here(Point::SubmitPhotoStored);
         let trace_id = shared::http::request_id();
         let idempotency_key = idempotency.as_ref().map(|item| item.key.clone());
-        let caller = caller.0.clone();
-        let new = NewJob { id, caller, trace_id, describe: submission.describe, idempotency_key, photo };
+        let new = NewJob { id, caller: caller.0.clone(), trace_id, describe, idempotency_key, photo };
         let job = Job::new(new, now, &self.policy);
-        match create::create_job(&self.jobs, &self.queue, &job, idempotency.as_ref()).await? {
+        let max_queued_bytes = self.max_queued_bytes;
+        let creation = Creation { job, idempotency: idempotency.clone(), upload, max_queued_bytes };
+        let created = create::create_job(&self.jobs, &self.queue, creation).await?;
+        if created != Created::New {
+            // This request's photo is not needed.
+            self.blobs.delete_prefix(&job::blob_prefix(id)).await?;
+        }
+        match created {
             Created::New => Ok(id),
+            // Another request under the same key was faster.
             Created::KeyTaken(earlier) => {
-                // Another request under the same key was faster; this one's photo is not needed.
-                self.blobs.delete_prefix(&job::blob_prefix(id)).await?;
                 idempotency.as_ref().map_or(Ok(earlier.id), |item| same_content(item, &earlier))
             }
+            Created::UploadTaken => Err(uploads::used()),
+            Created::QueueFull => Err(queue_full()),
         }
     }
+}
 
-    fn item(&self, caller: &Caller, key: String, submission: &Submission, id: Uuid, now: Timestamp) -> Idempotency {
-        let mut hash = Sha256::new();
-        hash.update([u8::from(submission.describe)]);
-        hash.update(&submission.image);
-        let fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        Idempotency { caller: caller.0.clone(), key, fingerprint, id, expires_at: now + IDEMPOTENCY_TTL }
-    }
+fn idempotency_item(
+    caller: &Caller,
+    key: String,
+    (describe, content): (bool, &[u8]),
+    id: Uuid,
+    now: Timestamp,
+) -> Idempotency {
+    let mut hash = Sha256::new();
+    hash.update([u8::from(describe)]);
+    hash.update(content);
+    let fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Idempotency { caller: caller.0.clone(), key, fingerprint, id, expires_at: now + IDEMPOTENCY_TTL }
+}
+
+fn queue_full() -> Error {
+    Error::new(
+        Code::TooManyRequests,
+        "Too many of your photos are waiting. Send this one again when some of them are done.",
+    )
 }
 
 fn same_content(item: &Idempotency, earlier: &Idempotency) -> Result<Uuid, Error> {

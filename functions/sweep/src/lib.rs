@@ -3,7 +3,8 @@
 //! Triggered by a schedule, every minute. Reads the records that are due and the blob store's
 //! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, or its end), then
 //! the message; for a tombstone: it erases blobs, sends the order to erase the cache, then writes
-//! the record, which stays due until inference has confirmed; for blobs of an hour that have no record: it deletes them.
+//! the record, which stays due until inference has confirmed; for an upload: it erases what was
+//! uploaded, then writes the record; for blobs of an hour that have no record: it deletes them.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -13,7 +14,7 @@ use serde::Serialize;
 use shared::Error;
 use shared::clock::{Clock, Timestamp, from_millis};
 use shared::crash::{self, Point};
-use shared::job::{self, Job, Policy, Record, SweepAction, Tombstone};
+use shared::job::{self, Job, Policy, Record, SweepAction, Tombstone, Upload};
 use shared::llm::template;
 use shared::message::Message;
 use shared::ports::{BlobStore, JobQueue, JobStore};
@@ -102,6 +103,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         match record {
             Record::Job(job) => self.sweep_job(job, now, report).await,
             Record::Tombstone(tombstone) => self.sweep_tombstone(tombstone, now, report).await,
+            Record::Upload(upload) => self.sweep_upload(upload, report).await,
         }
     }
 
@@ -145,6 +147,18 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         let fence = Record::Tombstone(tombstone.clone()).fence();
         self.jobs.replace(fence, &Record::Tombstone(tombstone.swept(now, &self.policy))).await?;
         crash::here(Point::SweepTombstoneSettled);
+        report.erased += 1;
+        Ok(())
+    }
+
+    /// An upload that was used, or that nobody has submitted in time.
+    async fn sweep_upload(&self, upload: &Upload, report: &mut Report) -> Result<(), Error> {
+        self.blobs.delete_prefix(upload.prefix()).await?;
+        crash::here(Point::SweepUploadErased);
+        let fence = Record::Upload(upload.clone()).fence();
+        // Where a submit was faster it is due again, and erased once more.
+        self.jobs.replace(fence, &Record::Upload(upload.erased())).await?;
+        crash::here(Point::SweepUploadSettled);
         report.erased += 1;
         Ok(())
     }

@@ -1,36 +1,59 @@
 //! Blobs as files: written beside their place, flushed, and renamed into it.
+//!
+//! A client puts a blob by itself through a URL that is signed here and honoured by
+//! [`super::uploads`], as it would with S3.
 
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use tempfile::NamedTempFile;
+
+use super::uploads::Signer;
 use crate::crash;
 use crate::error::Error;
-use crate::ports::BlobStore;
+use crate::ports::{BlobStore, PresignedPut, PutTerms};
 
 const WHAT: &str = "the photo store";
 /// Half-written files live here until they are whole.
 const INCOMING: &str = ".incoming";
 
 /// Blobs below one directory.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct DirBlobStore {
     root: PathBuf,
+    signer: Signer,
 }
 
 impl DirBlobStore {
-    /// Creates the directory and drops what a crash left half-written.
+    /// Creates the directory and drops what a crash left half-written. `secret` signs uploads.
     ///
     /// # Errors
     /// Where the directory cannot be made.
-    pub fn open(root: &Path) -> Result<Self, Error> {
+    pub fn open(root: &Path, secret: &[u8]) -> Result<Self, Error> {
         let incoming = root.join(INCOMING);
         match std::fs::remove_dir_all(&incoming) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::unavailable(WHAT, error)),
             _ => {}
         }
         std::fs::create_dir_all(&incoming).map_err(|error| Error::unavailable(WHAT, error))?;
-        Ok(Self { root: root.to_owned() })
+        Ok(Self { root: root.to_owned(), signer: Signer::new(secret)? })
+    }
+
+    pub(super) fn signer(&self) -> &Signer {
+        &self.signer
+    }
+
+    /// An empty file that [`DirBlobStore::persist`] makes a blob; it goes when it is dropped.
+    pub(super) async fn temporary(&self) -> Result<NamedTempFile, Error> {
+        let incoming = self.root.join(INCOMING);
+        blocking(move || NamedTempFile::new_in(incoming)).await
+    }
+
+    /// Makes a written file the blob under `key`.
+    pub(super) async fn persist(&self, file: NamedTempFile, key: &str) -> Result<(), Error> {
+        let path = self.path(key)?;
+        blocking(move || persist(file, &path)).await
     }
 
     /// Deletes files below `prefix` that were written before `limit`, as an S3 lifecycle rule
@@ -53,21 +76,17 @@ impl DirBlobStore {
 }
 
 impl BlobStore for DirBlobStore {
+    async fn presign_put(&self, key: &str, terms: &PutTerms) -> Result<PresignedPut, Error> {
+        self.path(key)?;
+        Ok(self.signer.presign(key, terms))
+    }
+
     async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<(), Error> {
         let (path, incoming) = (self.path(key)?, self.root.join(INCOMING));
         blocking(move || {
-            let directory = path.parent().unwrap_or(&incoming);
-            std::fs::create_dir_all(directory)?;
-            let mut file = tempfile::NamedTempFile::new_in(&incoming)?;
+            let mut file = NamedTempFile::new_in(&incoming)?;
             file.write_all(&bytes)?;
-            file.as_file().sync_all()?;
-            crash::here(crash::Point::BlobWritten);
-            file.persist(&path).map_err(|error| error.error)?;
-            // Without this the rename itself may be lost; the parent's entry is new as well.
-            for directory in directory.ancestors().take(2) {
-                std::fs::File::open(directory)?.sync_all()?;
-            }
-            Ok(())
+            persist(file, &path)
         })
         .await
     }
@@ -117,6 +136,19 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> +
     let done = tokio::task::spawn_blocking(work).await.map_err(|error| Error::unavailable(WHAT, error))?;
     // The operating system's message may name a path below DATA_DIR, which holds ids only.
     done.map_err(|error| Error::unavailable(WHAT, error))
+}
+
+fn persist(file: NamedTempFile, path: &Path) -> std::io::Result<()> {
+    let directory = path.parent().unwrap_or(path);
+    std::fs::create_dir_all(directory)?;
+    file.as_file().sync_all()?;
+    crash::here(crash::Point::BlobWritten);
+    file.persist(path).map_err(|error| error.error)?;
+    // Without this the rename itself may be lost; the parent's entry is new as well.
+    for directory in directory.ancestors().take(2) {
+        std::fs::File::open(directory)?.sync_all()?;
+    }
+    Ok(())
 }
 
 fn remove_older(directory: &Path, limit: SystemTime) -> std::io::Result<usize> {

@@ -11,17 +11,17 @@ use uuid::Uuid;
 use super::sqlite::Sqlite;
 use crate::clock::{Timestamp, from_millis};
 use crate::error::Error;
-use crate::job::{Fence, Job, Record, Tombstone};
-use crate::ports::{Created, Idempotency, JobStore};
+use crate::job::{Fence, Job, Record, Tombstone, Upload};
+use crate::ports::{Created, Creation, Idempotency, JobStore};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const SCHEMA: &str = "
     CREATE TABLE jobs (
         id TEXT PRIMARY KEY,
         caller TEXT NOT NULL,
         version INTEGER NOT NULL,
         claim INTEGER NOT NULL,
-        status TEXT,                -- NULL: a tombstone
+        status TEXT,                -- NULL: a tombstone or an upload
         due_at INTEGER,             -- milliseconds since the epoch, as all times here
         expires_at INTEGER NOT NULL,
         record TEXT NOT NULL
@@ -38,6 +38,8 @@ const SCHEMA: &str = "
         PRIMARY KEY (caller, key)
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX idempotency_expiry ON idempotency (expires_at);
+    -- The sum of what a caller's records count, kept in their own transactions.
+    CREATE TABLE usage (caller TEXT PRIMARY KEY, queued_bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE TABLE changes (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         id TEXT NOT NULL,
@@ -147,44 +149,56 @@ impl SqliteJobStore {
 }
 
 impl JobStore for SqliteJobStore {
-    async fn create(&self, job: &Job, idempotency: Option<&Idempotency>) -> Result<Created, Error> {
-        let row = NewRow::of(&Record::Job(job.clone()))?;
-        let (job, idempotency) = (job.clone(), idempotency.cloned());
+    async fn create(&self, creation: Creation) -> Result<Created, Error> {
+        let now = creation.job.created_at;
+        let job = NewRow::of(&Record::Job(creation.job))?;
+        let used = match &creation.upload {
+            None => None,
+            Some(upload) => {
+                let used = NewRow::of(&Record::Upload(upload.used(now)))?;
+                Some((Record::Upload(upload.clone()).fence(), used))
+            }
+        };
+        let (now, max_queued_bytes) = (now.timestamp_millis(), creation.max_queued_bytes);
         let created = self
             .sqlite
             .call(move |db| {
-                if let Some(item) = idempotency {
-                    let now = job.created_at.timestamp_millis();
-                    db.execute(
-                        "DELETE FROM idempotency WHERE caller = ?1 AND key = ?2 AND expires_at <= ?3",
-                        params![item.caller, item.key, now],
-                    )?;
-                    let sql = "INSERT INTO idempotency VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING";
-                    let expires_at = item.expires_at.timestamp_millis();
-                    let values = params![item.caller, item.key, item.fingerprint, item.id.to_string(), expires_at];
-                    if db.execute(sql, values)? == 0 {
-                        let taken = find_idempotency(db, &item.caller, &item.key, now)?;
-                        return taken.map(Created::KeyTaken).ok_or(rusqlite::Error::QueryReturnedNoRows);
-                    }
+                if let Some(item) = &creation.idempotency
+                    && let Some(taken) = find_idempotency(db, &item.caller, &item.key, now)?
+                {
+                    return Ok(Created::KeyTaken(taken));
                 }
-                let sql = "INSERT INTO jobs (id, caller, version, claim, status, due_at, expires_at, record)
-                    VALUES (:id, :caller, :version, :claim, :status, :due_at, :expires_at, :record)";
-                db.prepare_cached(sql)?.execute(named_params! {
-                    ":id": job.id.to_string(),
-                    ":caller": job.caller,
-                    ":version": row.version,
-                    ":claim": row.claim,
-                    ":status": row.status,
-                    ":due_at": row.due_at,
-                    ":expires_at": row.expires_at,
-                    ":record": row.record,
-                })?;
-                append_change(db, job.id, row.version, row.dispatch)?;
+                match &used {
+                    // It was let in when its room was reserved.
+                    Some((fence, used)) if used.write(db, *fence)? => {}
+                    Some(_) => return Ok(Created::UploadTaken),
+                    None if queued_bytes(db, &job.caller)? + job.queued_bytes > max_queued_bytes => {
+                        return Ok(Created::QueueFull);
+                    }
+                    None => {}
+                }
+                if let Some(item) = &creation.idempotency {
+                    put_idempotency(db, item)?;
+                }
+                job.insert(db)?;
                 Ok(Created::New)
             })
             .await?;
         self.changed.notify_one();
         Ok(created)
+    }
+
+    async fn reserve(&self, upload: &Upload, max_queued_bytes: u64) -> Result<bool, Error> {
+        let row = NewRow::of(&Record::Upload(upload.clone()))?;
+        self.sqlite
+            .call(move |db| {
+                if queued_bytes(db, &row.caller)? + row.queued_bytes > max_queued_bytes {
+                    return Ok(false);
+                }
+                row.insert(db)?;
+                Ok(true)
+            })
+            .await
     }
 
     async fn idempotency(&self, caller: &str, key: &str, now: Timestamp) -> Result<Option<Idempotency>, Error> {
@@ -283,32 +297,90 @@ fn find_idempotency(db: &Connection, caller: &str, key: &str, now: i64) -> rusql
     found.optional()
 }
 
+/// Keeps an item, in the place of one that has expired.
+fn put_idempotency(db: &Connection, item: &Idempotency) -> rusqlite::Result<()> {
+    let sql = "INSERT OR REPLACE INTO idempotency VALUES (?1, ?2, ?3, ?4, ?5)";
+    let expires_at = item.expires_at.timestamp_millis();
+    db.prepare_cached(sql)?.execute(params![
+        item.caller,
+        item.key,
+        item.fingerprint,
+        item.id.to_string(),
+        expires_at
+    ])?;
+    Ok(())
+}
+
+fn queued_bytes(db: &Connection, caller: &str) -> rusqlite::Result<u64> {
+    let sql = "SELECT queued_bytes FROM usage WHERE caller = ?1";
+    Ok(db.prepare_cached(sql)?.query_row([caller], |row| row.get(0)).optional()?.unwrap_or(0))
+}
+
+/// Counts `after` in the place of `before` against the caller; who has nothing queued has no row.
+fn settle_usage(db: &Connection, caller: &str, before: u64, after: u64) -> rusqlite::Result<()> {
+    if before == after {
+        return Ok(());
+    }
+    let queued = (queued_bytes(db, caller)? + after).saturating_sub(before);
+    if queued == 0 {
+        db.prepare_cached("DELETE FROM usage WHERE caller = ?1")?.execute([caller])?;
+    } else {
+        let sql = "INSERT OR REPLACE INTO usage VALUES (?1, ?2)";
+        db.prepare_cached(sql)?.execute(params![caller, queued])?;
+    }
+    Ok(())
+}
+
 /// A record's columns.
 struct NewRow {
+    id: Uuid,
+    caller: String,
     version: u64,
     claim: u64,
     status: Option<&'static str>,
     due_at: Option<i64>,
     expires_at: i64,
     dispatch: Option<&'static str>,
+    queued_bytes: u64,
     record: String,
 }
 
 impl NewRow {
     fn of(record: &Record) -> Result<Self, Error> {
-        let (version, claim, status, expires_at, dispatch) = match record {
-            Record::Job(job) => (job.version, job.claim, Some(job.status.as_str()), job.expires_at, job.dispatch),
-            Record::Tombstone(tombstone) => (tombstone.version, 0, None, tombstone.expires_at, None),
+        let (claim, status, dispatch) = match record {
+            Record::Job(job) => (job.claim, Some(job.status.as_str()), job.dispatch),
+            Record::Tombstone(_) | Record::Upload(_) => (0, None, None),
         };
         Ok(Self {
-            version,
+            id: record.id(),
+            caller: record.caller().to_owned(),
+            version: record.fence().version,
             claim,
             status,
             due_at: record.due_at().map(|due| due.timestamp_millis()),
-            expires_at: expires_at.timestamp_millis(),
+            expires_at: record.expires_at().timestamp_millis(),
             dispatch: dispatch.map(crate::job::Dispatch::as_str),
+            queued_bytes: record.queued_bytes(),
             record: encode(record)?,
         })
+    }
+
+    /// Writes a new record, and appends to the feed.
+    fn insert(&self, db: &Connection) -> rusqlite::Result<()> {
+        let sql = "INSERT INTO jobs (id, caller, version, claim, status, due_at, expires_at, record)
+            VALUES (:id, :caller, :version, :claim, :status, :due_at, :expires_at, :record)";
+        db.prepare_cached(sql)?.execute(named_params! {
+            ":id": self.id.to_string(),
+            ":caller": self.caller,
+            ":version": self.version,
+            ":claim": self.claim,
+            ":status": self.status,
+            ":due_at": self.due_at,
+            ":expires_at": self.expires_at,
+            ":record": self.record,
+        })?;
+        settle_usage(db, &self.caller, 0, self.queued_bytes)?;
+        append_change(db, self.id, self.version, self.dispatch)
     }
 
     /// Replaces the record that `fence` names, and appends to the feed; `false` where it is gone.
@@ -328,10 +400,12 @@ impl NewRow {
             ":old_claim": fence.claim,
             ":old_status": fence.status.map(crate::job::Status::as_str),
         })?;
-        if rows == 1 {
-            append_change(db, fence.id, self.version, self.dispatch)?;
+        if rows == 0 {
+            return Ok(false);
         }
-        Ok(rows == 1)
+        settle_usage(db, &self.caller, fence.queued_bytes, self.queued_bytes)?;
+        append_change(db, fence.id, self.version, self.dispatch)?;
+        Ok(true)
     }
 }
 

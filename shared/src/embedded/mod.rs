@@ -7,6 +7,7 @@ mod blobs;
 mod jobs;
 mod queue;
 mod sqlite;
+pub mod uploads;
 
 pub use blobs::DirBlobStore;
 pub use jobs::{Change, Changes, SqliteJobStore};

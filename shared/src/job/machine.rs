@@ -4,10 +4,11 @@
 //! why the move is refused.
 
 use chrono::TimeDelta;
+use uuid::Uuid;
 
 use super::{
     Attempts, Description, Dispatch, Failure, FailureCode, Fence, Job, NewJob, Quality, Reading, Stage, Status,
-    Timings, Tombstone,
+    Timings, Tombstone, Upload,
 };
 use crate::clock::Timestamp;
 
@@ -133,7 +134,19 @@ impl Job {
     /// The condition under which a write computed from this record may happen.
     #[must_use]
     pub fn fence(&self) -> Fence {
-        Fence { id: self.id, version: self.version, claim: self.claim, status: Some(self.status) }
+        Fence {
+            id: self.id,
+            version: self.version,
+            claim: self.claim,
+            status: Some(self.status),
+            queued_bytes: self.queued_bytes(),
+        }
+    }
+
+    /// What the job counts against its caller's queued bytes.
+    #[must_use]
+    pub fn queued_bytes(&self) -> u64 {
+        if self.status.is_open() { self.photo.size_bytes } else { 0 }
     }
 
     fn next(&self, now: Timestamp) -> Self {
@@ -409,5 +422,32 @@ impl Tombstone {
     pub fn forgotten(&self, now: Timestamp) -> Option<Self> {
         let is_final = self.cache_key.is_some() && now >= self.erase_after;
         is_final.then(|| Self { version: self.version + 1, cache_key: None, due_at: Some(now), ..self.clone() })
+    }
+}
+
+impl Upload {
+    /// Room for a photo of `size_bytes`, until `due_at`.
+    #[must_use]
+    pub fn new(id: Uuid, caller: String, image_key: String, size_bytes: u64, due_at: Timestamp) -> Self {
+        Self { id, caller, version: 1, image_key, size_bytes, used: false, due_at: Some(due_at), expires_at: due_at }
+    }
+
+    /// What was uploaded lies under this prefix, and nothing else.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        self.image_key.trim_end_matches("photo")
+    }
+
+    /// The upload once a job was made of it: its room is given back, and what was uploaded is due
+    /// to be erased, in case that whoever made the job dies before doing so.
+    #[must_use]
+    pub fn used(&self, now: Timestamp) -> Self {
+        Self { version: self.version + 1, used: true, due_at: Some(now), ..self.clone() }
+    }
+
+    /// The upload once what was uploaded is erased.
+    #[must_use]
+    pub fn erased(&self) -> Self {
+        Self { version: self.version + 1, used: true, due_at: None, ..self.clone() }
     }
 }
