@@ -3,13 +3,18 @@
 use std::time::Duration;
 
 use reqwest::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
-use reqwest::{Method, RequestBuilder, Response, StatusCode};
-use shared::api::{JobPage, JobResult, MAX_WAIT_SECONDS, PAGE_MAX, Submitted};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
+use sha2::{Digest, Sha256};
+use shared::api::{
+    ImageKeyBody, JobPage, JobResult, MAX_PHOTO_BYTES, MAX_WAIT_SECONDS, PAGE_MAX, Submitted, UploadBody, UploadPermit,
+};
 use shared::error::ErrorBody;
 use uuid::Uuid;
 
 /// Tries of a call that the network or a busy server refused. Every call is safe to repeat.
 const MAX_TRIES: u32 = 4;
+/// An upload may go over a phone's line.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
 /// Why a call gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -61,8 +66,14 @@ impl Client {
         }
     }
 
-    /// Submits a photo under a key of its own, so that a repeated call makes no second job.
+    /// Submits a photo under a key of its own, so that a repeated call makes no second job. One that
+    /// is too large for a request is uploaded first.
     pub(crate) async fn submit(&self, photo: Vec<u8>, describe: bool) -> Result<Uuid, Problem> {
+        if photo.len() > MAX_PHOTO_BYTES {
+            let body = ImageKeyBody { image_key: self.upload(photo).await?, describe };
+            // The image key does what an Idempotency-Key would.
+            return self.submitted(|| self.request(Method::POST, "/submit").json(&body)).await;
+        }
         let key = Uuid::new_v4().to_string();
         let path = format!("/submit?describe={describe}");
         let build = || {
@@ -72,8 +83,29 @@ impl Client {
                 .header("idempotency-key", &key)
                 .body(photo.clone())
         };
+        self.submitted(build).await
+    }
+
+    async fn submitted(&self, build: impl Fn() -> RequestBuilder) -> Result<Uuid, Problem> {
         let submitted: Submitted = read(self.call(build).await?).await?;
         Ok(submitted.request_id)
+    }
+
+    /// Puts a photo into the blob store and returns its key.
+    async fn upload(&self, photo: Vec<u8>) -> Result<String, Problem> {
+        let sha256 = Sha256::digest(&photo).iter().map(|byte| format!("{byte:02x}")).collect();
+        let content_type = content_type(&photo).to_owned();
+        let body = UploadBody { content_type, size_bytes: photo.len() as u64, sha256 };
+        let permit: UploadPermit =
+            read(self.call(|| self.request(Method::POST, "/uploads").json(&body)).await?).await?;
+        let url = Url::parse(&self.api).and_then(|api| api.join(&permit.url));
+        let url = url.map_err(|_| Problem::Unreachable(self.api.clone()))?;
+        let build = || {
+            let request = self.http.put(url.clone()).timeout(UPLOAD_TIMEOUT).body(photo.clone());
+            permit.headers.iter().fold(request, |request, (name, value)| request.header(name, value))
+        };
+        self.call(build).await?;
+        Ok(permit.image_key)
     }
 
     /// A result and its ETag; `None` where it is still the one that `etag` names.
@@ -116,6 +148,16 @@ impl Client {
     pub(crate) async fn delete(&self, id: Uuid) -> Result<(), Problem> {
         let path = format!("/result/{id}");
         self.call(|| self.request(Method::DELETE, &path)).await.map(|_| ())
+    }
+}
+
+/// The media type by the first bytes; a photo that is none is refused by the server.
+fn content_type(photo: &[u8]) -> &'static str {
+    match photo {
+        [0x89, b'P', b'N', b'G', ..] => "image/png",
+        [b'R', b'I', b'F', b'F', ..] => "image/webp",
+        [_, _, _, _, b'f', b't', b'y', b'p', ..] => "image/heic",
+        _ => "image/jpeg",
     }
 }
 

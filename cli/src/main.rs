@@ -51,7 +51,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Submit photos (JPEG, PNG or WebP, at most 4 MiB each) and print their ids.
+    /// Submit photos (JPEG, PNG or WebP, at most 25 MiB each) and print their ids.
     Submit {
         /// Files; the format is read from their bytes.
         #[arg(required = true)]

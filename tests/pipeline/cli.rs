@@ -52,6 +52,23 @@ async fn photos_are_submitted_waited_for_listed_and_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_large_photo_is_uploaded_without_being_asked() {
+    let host = Running::start(&[]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("large.jpg");
+    std::fs::write(&path, crate::uploads::large_photo()).unwrap();
+    let output = lesion(&host.url, &["submit", "--wait", path.to_str().unwrap()]).await;
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains("completed"));
+    // Too large for that as well.
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(shared::api::MAX_UPLOAD_BYTES + 1).unwrap();
+    let output = lesion(&host.url, &["submit", path.to_str().unwrap()]).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("25 MiB"), "{}", text(&output.stderr));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_photo_goes_to_the_api_and_not_through_a_proxy() {
     let host = Running::start(&[]).await;
     let output = Command::new(binary("lesion"))
