@@ -19,6 +19,10 @@ pub const MAX_PIXELS: u64 = 50_000_000;
 /// The most that a photo may take when decoded: [`MAX_PIXELS`] of four bytes.
 pub const MAX_DECODED_BYTES: u64 = MAX_PIXELS * 4;
 
+/// What reading a header may allocate. A PNG's decoder unpacks colour profiles while it does; one
+/// that does not fit is passed over, as it is not kept anyway.
+const MAX_HEADER_BYTES: u64 = 16 * 1024 * 1024;
+
 /// The formats that are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
@@ -121,6 +125,10 @@ pub fn accept(bytes: &[u8]) -> Result<Accepted, Error> {
     let bytes = stripped.ok_or_else(unreadable)?;
     let decoder = header(format, &bytes)?;
     let (width, height) = decoder.dimensions();
+    // The WebP decoder counts 16,384 pixels as none.
+    if width == 0 || height == 0 {
+        return Err(unreadable());
+    }
     // Sixteen bits a channel with alpha take twice the room of what a phone makes.
     if u64::from(width) * u64::from(height) > MAX_PIXELS || decoder.total_bytes() > MAX_DECODED_BYTES {
         let megapixels = MAX_PIXELS / 1_000_000;
@@ -132,7 +140,10 @@ pub fn accept(bytes: &[u8]) -> Result<Accepted, Error> {
 }
 
 fn header(format: Format, bytes: &[u8]) -> Result<impl ImageDecoder, Error> {
-    let reader = ImageReader::with_format(Cursor::new(bytes), format.image_format());
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format.image_format());
+    let mut limits = image::Limits::no_limits();
+    limits.max_alloc = Some(MAX_HEADER_BYTES);
+    reader.limits(limits);
     reader.into_decoder().map_err(|_| unreadable())
 }
 

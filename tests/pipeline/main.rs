@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod api;
+mod bombs;
 mod cli;
 mod docs;
 mod faults;

@@ -1,6 +1,7 @@
 //! Hosts to test against, photos to send, and how to wait.
 
 pub mod llm_server;
+pub mod memory;
 pub mod process;
 
 use std::path::{Path, PathBuf};

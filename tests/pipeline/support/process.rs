@@ -10,10 +10,14 @@ use tokio::process::{Child, Command};
 
 use super::{ort_library, root, settings};
 
+/// The binary of these tests.
+pub fn own_binary() -> PathBuf {
+    std::env::current_exe().unwrap()
+}
+
 /// A binary of this build, beside this test's own.
 pub fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let path = test.parent().unwrap().parent().unwrap().join(name);
+    let path = own_binary().parent().unwrap().parent().unwrap().join(name);
     assert!(path.is_file(), "{} is missing: run scripts/test, or cargo build --workspace first", path.display());
     path
 }
