@@ -8,6 +8,7 @@
 
 use std::io::Cursor;
 
+use image::metadata::Orientation;
 use image::{ImageDecoder, ImageReader};
 
 use crate::error::{Code, Error};
@@ -18,10 +19,6 @@ pub const MAX_PIXELS: u64 = 50_000_000;
 
 /// The most that a photo may take when decoded: [`MAX_PIXELS`] of four bytes.
 pub const MAX_DECODED_BYTES: u64 = MAX_PIXELS * 4;
-
-/// What reading a header may allocate. A PNG's decoder unpacks colour profiles while it does; one
-/// that does not fit is passed over, as it is not kept anyway.
-const MAX_HEADER_BYTES: u64 = 16 * 1024 * 1024;
 
 /// The formats that are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,13 +113,15 @@ pub struct Accepted {
 /// 415 for another format, 422 for a header that cannot be read, 413 for more than [`MAX_PIXELS`].
 pub fn accept(bytes: &[u8]) -> Result<Accepted, Error> {
     let format = Format::sniff(bytes)?;
-    let orientation = header(format, bytes)?.orientation().map_or(1, image::metadata::Orientation::to_exif);
+    // The decoder sees only what is kept: it unpacks colour profiles of any size, believes whatever
+    // length a piece of metadata gives, and refuses photos for metadata that it cannot read.
     let stripped = match format {
         Format::Jpeg => strip_jpeg(bytes),
         Format::Png => strip_png(bytes),
         Format::WebP => strip_webp(bytes)?,
     };
-    let bytes = stripped.ok_or_else(unreadable)?;
+    let Stripped { bytes, exif } = stripped.ok_or_else(unreadable)?;
+    let orientation = exif.and_then(Orientation::from_exif_chunk).map_or(1, Orientation::to_exif);
     let decoder = header(format, &bytes)?;
     let (width, height) = decoder.dimensions();
     // The WebP decoder counts 16,384 pixels as none.
@@ -140,15 +139,20 @@ pub fn accept(bytes: &[u8]) -> Result<Accepted, Error> {
 }
 
 fn header(format: Format, bytes: &[u8]) -> Result<impl ImageDecoder, Error> {
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format.image_format());
-    let mut limits = image::Limits::no_limits();
-    limits.max_alloc = Some(MAX_HEADER_BYTES);
-    reader.limits(limits);
+    let reader = ImageReader::with_format(Cursor::new(bytes), format.image_format());
     reader.into_decoder().map_err(|_| unreadable())
 }
 
 fn unreadable() -> Error {
     Error::new(Code::PhotoUnreadable, "The photo is damaged or cut off. Export it again, or take another.")
+}
+
+/// A photo taken apart.
+struct Stripped<'a> {
+    /// What a decoder needs.
+    bytes: Vec<u8>,
+    /// The first EXIF block, a TIFF, which says which way is up.
+    exif: Option<&'a [u8]>,
 }
 
 /// Splits `count` bytes off the front.
@@ -160,12 +164,13 @@ fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
 
 /// Keeps the frame, tables and scans; of APP0 and APP14 only what changes the colours. `None` for
 /// a JPEG that is cut off or of a kind that no camera makes (arithmetic, lossless, hierarchical).
-fn strip_jpeg(bytes: &[u8]) -> Option<Vec<u8>> {
+fn strip_jpeg(bytes: &[u8]) -> Option<Stripped<'_>> {
     const SOI: u8 = 0xD8;
     const EOI: u8 = 0xD9;
     const SOS: u8 = 0xDA;
     let mut rest = bytes;
     let mut out = Vec::with_capacity(bytes.len());
+    let mut exif = None;
     out.extend_from_slice(take(&mut rest, 2)?);
     while let Some(start) = rest.iter().position(|byte| *byte == 0xFF) {
         // A marker is 0xFF, any number of fill bytes 0xFF, and its code.
@@ -176,7 +181,7 @@ fn strip_jpeg(bytes: &[u8]) -> Option<Vec<u8>> {
         match marker {
             EOI => {
                 out.extend_from_slice(&[0xFF, EOI]);
-                return Some(out);
+                return Some(Stripped { bytes: out, exif });
             }
             // Another picture begins before this one has ended.
             SOI => return None,
@@ -198,6 +203,7 @@ fn strip_jpeg(bytes: &[u8]) -> Option<Vec<u8>> {
                 out.extend_from_slice(&[0xFF, marker, 0, 14]);
                 out.extend_from_slice(&payload[..12]);
             }
+            0xE1 if payload.starts_with(b"Exif\0\0") => exif = exif.or(payload.get(6..)),
             // Application data and comments.
             0xE0..=0xEF | 0xFE => {}
             // Frame (baseline, extended, progressive), Huffman and quantisation tables, restart
@@ -233,9 +239,10 @@ fn scan_length(bytes: &[u8]) -> usize {
 }
 
 /// Keeps the chunks that make the pixels. `None` for a PNG that is cut off.
-fn strip_png(bytes: &[u8]) -> Option<Vec<u8>> {
+fn strip_png(bytes: &[u8]) -> Option<Stripped<'_>> {
     let mut rest = bytes;
     let mut out = Vec::with_capacity(bytes.len());
+    let mut exif = None;
     out.extend_from_slice(take(&mut rest, 8)?);
     loop {
         let length = usize::try_from(u32::from_be_bytes(rest.get(..4)?.try_into().ok()?)).ok()?;
@@ -248,6 +255,10 @@ fn strip_png(bytes: &[u8]) -> Option<Vec<u8>> {
             b"tRNS" => 256,
             b"IEND" => 0,
             b"IDAT" => usize::MAX,
+            b"eXIf" => {
+                exif = exif.or(chunk.get(8..8 + length));
+                continue;
+            }
             _ => continue,
         };
         if length > largest {
@@ -255,20 +266,20 @@ fn strip_png(bytes: &[u8]) -> Option<Vec<u8>> {
         }
         out.extend_from_slice(chunk);
         if &kind == b"IEND" {
-            return Some(out);
+            return Some(Stripped { bytes: out, exif });
         }
     }
 }
 
 /// Keeps the picture and its alpha, the first of each; refuses animations. `Ok(None)` for a WebP
 /// that is cut off or whose two sizes differ.
-fn strip_webp(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+fn strip_webp(bytes: &[u8]) -> Result<Option<Stripped<'_>>, Error> {
     const ICC_EXIF_XMP: u8 = 0x20 | 0x08 | 0x04;
     let riff_size = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]) as usize;
     // What lies behind the container is no part of the picture.
     let Some(mut rest) = bytes.get(12..riff_size.saturating_add(8)) else { return Ok(None) };
     let mut out = bytes[..12].to_vec();
-    let (mut canvas, mut frame, mut has_alpha) = (None, None, false);
+    let (mut canvas, mut frame, mut has_alpha, mut exif) = (None, None, false, None);
     while rest.len() >= 8 {
         let kind = [rest[0], rest[1], rest[2], rest[3]];
         let length = u32::from_le_bytes([rest[4], rest[5], rest[6], rest[7]]) as usize;
@@ -305,6 +316,7 @@ fn strip_webp(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
                 has_alpha = true;
                 out.extend_from_slice(chunk);
             }
+            b"EXIF" => exif = exif.or(chunk.get(8..8 + length)),
             _ => {}
         }
     }
@@ -314,7 +326,7 @@ fn strip_webp(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
     }
     let Ok(size) = u32::try_from(out.len() - 8) else { return Ok(None) };
     out[4..8].copy_from_slice(&size.to_le_bytes());
-    Ok(Some(out))
+    Ok(Some(Stripped { bytes: out, exif }))
 }
 
 /// Width and height of a VP8 key frame (RFC 6386, 9.1) or a VP8L picture (RFC 9649, 3.4).

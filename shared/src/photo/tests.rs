@@ -107,6 +107,14 @@ fn a_photo_without_metadata_keeps_its_orientation_and_pixels() {
 }
 
 #[test]
+fn metadata_that_no_decoder_can_read_does_not_refuse_the_photo() {
+    let plain = encoded(ImageFormat::Jpeg);
+    let short = jpeg_segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0SECRET");
+    let accepted = accept(&[&plain[..2], &short, &plain[2..]].concat()).unwrap();
+    assert_eq!((accepted.orientation, accepted.bytes == plain), (1, true));
+}
+
+#[test]
 fn a_jfif_thumbnail_is_cut_off() {
     let plain = encoded(ImageFormat::Jpeg);
     let jfif = [b"JFIF\0\x01\x01\0\0\x01\0\x01\x01\x02".as_slice(), b"SECRET"].concat();
