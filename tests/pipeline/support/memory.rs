@@ -1,6 +1,6 @@
 //! How much memory a test takes: measured in a process of its own, where no other test takes any.
 
-use std::process::Command;
+use std::process::{Command, Output};
 
 use shared::config::Env;
 
@@ -8,11 +8,11 @@ use super::process::own_binary;
 
 pub const MIB: u64 = 1024 * 1024;
 
-/// `true` in a process that runs the test `name` and nothing else. Elsewhere runs the test again in
-/// such a process, hands on its verdict, and returns `false`: there is nothing left to do.
-pub fn is_alone(name: &str) -> bool {
+/// `None` in a process that runs the test `name` and nothing else. Elsewhere runs the test again in
+/// such a process and hands on its verdict; what it printed is returned.
+pub fn alone(name: &str) -> Option<Output> {
     if Env::of_process().text("TEST_ALONE").unwrap() == Some(name) {
-        return true;
+        return None;
     }
     let arguments = ["--exact", name, "--nocapture", "--test-threads=1"];
     let output = Command::new(own_binary()).args(arguments).env("TEST_ALONE", name).output().unwrap();
@@ -20,7 +20,13 @@ pub fn is_alone(name: &str) -> bool {
     println!("{printed}");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(printed.contains("1 passed"), "no test has the name {name}");
-    false
+    Some(output)
+}
+
+/// `true` in a process that runs the test `name` and nothing else; elsewhere that process has run
+/// and there is nothing left to do.
+pub fn is_alone(name: &str) -> bool {
+    alone(name).is_none()
 }
 
 /// A process's peak of resident memory (`VmHWM`), in bytes.

@@ -32,6 +32,16 @@ impl Process {
     /// Starts the host on a folder and waits for its address. `None` where it dies before that, as
     /// it may with a crash point that the start itself meets.
     pub async fn start(data_dir: &Path, extra: &[(&str, &str)]) -> Option<Self> {
+        Self::start_as(Command::new(binary("local")), Stdio::null(), data_dir, extra).await
+    }
+
+    /// Starts the host by a command of the caller's, with its log where the caller wants it.
+    pub async fn start_as(
+        mut command: Command,
+        stderr: Stdio,
+        data_dir: &Path,
+        extra: &[(&str, &str)],
+    ) -> Option<Self> {
         let (library, model) = (ort_library(), root().join("model"));
         let mut variables = settings(data_dir.to_str().unwrap(), library.to_str().unwrap(), model.to_str().unwrap());
         // Short times, or every kill costs a lease of two minutes.
@@ -42,12 +52,12 @@ impl Process {
             ("LOG_LEVEL", "warn"),
         ]);
         variables.extend_from_slice(extra);
-        let mut child = Command::new(binary("local"))
+        let mut child = command
             .arg("serve")
             .env_clear()
             .envs(variables)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(stderr)
             .kill_on_drop(true)
             .spawn()
             .unwrap();
@@ -57,6 +67,11 @@ impl Process {
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
         let url = line.strip_prefix("listening on ").unwrap().to_owned();
         Some(Self { url, child })
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.child.id().unwrap()
     }
 
     /// Waits until the process has been killed by SIGKILL.
