@@ -6,6 +6,7 @@
 pub mod config;
 mod data;
 mod routes;
+mod turns;
 mod workers;
 
 use std::net::SocketAddr;

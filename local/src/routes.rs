@@ -10,9 +10,10 @@ use axum::{Json, Router};
 use shared::embedded::uploads;
 use shared::error::{Code, Error};
 use shared::http::{self, Caller};
+use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
-use crate::Host;
+use crate::{Host, turns};
 
 /// The one caller of a host without keys.
 const LOCAL: &str = "local";
@@ -36,8 +37,10 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 
 pub(crate) fn router(host: &Arc<Host>) -> Router {
     let description = openapi();
+    let turns = Arc::new(Semaphore::new(turns::TURNS));
+    let submit = submit::router(Arc::clone(&host.submit));
     Router::new()
-        .merge(submit::router(Arc::clone(&host.submit)))
+        .merge(submit.layer(middleware::from_fn_with_state(turns, turns::in_turn)))
         .merge(result::router(Arc::clone(&host.results)))
         .merge(uploads::router(host.blobs.clone(), host.clock.clone()))
         .route("/openapi.json", get(|| async move { Json(description) }))

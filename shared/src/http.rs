@@ -1,6 +1,10 @@
 //! What every HTTP function needs around its routes: who is calling, the id of the exchange, and
 //! the one shape of an error.
 
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Instant;
 
 use axum::Json;
@@ -39,26 +43,36 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
-        let request_id = request_id();
         if self.http_status() >= 500 {
             tracing::error!(error.code = self.code().as_str(), error.chain = self.chain(), "request failed");
         }
-        let status = StatusCode::from_u16(self.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let detail = ErrorDetail { code: self.code(), message: self.message().to_owned(), request_id };
-        let mut response = (status, Json(ErrorBody { error: detail })).into_response();
-        if self.is_retryable() {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
-        }
-        response
+        answer(&self, request_id())
     }
 }
 
+fn answer(error: &Error, request_id: String) -> Response {
+    let status = StatusCode::from_u16(error.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let detail = ErrorDetail { code: error.code(), message: error.message().to_owned(), request_id };
+    let mut response = (status, Json(ErrorBody { error: detail })).into_response();
+    if error.is_retryable() {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
+    }
+    response
+}
+
 /// Gives the exchange an id, answers it in `x-request-id`, and logs one line without query or body.
+/// A panic behind it is answered 500; its place was logged where it happened.
 pub async fn trace(request: Request, next: Next) -> Response {
     let id = Uuid::new_v4().to_string();
     let started = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let mut response = REQUEST_ID.scope(id.clone(), next.run(request)).await;
+    let mut work = pin!(REQUEST_ID.scope(id.clone(), next.run(request)));
+    // What a handler leaves behind in a panic is dropped with it; what outlives it is behind ports.
+    let caught = poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
+        Ok(poll) => poll.map(Some),
+        Err(_) => Poll::Ready(None),
+    });
+    let mut response = caught.await.unwrap_or_else(|| answer(&Error::internal("panic"), id.clone()));
     tracing::info!(
         request.id = id,
         http.method = %method,

@@ -18,6 +18,7 @@ mod mutations;
 mod photos;
 mod ports;
 mod redis;
+mod requests;
 mod stages;
 mod start;
 mod support;
