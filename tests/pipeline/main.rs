@@ -12,6 +12,7 @@ mod cli;
 mod docs;
 mod faults;
 mod kill;
+mod leaks;
 mod llm;
 mod models;
 mod mutations;

@@ -1,7 +1,9 @@
 //! Hosts to test against, photos to send, and how to wait.
 
+pub mod leaks;
 pub mod llm_server;
 pub mod memory;
+pub mod metadata;
 pub mod process;
 
 use std::path::{Path, PathBuf};
