@@ -24,3 +24,4 @@ mod stages;
 mod start;
 mod support;
 mod uploads;
+mod trace;
