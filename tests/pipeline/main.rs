@@ -11,6 +11,7 @@ mod bombs;
 mod cli;
 mod docs;
 mod faults;
+mod fuzz;
 mod kill;
 mod leaks;
 mod llm;

@@ -25,7 +25,7 @@ pub struct Submission {
 
 /// What a body may ask for.
 #[derive(Debug)]
-pub(crate) enum Asked {
+pub enum Asked {
     Photo(Submission),
     /// A job of what was uploaded under this key.
     Upload {
@@ -52,7 +52,10 @@ struct Parameters {
 }
 
 /// Reads whichever of the three the content type announces.
-pub(crate) async fn read(request: Request) -> Result<Asked, Error> {
+///
+/// # Errors
+/// What is wrong with the body: 400, 413 or 415.
+pub async fn read(request: Request) -> Result<Asked, Error> {
     let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let content_type = content_type.unwrap_or("").to_ascii_lowercase();
     let media_type = content_type.split(';').next().unwrap_or("").trim();

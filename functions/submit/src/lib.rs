@@ -6,7 +6,7 @@
 //! is still 202: the record is due, and sweep sends. A job of an upload also uses the upload up (in
 //! the same transaction) and then erases what was uploaded.
 
-mod body;
+pub mod body;
 mod uploads;
 
 use std::sync::Arc;
