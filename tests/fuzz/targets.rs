@@ -13,6 +13,7 @@ use inference::quality::Thresholds;
 use inference::{gate, jpeg as walk, picture};
 use shared::message::Message;
 use shared::photo::{Accepted, accept};
+use submit::body::Asked;
 
 /// A target: some bytes go in, a panic comes out where a promise is broken.
 pub type Target = fn(&[u8]);
@@ -107,7 +108,8 @@ pub fn body(data: &[u8]) {
     request.headers_mut().insert(header::CONTENT_TYPE, content_type);
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     match runtime.block_on(submit::body::read(request)) {
-        Ok(submission) => assert!(!submission.image.is_empty() && submission.image.len() <= body.len()),
+        Ok(Asked::Photo(photo)) => assert!(!photo.image.is_empty() && photo.image.len() <= body.len()),
+        Ok(Asked::Upload { image_key, .. }) => assert!(image_key.len() <= body.len()),
         Err(error) => {
             assert!(matches!(error.http_status(), 400 | 413 | 415), "{error}");
             assert!(error.message().len() < 200, "{error}");

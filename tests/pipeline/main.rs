@@ -24,5 +24,5 @@ mod requests;
 mod stages;
 mod start;
 mod support;
-mod uploads;
 mod trace;
+mod uploads;
