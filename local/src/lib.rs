@@ -27,7 +27,7 @@ use shared::llm::Llm;
 use submit::Submit;
 use sweep::Sweep;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 pub use config::Config;
@@ -39,6 +39,9 @@ const DRAIN: Duration = Duration::from_secs(25);
 
 /// How long open requests may take after that.
 const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Uploads that submit works at the same time.
+const UPLOAD_TURNS: usize = 4;
 
 pub(crate) type Store = SqliteJobStore;
 pub(crate) type Queue = SqliteJobQueue;
@@ -90,6 +93,7 @@ impl Host {
             clock: clock.clone(),
             policy,
             max_queued_bytes: config.max_queued_bytes,
+            upload_turns: Semaphore::new(UPLOAD_TURNS),
         };
         let results =
             Results { jobs: store.clone(), queue: queue.clone(), blobs: blobs.clone(), clock: clock.clone(), policy };

@@ -27,6 +27,7 @@ use shared::http::Caller;
 use shared::job::{self, Job, NewJob, Photo, Policy, Status, Upload};
 use shared::photo;
 use shared::ports::{BlobStore, Created, Creation, Idempotency, JobQueue, JobStore};
+use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 use uuid::Uuid;
 
@@ -47,6 +48,9 @@ pub struct Submit<J, Q, B> {
     pub policy: Policy,
     /// The most that one caller may have queued (`MAX_QUEUED_MB`).
     pub max_queued_bytes: u64,
+    /// Uploads at work at the same time: one is held twice while its metadata is taken off, up to
+    /// 50 MiB.
+    pub upload_turns: Semaphore,
 }
 
 /// This function's part of the API's description.

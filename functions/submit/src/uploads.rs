@@ -123,6 +123,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
             return same_content(&item, &earlier);
         }
         let upload = self.own_upload(caller, &image_key).await?;
+        let _turn = self.upload_turns.acquire().await.map_err(Error::internal)?;
         let image = self.blobs.get(&image_key).await?.ok_or_else(nothing_uploaded)?;
         let prefix = upload.prefix().to_owned();
         let draft = Draft { id, now, caller, describe, idempotency: Some(item), upload: Some(upload) };
