@@ -17,6 +17,7 @@ use crate::support::llm_server::{Behaviour, HONEST, LlmServer, explanation};
 use crate::support::metadata::{Marked, marked_photos};
 use crate::support::process::{Process, binary};
 use crate::support::{client, ended};
+use crate::uploads;
 
 /// Everything of an answer, head and body.
 async fn whole(response: Response) -> Vec<u8> {
@@ -24,14 +25,18 @@ async fn whole(response: Response) -> Vec<u8> {
     [head.as_bytes(), &response.bytes().await.unwrap()].concat()
 }
 
-/// A photo in each of the three forms of a body.
-fn requests(url: &str, photo: &Marked, file_name: &str) -> [RequestBuilder; 3] {
+/// A photo in each of the three forms of a body, and uploaded before.
+async fn requests(url: &str, photo: &Marked, file_name: &str) -> [RequestBuilder; 4] {
+    let http = client();
+    let permit = uploads::permit(&http, url, &photo.bytes).await.unwrap();
+    assert_eq!(uploads::put(&http, url, &permit, &photo.bytes).await.unwrap().status().as_u16(), 200);
     let submit = || client().post(format!("{url}/submit"));
     let part = Part::bytes(photo.bytes.clone()).file_name(file_name.to_owned()).mime_str(photo.content_type).unwrap();
     [
         submit().json(&json!({"image": STANDARD.encode(&photo.bytes)})),
         submit().header("content-type", photo.content_type).body(photo.bytes.clone()),
         submit().multipart(Form::new().part("image", part)),
+        submit().json(&json!({"image_key": permit["image_key"]})),
     ]
 }
 
@@ -78,7 +83,8 @@ async fn no_metadata_of_a_photo_is_in_a_file_a_log_line_or_an_answer() {
     let mut answers = Vec::new();
     let mut ids = Vec::new();
     for photo in &photos {
-        for (form, request) in requests(&host.url, photo, &file_name).into_iter().enumerate() {
+        // Last to first: the upload lies there until its own request.
+        for (form, request) in requests(&host.url, photo, &file_name).await.into_iter().enumerate().rev() {
             let request = request.header("idempotency-key", format!("{idempotency_key}-{}-{form}", photo.name));
             let response = request.send().await.unwrap();
             assert_eq!(response.status().as_u16(), 202, "{}", photo.name);
