@@ -4,6 +4,8 @@
 
 #[cfg(debug_assertions)]
 use std::sync::OnceLock;
+#[cfg(debug_assertions)]
+use std::sync::atomic::{AtomicU32, Ordering};
 
 macro_rules! points {
     ($($variant:ident = $name:literal),+ $(,)?) => {
@@ -57,25 +59,30 @@ points! {
     SweepOrphanErased = "sweep.orphan_erased",
 }
 
+/// The point, and how often it is still to be met.
 #[cfg(debug_assertions)]
-static ARMED: OnceLock<Point> = OnceLock::new();
+static ARMED: OnceLock<(Point, AtomicU32)> = OnceLock::new();
 
-/// Chooses the point at which this process will die.
+/// Chooses the point at which this process will die: `name`, or `name:times` for the time at
+/// which it is met that often, in the middle of other work.
 ///
 /// # Errors
-/// The name of no point.
+/// The name of no point, or a number that is none.
 #[cfg(debug_assertions)]
-pub fn arm(name: &str) -> Result<(), String> {
+pub fn arm(at: &str) -> Result<(), String> {
+    let (name, times) = at.split_once(':').unwrap_or((at, "1"));
     let point = Point::ALL.iter().find(|point| point.name() == name);
     let point = point.ok_or_else(|| format!("there is no crash point {name:?}"))?;
-    let _ = ARMED.set(*point);
+    let times: u32 = times.parse().ok().filter(|&times| times > 0).ok_or(format!("{times:?} is no number of times"))?;
+    let _ = ARMED.set((*point, AtomicU32::new(times)));
     Ok(())
 }
 
-/// Kills this process if `point` was armed.
+/// Kills this process if `point` was armed and has been met as often as it was to be.
 #[cfg(debug_assertions)]
 pub fn here(point: Point) {
-    if ARMED.get() == Some(&point) {
+    let Some((armed, left)) = ARMED.get() else { return };
+    if *armed == point && left.fetch_sub(1, Ordering::SeqCst) == 1 {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         loop {
             std::thread::park();
