@@ -19,9 +19,9 @@ use crate::support::process::Process;
 use crate::support::{client, ended, eventually, mole, open, submit};
 use crate::uploads;
 
-const SUBMIT: &[Point] =
+pub(super) const SUBMIT: &[Point] =
     &[Point::BlobWritten, Point::SubmitPhotoStored, Point::SubmitRecordWritten, Point::SubmitMessageSent];
-const UPLOAD: &[Point] = &[
+pub(super) const UPLOAD: &[Point] = &[
     Point::SubmitUploadReserved,
     Point::BlobWritten,
     Point::SubmitPhotoStored,
@@ -29,18 +29,19 @@ const UPLOAD: &[Point] = &[
     Point::SubmitMessageSent,
     Point::SubmitOriginalErased,
 ];
-const INFERENCE: &[Point] =
+pub(super) const INFERENCE: &[Point] =
     &[Point::InferenceClaimed, Point::InferenceFinished, Point::InferenceCached, Point::QueueBeforeAck];
-const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
-const ENRICHMENT: &[Point] =
+pub(super) const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
+pub(super) const ENRICHMENT: &[Point] =
     &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished, Point::FeedBeforeCursor];
-const ENRICHMENT_RETRY: &[Point] = &[Point::EnrichmentDeferred];
-const RESULT: &[Point] =
+pub(super) const ENRICHMENT_RETRY: &[Point] = &[Point::EnrichmentDeferred];
+pub(super) const RESULT: &[Point] =
     &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten];
-const SWEEP: &[Point] = &[Point::SweepWritten, Point::SweepSent];
-const SWEEP_TOMBSTONE: &[Point] = &[Point::SweepErased, Point::SweepForgetSent, Point::SweepTombstoneSettled];
-const SWEEP_UPLOAD: &[Point] = &[Point::SweepUploadErased, Point::SweepUploadSettled];
-const SWEEP_ORPHAN: &[Point] = &[Point::SweepOrphanErased];
+pub(super) const SWEEP: &[Point] = &[Point::SweepWritten, Point::SweepSent];
+pub(super) const SWEEP_TOMBSTONE: &[Point] =
+    &[Point::SweepErased, Point::SweepForgetSent, Point::SweepTombstoneSettled];
+pub(super) const SWEEP_UPLOAD: &[Point] = &[Point::SweepUploadErased, Point::SweepUploadSettled];
+pub(super) const SWEEP_ORPHAN: &[Point] = &[Point::SweepOrphanErased];
 
 #[test]
 fn every_crash_point_is_in_a_scenario() {

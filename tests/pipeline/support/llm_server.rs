@@ -1,5 +1,5 @@
 //! An OpenAI-compatible server on loopback that misbehaves on purpose. It answers the script's
-//! behaviours one by one, then behaves well.
+//! behaviours one by one, then behaves as it was told to, which is well at first.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -22,6 +22,8 @@ pub enum Behaviour {
     Answer(String),
     /// A status, and perhaps `Retry-After` in seconds.
     Status(u16, Option<u32>),
+    /// A good answer, after a while.
+    After(Duration),
     /// Never answers.
     Stall,
     /// Closes the connection in the middle of the body.
@@ -37,6 +39,7 @@ pub const HONEST: &str =
 #[derive(Default)]
 struct Inner {
     script: Mutex<VecDeque<Behaviour>>,
+    otherwise: Mutex<Option<Behaviour>>,
     requests: Mutex<Vec<(HeaderMap, Value)>>,
 }
 
@@ -55,6 +58,11 @@ impl LlmServer {
         let router = Router::new().route("/v1/chat/completions", post(answer)).with_state(Arc::clone(&inner));
         tokio::spawn(async move { axum::serve(listener, router).await });
         Self { inner, address }
+    }
+
+    /// What it does from now on, behind the script.
+    pub fn behave(&self, behaviour: Behaviour) {
+        *self.inner.otherwise.lock().unwrap() = Some(behaviour);
     }
 
     pub fn base_url(&self) -> String {
@@ -97,6 +105,7 @@ pub fn explanation(text: &str) -> String {
 async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes) -> Response {
     inner.requests.lock().unwrap().push((headers, serde_json::from_slice(&body).unwrap_or(Value::Null)));
     let behaviour = inner.script.lock().unwrap().pop_front();
+    let behaviour = behaviour.or_else(|| inner.otherwise.lock().unwrap().clone());
     match behaviour.unwrap_or_else(|| Behaviour::Answer(explanation(HONEST))) {
         Behaviour::Answer(content) => Json(completion(&content)).into_response(),
         Behaviour::Status(status, retry_after) => {
@@ -105,6 +114,10 @@ async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes
                 response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
             }
             response
+        }
+        Behaviour::After(pause) => {
+            tokio::time::sleep(pause).await;
+            Json(completion(&explanation(HONEST))).into_response()
         }
         Behaviour::Stall => {
             tokio::time::sleep(Duration::from_secs(3600)).await;

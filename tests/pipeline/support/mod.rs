@@ -1,12 +1,17 @@
 //! Hosts to test against, photos to send, and how to wait.
 
+pub mod backlog;
+pub mod interrupt;
 pub mod leaks;
 pub mod llm_server;
 pub mod memory;
 pub mod metadata;
 pub mod process;
+pub mod redis_server;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use local::{Config, Host};
@@ -57,6 +62,28 @@ pub fn sample(name: &str) -> Vec<u8> {
 /// A drawn photo that passes the gate and gets a label.
 pub fn mole() -> Vec<u8> {
     sample("mole-drawn.png")
+}
+
+/// The drawn mole in small, as the JPEG of its own number: no two are the same photo to the cache.
+pub fn numbered_mole(number: usize) -> Vec<u8> {
+    static SMALL: OnceLock<image::RgbImage> = OnceLock::new();
+    let small = SMALL.get_or_init(|| {
+        let drawn = image::load_from_memory(&mole()).unwrap().into_rgb8();
+        image::imageops::resize(&drawn, 300, 225, image::imageops::FilterType::Triangle)
+    });
+    let mut picture = small.clone();
+    // A corner in one of 4,096 colours; JPEG's blocks are 16 pixels wide where colour is halved.
+    let colour = [number % 16, number / 16 % 16, number / 256 % 16].map(|part| 60 + 8 * u8::try_from(part).unwrap());
+    (0..256).for_each(|pixel| picture.put_pixel(pixel % 16, pixel / 16, image::Rgb(colour)));
+    let mut bytes = Vec::new();
+    image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 90).encode_image(&picture).unwrap();
+    bytes
+}
+
+/// Prints a line that is seen when the test passes as well: the harness holds back what `println!`
+/// prints.
+pub fn report(line: &str) {
+    std::io::stdout().write_all(format!("{line}\n").as_bytes()).unwrap();
 }
 
 /// The environment of a test host: this machine's library and model, nothing of the tester's.
@@ -164,12 +191,15 @@ pub async fn ended(http: &Client, url: &str, id: &str) -> Value {
 }
 
 /// Looks again and again until `holds`; gives up after 20 s.
-pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    for _ in 0..200 {
-        if holds().await {
-            return;
-        }
+pub async fn eventually(what: &str, holds: impl AsyncFnMut() -> bool) {
+    within(Duration::from_secs(20), what, holds).await;
+}
+
+/// Looks again and again until `holds`; gives up after `limit`.
+pub async fn within(limit: Duration, what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let started = std::time::Instant::now();
+    while !holds().await {
+        assert!(started.elapsed() < limit, "not within {limit:?}: {what}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    panic!("not within 20 s: {what}");
 }

@@ -3,6 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -26,16 +27,22 @@ pub fn binary(name: &str) -> PathBuf {
 pub struct Process {
     pub url: String,
     child: Child,
+    log: Arc<Mutex<Vec<String>>>,
 }
 
 impl Process {
     /// Starts the host on a folder and waits for its address. `None` where it dies before that, as
     /// it may with a crash point that the start itself meets.
     pub async fn start(data_dir: &Path, extra: &[(&str, &str)]) -> Option<Self> {
-        Self::start_as(Command::new(binary("local")), Stdio::null(), data_dir, extra).await
+        Self::start_by(Command::new(binary("local")), data_dir, extra).await
     }
 
-    /// Starts the host by a command of the caller's, with its log where the caller wants it.
+    /// As [`Process::start`], by a command that runs the binary.
+    pub async fn start_by(command: Command, data_dir: &Path, extra: &[(&str, &str)]) -> Option<Self> {
+        Self::start_as(command, Stdio::piped(), data_dir, extra).await
+    }
+
+    /// As [`Process::start_by`], with its log where the caller wants it.
     pub async fn start_as(
         mut command: Command,
         stderr: Stdio,
@@ -65,8 +72,22 @@ impl Process {
         let line = lines.next_line().await.unwrap()?;
         // Keeps the pipe open: the host prints some more lines.
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        let log = Arc::new(Mutex::new(Vec::new()));
+        if let Some(stderr) = child.stderr.take() {
+            let (mut written, kept) = (BufReader::new(stderr).lines(), Arc::clone(&log));
+            tokio::spawn(async move {
+                while let Ok(Some(line)) = written.next_line().await {
+                    kept.lock().unwrap().push(line);
+                }
+            });
+        }
         let url = line.strip_prefix("listening on ").unwrap().to_owned();
-        Some(Self { url, child })
+        Some(Self { url, child, log })
+    }
+
+    /// The lines that it has logged so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
     }
 
     /// The process's id.
@@ -76,8 +97,8 @@ impl Process {
 
     /// Waits until the process has been killed by SIGKILL.
     pub async fn killed(&mut self) {
-        let status = tokio::time::timeout(Duration::from_secs(30), self.child.wait()).await;
-        let status = status.expect("the crash point was not met within 30 s").unwrap();
+        let status = tokio::time::timeout(Duration::from_secs(120), self.child.wait()).await;
+        let status = status.expect("the crash point was not met within two minutes").unwrap();
         assert_eq!(status.signal(), Some(9), "{status}");
     }
 

@@ -1,0 +1,342 @@
+//! SIGKILL at every point between two writes with 500 jobs around it.
+//!
+//! For every point a folder of 500 jobs of its own: filled once, copied per point. The host is
+//! killed when it meets the point for the 200th time and, started again, for the 100th time more, so
+//! that both kills fall into the middle of the work and 200 jobs are left for the third start, which
+//! is let finish. (`kill.rs` beside this folder kills at the first time, with one job.) What a lease
+//! or a wait would cost in time is taken off the records while the host is down: leases are as long
+//! as they are by default, so that a slow machine loses none.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use chrono::{TimeDelta, Utc};
+use futures_util::StreamExt;
+use reqwest::{Client, StatusCode};
+use shared::clock::Clock;
+use shared::crash::Point;
+use shared::job::{Attempts, Job, Status, new_id};
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+use crate::kill::{
+    ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_RETRY, RESULT, SUBMIT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE,
+};
+use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
+use crate::support::llm_server::{Behaviour, LlmServer};
+use crate::support::process::Process;
+use crate::support::{client, numbered_mole, open, report, submit, within};
+
+/// How often a point is met before each of the two kills.
+const KILLS: [u32; 2] = [200, 100];
+/// A batch of the feed meets its point once for up to ten jobs.
+const KILLS_IN_BATCHES: [u32; 2] = [20, 10];
+/// Scenes at a time: they wait more than they work.
+const AT_ONCE: usize = 3;
+
+/// What the 500 jobs are when the host is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Being submitted over HTTP.
+    Submitted,
+    /// Accepted and queued.
+    Queued,
+    /// Queued, their photos out of reach until after the kills.
+    Unreadable,
+    /// Queued, and the LLM refuses until after the kills.
+    Refused,
+    /// Accepted, their messages lost.
+    Lost,
+    /// Queued, beside 500 photos without a record.
+    Orphaned,
+    /// Completed, and being deleted over HTTP.
+    Deleted,
+    /// Deleted, and due to be erased once more.
+    Buried,
+}
+
+/// Every point with what its jobs are; a new point of a list of `kill.rs` is met here as well.
+const SCENES: &[(Kind, &[Point])] = &[
+    (Kind::Submitted, SUBMIT),
+    (Kind::Queued, INFERENCE),
+    (Kind::Unreadable, INFERENCE_RETRY),
+    (Kind::Queued, ENRICHMENT),
+    (Kind::Refused, ENRICHMENT_RETRY),
+    (Kind::Lost, SWEEP),
+    (Kind::Orphaned, SWEEP_ORPHAN),
+    (Kind::Deleted, RESULT),
+    (Kind::Buried, SWEEP_TOMBSTONE),
+];
+/// Points that no job meets on its way.
+const NOT_ON_A_JOBS_WAY: &[Point] = &[];
+
+#[test]
+fn every_crash_point_is_met_with_500_jobs_or_is_on_no_jobs_way() {
+    let mut met: Vec<_> = SCENES.iter().flat_map(|(_, points)| *points).chain(NOT_ON_A_JOBS_WAY).collect();
+    let mut all: Vec<_> = Point::ALL.iter().collect();
+    met.sort_by_key(|point| point.name());
+    all.sort_by_key(|point| point.name());
+    assert_eq!(met, all);
+}
+
+/// The folders that scenes begin with.
+struct Folders {
+    /// Nothing but the model.
+    empty: TempDir,
+    queued: TempDir,
+    completed: TempDir,
+    /// Deleted a lease ago.
+    buried: TempDir,
+}
+
+impl Folders {
+    async fn fill() -> Self {
+        let [empty, queued, completed, buried] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
+        drop(open(empty.path(), Clock::System, &[]).await);
+        backlog::closed(empty.path()).await;
+        backlog::copy(empty.path(), queued.path());
+        backlog::accept(&open(queued.path(), Clock::System, &[]).await, JOBS).await;
+        backlog::closed(queued.path()).await;
+
+        backlog::copy(queued.path(), completed.path());
+        let host = Process::start(completed.path(), UNHURRIED).await.unwrap();
+        within(PATIENCE, "all are completed", async || backlog::is_quiet(completed.path())).await;
+        host.terminate().await;
+        backlog::closed(completed.path()).await;
+
+        backlog::copy(completed.path(), buried.path());
+        let unswept = [ERASING, &[("SWEEP_INTERVAL_SECONDS", "3600")]].concat();
+        let ids = ids(buried.path()).await;
+        let host = Process::start(buried.path(), &unswept).await.unwrap();
+        assert!(delete_all(&client(), &host.url, &ids).await);
+        host.terminate().await;
+        backlog::closed(buried.path()).await;
+        Self { empty, queued, completed, buried }
+    }
+
+    fn of(&self, kind: Kind) -> &Path {
+        match kind {
+            Kind::Submitted => self.empty.path(),
+            Kind::Deleted => self.completed.path(),
+            Kind::Buried => self.buried.path(),
+            _ => self.queued.path(),
+        }
+    }
+}
+
+/// The default times.
+const UNHURRIED: &[(&str, &str)] =
+    &[("LEASE_SECONDS", "120"), ("REDISPATCH_SECONDS", "120"), ("BACKOFF_SECONDS", "5"), ("INFERENCE_WORKERS", "4")];
+/// Nobody works while jobs are erased, so that no lease can be lost: it may be short.
+const ERASING: &[(&str, &str)] = &[("LEASE_SECONDS", "2"), ("REDISPATCH_SECONDS", "1"), ("BACKOFF_SECONDS", "1")];
+
+async fn ids(data: &Path) -> Vec<Uuid> {
+    backlog::jobs(data).await.iter().map(|job| job.id).collect()
+}
+
+/// One point's folder, and what happens on it.
+struct Scene {
+    kind: Kind,
+    point: Point,
+    folder: TempDir,
+    http: Client,
+    llm: LlmServer,
+    /// The jobs there were when the scene began.
+    ids: Vec<Uuid>,
+    /// Claims of enrichment whose answer a kill may have cut off.
+    cut_off: usize,
+}
+
+impl Scene {
+    async fn set(kind: Kind, point: Point, folders: &Folders) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        backlog::copy(folders.of(kind), folder.path());
+        let ids = match kind {
+            Kind::Submitted => Vec::new(),
+            Kind::Buried => ids(folders.of(Kind::Deleted)).await,
+            _ => ids(folder.path()).await,
+        };
+        let scene = Self { kind, point, folder, http: client(), llm: LlmServer::start([]).await, ids, cut_off: 0 };
+        let data = scene.folder.path();
+        match kind {
+            Kind::Unreadable => backlog::photos(data).iter().for_each(hide),
+            Kind::Refused => scene.llm.behave(Behaviour::Status(503, Some(600))),
+            Kind::Orphaned => (0..JOBS).for_each(|_| orphan(data)),
+            Kind::Lost => {
+                backlog::lose_messages(data);
+                backlog::hurry(data, Whose::Open);
+            }
+            Kind::Submitted | Kind::Queued | Kind::Deleted | Kind::Buried => {}
+        }
+        scene
+    }
+
+    fn data(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn what(&self) -> String {
+        format!("{} with {:?} jobs", self.point.name(), self.kind)
+    }
+
+    async fn start(&self, crash_at: Option<&str>) -> Option<Process> {
+        let base_url = self.llm.base_url();
+        let times = if matches!(self.kind, Kind::Deleted | Kind::Buried) { ERASING } else { UNHURRIED };
+        let mut extra = [&[("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")], times].concat();
+        extra.extend(crash_at.map(|at| ("CRASH_AT", at)));
+        Process::start(self.data(), &extra).await
+    }
+
+    /// What clients do meanwhile; `true` where every request was answered.
+    async fn requests(&mut self, url: &str) -> bool {
+        match self.kind {
+            Kind::Submitted => match submit_all(&self.http, url).await {
+                Some(ids) => {
+                    self.ids = ids;
+                    true
+                }
+                None => false,
+            },
+            Kind::Deleted => delete_all(&self.http, url, &self.ids).await,
+            _ => true,
+        }
+    }
+
+    /// Starts the host and lets it die at the point. Returns how the jobs stood then.
+    async fn kill(&mut self, times: u32) -> BTreeMap<Uuid, (Status, Attempts)> {
+        let at = format!("{}:{times}", self.point.name());
+        let mut host = self.start(Some(&at)).await.expect("the host died before it listened");
+        self.requests(&host.url).await;
+        host.killed().await;
+        let standing = backlog::standing(self.data()).await;
+        let described = |job: &&Job| job.status == Status::AwaitingDescription && job.lease_until.is_some();
+        self.cut_off += backlog::jobs(self.data()).await.iter().filter(described).count();
+        let whose = match self.kind {
+            Kind::Queued | Kind::Orphaned => Whose::Leased,
+            _ => Whose::Open,
+        };
+        backlog::hurry(self.data(), whose);
+        standing
+    }
+
+    /// Starts a host that stays up, until nothing is left to do.
+    async fn recover(&mut self) {
+        let data = self.data().to_owned();
+        self.llm.behave(Behaviour::After(Duration::ZERO));
+        if self.kind == Kind::Unreadable {
+            backlog::photos(&data).iter().for_each(show);
+        }
+        let host = self.start(None).await.unwrap();
+        assert!(self.requests(&host.url).await, "{}: a request was not answered", self.what());
+        within(PATIENCE, &self.what(), async || backlog::is_quiet(&data)).await;
+        assert!(host.terminate().await.success(), "{}", self.what());
+    }
+
+    async fn play(mut self) -> String {
+        let what = self.what();
+        let kills = if self.point == Point::FeedBeforeCursor { KILLS_IN_BATCHES } else { KILLS };
+        let mut standing = BTreeMap::new();
+        for times in kills {
+            standing = self.kill(times).await;
+        }
+        self.recover().await;
+        let kept = if matches!(self.kind, Kind::Deleted | Kind::Buried) { vec![] } else { self.ids.clone() };
+        let jobs = backlog::ended_once(self.data(), kept.clone(), &what).await;
+        assert_eq!(self.ids.len(), JOBS, "{what}");
+        // What was done before the last kill was not done again, what was not was done once.
+        for job in &jobs {
+            let Some((status, before)) = standing.get(&job.id) else { continue };
+            let unread = u32::from(matches!(status, Status::Pending | Status::Processing));
+            let expected = Attempts {
+                inference: before.inference + unread,
+                enrichment: before.enrichment + u32::from(status.is_open()),
+            };
+            assert_eq!(job.attempts, expected, "{what}: {} was {status:?}", job.id);
+        }
+        let refused = jobs.iter().flat_map(|job| &job.llm_calls).filter(|call| call.outcome != "ok").count();
+        let calls = self.llm.calls();
+        let (least, most) = (kept.len() + refused, kept.len() + refused + self.cut_off);
+        assert!((least..=most).contains(&calls), "{what}: {calls} calls, expected {least} to {most}");
+        format!(
+            "{:<28} {:<10} {:>4} + {:<4} {:>4} {:>6} {:>8} {:>8}",
+            self.point.name(),
+            format!("{:?}", self.kind).to_lowercase(),
+            kills[0],
+            kills[1],
+            JOBS,
+            calls,
+            self.cut_off,
+            kills.len()
+        )
+    }
+}
+
+/// A folder in the photo's place: the store answers with an error, not with "nothing there".
+fn hide(photo: &PathBuf) {
+    std::fs::rename(photo, photo.with_extension("away")).unwrap();
+    std::fs::create_dir(photo).unwrap();
+}
+
+fn show(photo: &PathBuf) {
+    std::fs::remove_dir(photo).unwrap();
+    std::fs::rename(photo.with_extension("away"), photo).unwrap();
+}
+
+fn orphan(data: &Path) {
+    let folder = data.join("blobs/jobs").join(new_id(Utc::now() - TimeDelta::hours(3)).to_string());
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("photo"), b"x").unwrap();
+}
+
+/// Submits all photos, each under its key, eight at a time; `None` once the host is gone.
+async fn submit_all(http: &Client, url: &str) -> Option<Vec<Uuid>> {
+    let numbers: Vec<usize> = (0..JOBS).collect();
+    let mut lanes = JoinSet::new();
+    for lane in numbers.chunks(JOBS.div_ceil(8)).map(<[usize]>::to_vec) {
+        let (http, url) = (http.clone(), url.to_owned());
+        lanes.spawn(async move {
+            let mut ids = Vec::new();
+            for number in lane {
+                let key = format!("key-{number}");
+                ids.push(submit(&http, &url, &numbered_mole(number), Some(&key)).await.ok()?.parse().unwrap());
+            }
+            Some(ids)
+        });
+    }
+    let lanes: Option<Vec<Vec<Uuid>>> = lanes.join_all().await.into_iter().collect();
+    Some(lanes?.concat())
+}
+
+/// Deletes jobs, eight at a time; `false` once the host is gone.
+async fn delete_all(http: &Client, url: &str, ids: &[Uuid]) -> bool {
+    let mut lanes = JoinSet::new();
+    for lane in ids.chunks(ids.len().div_ceil(8)).map(<[Uuid]>::to_vec) {
+        let (http, url) = (http.clone(), url.to_owned());
+        lanes.spawn(async move {
+            for id in lane {
+                let Ok(answer) = http.delete(format!("{url}/result/{id}")).send().await else { return false };
+                assert_eq!(answer.status(), StatusCode::NO_CONTENT);
+            }
+            true
+        });
+    }
+    lanes.join_all().await.iter().all(|&answered| answered)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_harms_none_of_500_jobs() {
+    let folders = Folders::fill().await;
+    let points = SCENES.iter().flat_map(|(kind, points)| points.iter().map(|point| (*kind, *point)));
+    let scenes = points.map(async |(kind, point)| Scene::set(kind, point, &folders).await.play().await);
+    let mut rows: Vec<String> = futures_util::stream::iter(scenes).buffer_unordered(AT_ONCE).collect().await;
+    rows.sort();
+    report(&format!(
+        "\n{:<28} {:<10} {:<11} {:>4} {:>6} {:>8} {:>8}",
+        "killed at", "jobs are", "  met", "jobs", "calls", "cut off", "restarts"
+    ));
+    rows.iter().for_each(|row| report(row));
+    report(&format!("{} points, each with {JOBS} jobs and killed twice\n", rows.len()));
+    assert_eq!(rows.len(), Point::ALL.len() - NOT_ON_A_JOBS_WAY.len());
+}

@@ -1,0 +1,83 @@
+//! Another process holds a database: calls fail or wait, and nothing is lost.
+
+use shared::job::Status;
+
+use crate::support::backlog::{self, JOBS, PATIENCE};
+use crate::support::llm_server::{Behaviour, LlmServer};
+use crate::support::process::Process;
+use crate::support::{Running, client, mole, numbered_mole, within};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_locked_by_another_process_delays_and_loses_nothing() {
+    let host = Running::start(&[]).await;
+    let before = host.submit(&mole()).await;
+    let other = rusqlite::Connection::open(host.folder.path().join("jobs.sqlite")).unwrap();
+    other.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    let refused = host.http.post(format!("{}/submit", host.url)).header("content-type", "image/png").body(mole());
+    assert_eq!(refused.send().await.unwrap().status().as_u16(), 503);
+    other.execute_batch("ROLLBACK").unwrap();
+    assert_eq!(host.ended(&before).await["status"], "completed");
+    assert_eq!(host.run(&mole()).await["status"], "completed");
+}
+
+/// Longer than the host waits for a lock, and shorter.
+const HOLDS_MS: [u64; 4] = [6_500, 300, 6_500, 1_000];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn databases_locked_again_and_again_lose_none_of_500_jobs() {
+    let folder = tempfile::tempdir().unwrap();
+    let llm = LlmServer::start([]).await;
+    llm.behave(Behaviour::After(std::time::Duration::from_millis(100)));
+    let base_url = llm.base_url();
+    // What could not be written under a lock is taken up when its lease has run out.
+    let extra = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m"), ("LEASE_SECONDS", "15")];
+    let host = Process::start(folder.path(), &extra).await.unwrap();
+    let submitting = tokio::spawn(submit_until_all_are_accepted(host.url.clone()));
+    for (turn, hold) in HOLDS_MS.into_iter().enumerate() {
+        // Each time with more of the work done.
+        let done = (turn + 1) * JOBS / 8;
+        within(PATIENCE, "some are completed", async || backlog::in_state(folder.path(), Status::Completed) >= done)
+            .await;
+        for file in ["jobs.sqlite", "queue.sqlite"] {
+            let other = rusqlite::Connection::open(folder.path().join(file)).unwrap();
+            other.busy_timeout(PATIENCE).unwrap();
+            other.execute_batch("BEGIN EXCLUSIVE").unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(hold)).await;
+            other.execute_batch("ROLLBACK").unwrap();
+        }
+    }
+    let (accepted, refused) = submitting.await.unwrap();
+    within(PATIENCE, "nothing is left to do", async || backlog::is_quiet(folder.path())).await;
+    let locked = host.log().iter().filter(|line| line.contains("\"sqlite.busy\":true")).count();
+    assert!(locked >= 4, "only {locked} batches met a lock");
+    assert!(host.log().len() < 2_000, "{} lines logged", host.log().len());
+    assert!(host.terminate().await.success());
+    // What was answered 503 may have become a job all the same: it ends as well.
+    let found: Vec<_> = backlog::standing(folder.path()).await.into_keys().collect();
+    assert!(accepted.iter().all(|id| found.contains(id)), "an accepted job is gone");
+    assert!(found.len() <= JOBS + refused, "{} jobs of {JOBS} accepted and {refused} refused", found.len());
+    let jobs = backlog::ended_once(folder.path(), found, "locked").await;
+    // An answer is asked for again only where it could not be committed, and is then not in the ledger.
+    let lost: usize = jobs.iter().map(|job| job.attempts.enrichment as usize - job.llm_calls.len()).sum();
+    let calls = llm.calls();
+    assert!((jobs.len()..=jobs.len() + lost).contains(&calls), "{calls} calls for {} jobs, {lost} lost", jobs.len());
+}
+
+/// Submits until 500 photos are accepted; returns their ids, and how often the answer was 503.
+async fn submit_until_all_are_accepted(url: String) -> (Vec<uuid::Uuid>, usize) {
+    let (http, mut accepted, mut refused) = (client(), Vec::new(), 0);
+    while accepted.len() < JOBS {
+        let photo = numbered_mole(accepted.len());
+        let request = http.post(format!("{url}/submit")).header("content-type", "image/jpeg").body(photo);
+        let answer = request.send().await.unwrap();
+        match answer.status().as_u16() {
+            202 => {
+                let body: serde_json::Value = answer.json().await.unwrap();
+                accepted.push(body["request_id"].as_str().unwrap().parse().unwrap());
+            }
+            503 => refused += 1,
+            other => panic!("answered {other}"),
+        }
+    }
+    (accepted, refused)
+}
