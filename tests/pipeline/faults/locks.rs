@@ -20,8 +20,9 @@ async fn a_database_locked_by_another_process_delays_and_loses_nothing() {
     assert_eq!(host.run(&mole()).await["status"], "completed");
 }
 
-/// Longer than the host waits for a lock, and shorter.
-const HOLDS_MS: [u64; 4] = [6_500, 300, 6_500, 1_000];
+/// Longer than the host waits for a lock, and shorter. The first outlasts what waits behind what
+/// waits, so that a submission fails as well.
+const HOLDS_MS: [u64; 4] = [11_000, 300, 6_500, 1_000];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn databases_locked_again_and_again_lose_none_of_500_jobs() {
@@ -47,6 +48,7 @@ async fn databases_locked_again_and_again_lose_none_of_500_jobs() {
         }
     }
     let (accepted, refused) = submitting.await.unwrap();
+    assert!(refused > 0, "no submission met a lock");
     within(PATIENCE, "nothing is left to do", async || backlog::is_quiet(folder.path())).await;
     let locked = host.log().iter().filter(|line| line.contains("\"sqlite.busy\":true")).count();
     assert!(locked >= 4, "only {locked} batches met a lock");
