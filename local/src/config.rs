@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use directories::ProjectDirs;
+use shared::auth::Limits;
 use shared::config::{self, ConfigError, Env};
 use shared::job::Policy;
 
 /// The host's settings; each field names its variable.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// `LISTEN_ADDR`: loopback only, for as long as there are no keys. Port 0 takes a free one.
+    /// `LISTEN_ADDR`: loopback only where there are no keys. Port 0 takes a free one.
     pub listen_addr: SocketAddr,
     /// `DATA_DIR`: records, queue, photos, models.
     pub data_dir: PathBuf,
@@ -29,6 +30,8 @@ pub struct Config {
     pub max_queued_bytes: u64,
     /// `SWEEP_INTERVAL_SECONDS`.
     pub sweep_interval: Duration,
+    /// What callers may do in a minute; of no effect on a host without keys.
+    pub limits: Limits,
     pub policy: Policy,
 }
 
@@ -36,11 +39,6 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] for the first variable that is not right.
     pub fn from_env(env: &Env) -> Result<Self, ConfigError> {
-        let listen_addr: SocketAddr = env.parse("LISTEN_ADDR")?.unwrap_or(([127, 0, 0, 1], 8080).into());
-        if !listen_addr.ip().is_loopback() {
-            let problem = "must be a loopback address such as 127.0.0.1:8080: the host has no access control yet";
-            return Err(ConfigError::new("LISTEN_ADDR", problem));
-        }
         let model_digest = env.text("MODEL_DIGEST")?.map(str::to_ascii_lowercase);
         if model_digest
             .as_ref()
@@ -50,7 +48,7 @@ impl Config {
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
-            listen_addr,
+            listen_addr: env.parse("LISTEN_ADDR")?.unwrap_or(([127, 0, 0, 1], 8080).into()),
             data_dir: data_dir(env)?,
             model_dir: env.text("MODEL_DIR")?.unwrap_or("model").into(),
             model_digest,
@@ -59,12 +57,28 @@ impl Config {
             inference_workers: env.number("INFERENCE_WORKERS", cores.min(8), 1, 64)?,
             max_queued_bytes: env.number("MAX_QUEUED_MB", 4096, 1, 1_000_000)? * 1_000_000,
             sweep_interval: Duration::from_secs(env.number("SWEEP_INTERVAL_SECONDS", 60, 1, 3600)?),
+            limits: Limits::from_env(env)?,
             policy: config::policy(env)?,
         })
     }
+
+    /// Whether what was configured can be answered for without keys.
+    pub(crate) fn check_keyless(&self) -> Result<(), ConfigError> {
+        if !self.listen_addr.ip().is_loopback() {
+            let problem = "must be a loopback address such as 127.0.0.1:8080 for as long as there are no keys; \
+                `local init` makes the first";
+            return Err(ConfigError::new("LISTEN_ADDR", problem));
+        }
+        if self.limits.admit_guests {
+            let problem = "is of no use where nobody is asked for a key; `local init` makes the first";
+            return Err(ConfigError::new("ADMIT_GUESTS", problem));
+        }
+        Ok(())
+    }
 }
 
-fn data_dir(env: &Env) -> Result<PathBuf, ConfigError> {
+/// `DATA_DIR`.
+pub(crate) fn data_dir(env: &Env) -> Result<PathBuf, ConfigError> {
     if let Some(path) = env.text("DATA_DIR")? {
         return Ok(path.into());
     }
@@ -87,7 +101,8 @@ mod tests {
     fn bad_values_refuse_to_start_and_name_the_variable() {
         for (name, value) in [
             ("LISTEN_ADDR", "8080"),
-            ("LISTEN_ADDR", "0.0.0.0:8080"),
+            ("ADMIT_GUESTS", "yes"),
+            ("REQUESTS_PER_MINUTE", "0"),
             ("MODEL_DIGEST", "latest"),
             ("INFERENCE_WORKERS", "0"),
             ("INFERENCE_WORKERS", "many"),

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use shared::embedded::SqliteCallers;
 
 /// Held until it is dropped, also by `kill -9`.
 pub(crate) struct Lock {
@@ -33,6 +34,11 @@ pub(crate) fn open(data_dir: &Path) -> anyhow::Result<Lock> {
         ),
         Err(TryLockError::Error(error)) => Err(error).with_context(place),
     }
+}
+
+/// The key store.
+pub(crate) fn callers(data_dir: &Path) -> anyhow::Result<SqliteCallers> {
+    Ok(SqliteCallers::open(&data_dir.join("callers.sqlite"))?)
 }
 
 /// Where the model is unpacked, below the temporary directory: a folder of this user alone, since

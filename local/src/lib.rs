@@ -1,10 +1,11 @@
 //! The embedded host: every function in one process, over SQLite and a directory.
 //!
 //! It builds what the handlers take as arguments, feeds them the events that AWS would, and serves
-//! their routes on loopback.
+//! their routes: on loopback, or anywhere once there are keys.
 
 pub mod config;
 mod data;
+mod init;
 mod routes;
 mod turns;
 mod workers;
@@ -13,17 +14,20 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use admin::Admin;
 use anyhow::Context;
 use enrichment::Enrichment;
 use inference::Inference;
 use inference::bundle::Bundle;
 use inference::model::Model;
 use result::Results;
+use shared::auth::{Access, Checks, Tokens};
 use shared::cache::PredictionCache;
 use shared::clock::Clock;
 use shared::config::Env;
-use shared::embedded::{DirBlobStore, SqliteJobQueue, SqliteJobStore};
+use shared::embedded::{DirBlobStore, SqliteCallers, SqliteJobQueue, SqliteJobStore};
 use shared::llm::Llm;
+use shared::ports::Callers;
 use submit::Submit;
 use sweep::Sweep;
 use tokio::net::TcpListener;
@@ -31,6 +35,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 pub use config::Config;
+pub use init::init;
 pub use routes::openapi;
 
 /// How long what is in flight may take after the signal to stop. What takes longer is taken up at
@@ -46,6 +51,7 @@ const UPLOAD_TURNS: usize = 4;
 pub(crate) type Store = SqliteJobStore;
 pub(crate) type Queue = SqliteJobQueue;
 pub(crate) type Blobs = DirBlobStore;
+pub(crate) type Keys = SqliteCallers;
 
 /// Every handler with its ports, ready to run.
 pub struct Host {
@@ -59,6 +65,8 @@ pub struct Host {
     pub enrichment: Enrichment<Store>,
     pub results: Arc<Results<Store, Queue, Blobs>>,
     pub sweep: Sweep<Store, Queue, Blobs>,
+    pub admin: Arc<Admin<Store, Queue, Keys>>,
+    pub access: Arc<Access<Keys>>,
     pub model: Arc<Model>,
     /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
     /// with one memory cache each.
@@ -74,6 +82,8 @@ impl Host {
         let data_dir = &config.data_dir;
         let lock = data::open(data_dir)?;
         let policy = config.policy;
+        let callers = data::callers(data_dir)?;
+        let access = access(&config, env, &callers, &clock).await?;
         let store = SqliteJobStore::open(&data_dir.join("jobs.sqlite"))?;
         // Above MAX_ATTEMPTS, or the queue gives a job up before the job's own attempts are used up.
         let queue = SqliteJobQueue::open(&data_dir.join("queue.sqlite"), clock.clone(), policy.max_attempts * 2 + 5)?;
@@ -109,6 +119,8 @@ impl Host {
         };
         let enrichment = Enrichment { jobs: store.clone(), llm: Llm::from_env(env)?, clock: clock.clone(), policy };
         let sweep = Sweep::new(store.clone(), queue.clone(), blobs.clone(), clock.clone(), policy);
+        let admin =
+            Admin { jobs: store.clone(), queue: queue.clone(), callers, clock: clock.clone(), policy: config.policy };
         Ok(Self {
             config,
             clock,
@@ -120,6 +132,8 @@ impl Host {
             enrichment,
             results: Arc::new(results),
             sweep,
+            admin: Arc::new(admin),
+            access: Arc::new(access),
             model,
             _lock: lock,
         })
@@ -174,4 +188,16 @@ impl Host {
             Err(_) => Ok(()),
         }
     }
+}
+
+/// Keyless only where no key was ever made and no issuer is set: a revoked last key must not open
+/// the door to everyone.
+async fn access(config: &Config, env: &Env, callers: &Keys, clock: &Clock) -> anyhow::Result<Access<Keys>> {
+    let tokens = Tokens::from_env(env, clock.clone())?;
+    if tokens.is_none() && callers.keys().await?.is_empty() {
+        config.check_keyless()?;
+        return Ok(Access::Keyless);
+    }
+    let (callers, limits, clock) = (callers.clone(), config.limits, clock.clone());
+    Ok(Access::Checked(Box::new(Checks { callers, tokens, limits, clock })))
 }

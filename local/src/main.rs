@@ -1,9 +1,10 @@
-//! `local`: the whole pipeline in one process, on loopback.
+//! `local`: the whole pipeline in one process.
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use local::{Config, Host};
+use secrecy::ExposeSecret;
 use shared::clock::Clock;
 use shared::config::Env;
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,6 +24,14 @@ struct Arguments {
 enum Command {
     /// Serve the API and work the jobs until SIGINT or SIGTERM (the default).
     Serve,
+    /// Make the first admin key, print it once, and from the next start on let nobody in without one.
+    ///
+    /// Until then the host listens on loopback only and asks nobody for a key.
+    Init {
+        /// Make a further admin key where keys exist already, for who has lost theirs.
+        #[arg(long)]
+        another: bool,
+    },
     /// Print the API's description as JSON.
     Openapi,
     /// List the points at which CRASH_AT kills a debug build.
@@ -44,6 +53,7 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(),
+        Command::Init { another } => init(another),
         Command::Openapi => {
             println!("{}", local::openapi().to_pretty_json()?);
             Ok(())
@@ -54,6 +64,22 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+#[tokio::main]
+async fn init(another: bool) -> anyhow::Result<()> {
+    let key = local::init(&Env::of_process(), &Clock::System, another).await?;
+    eprintln!("The key of an admin, shown this once and kept nowhere in clear:");
+    println!("{}", key.expose_secret());
+    eprintln!(
+        "
+Keep it like a password. The `lesion` command and curl use it so:
+  export LESION_API_KEY=...
+  lesion keys create --caller NAME     a key for somebody else
+  curl -H \"authorization: Bearer $LESION_API_KEY\" http://127.0.0.1:8080/results
+From its next start on the host demands a key of everybody, and LISTEN_ADDR may be any address."
+    );
+    Ok(())
 }
 
 #[tokio::main]

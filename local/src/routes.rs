@@ -1,4 +1,4 @@
-//! All functions' routes behind the checks of a host without keys.
+//! All functions' routes, behind the check of credentials or, on a host without keys, of the address.
 
 use std::sync::Arc;
 
@@ -7,16 +7,15 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Json, Router};
+use shared::auth::{self, Access};
 use shared::embedded::uploads;
 use shared::error::{Code, Error};
-use shared::http::{self, Caller};
+use shared::http;
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 
-use crate::{Host, turns};
-
-/// The one caller of a host without keys.
-const LOCAL: &str = "local";
+use crate::{Host, Keys, turns};
 
 /// The description of the whole API.
 #[must_use]
@@ -32,6 +31,15 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     let mut whole = Whole::openapi();
     whole.merge(submit::Api::openapi());
     whole.merge(result::Api::openapi());
+    whole.merge(admin::Api::openapi());
+    let bearer = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some("An API key, or a token of the host's issuer. A host without keys asks for neither."));
+    let components = whole.components.get_or_insert_default();
+    components.add_security_scheme("bearer", SecurityScheme::Http(bearer.build()));
+    // Either: a host without keys, or with guests, takes requests without.
+    whole.security =
+        Some(vec![SecurityRequirement::default(), SecurityRequirement::new("bearer", Vec::<String>::new())]);
     whole
 }
 
@@ -39,24 +47,32 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
     let description = openapi();
     let turns = Arc::new(Semaphore::new(turns::TURNS));
     let submit = submit::router(Arc::clone(&host.submit));
-    Router::new()
+    // What is merged here is authenticated; what is added below is open.
+    let protected = Router::new()
         .merge(submit.layer(middleware::from_fn_with_state(turns, turns::in_turn)))
         .merge(result::router(Arc::clone(&host.results)))
+        .merge(admin::router(Arc::clone(&host.admin)))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&host.access), auth::authenticate::<Keys>));
+    let router = Router::new()
+        .merge(protected)
+        .merge(result::open_router())
         .merge(uploads::router(host.blobs.clone(), host.clock.clone()))
         .route("/openapi.json", get(|| async move { Json(description) }))
         .fallback(http::no_route)
-        .method_not_allowed_fallback(http::no_method)
-        .layer(middleware::from_fn(local_caller))
-        .layer(middleware::from_fn(http::trace))
+        .method_not_allowed_fallback(http::no_method);
+    let router = match *host.access {
+        Access::Keyless => router.layer(middleware::from_fn(loopback_only)),
+        Access::Checked(_) => router,
+    };
+    router.layer(middleware::from_fn(http::trace))
 }
 
-/// Lets in what was addressed to a loopback name, as the caller `local`.
-async fn local_caller(mut request: Request, next: Next) -> Result<Response, Error> {
+/// Lets in what was addressed to a loopback name: without keys there is nothing else to go by.
+async fn loopback_only(request: Request, next: Next) -> Result<Response, Error> {
     if !http::is_loopback(request.headers()) {
         let message =
             "This host answers to loopback names only: call it as 127.0.0.1 or localhost, from a page of this machine.";
         return Err(Error::new(Code::Forbidden, message));
     }
-    request.extensions_mut().insert(Caller(LOCAL.to_owned()));
     Ok(next.run(request).await)
 }

@@ -1,5 +1,7 @@
 //! The bodies of the HTTP API, as the functions write them and the CLI reads them.
 
+pub mod admin;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};

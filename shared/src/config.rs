@@ -81,6 +81,18 @@ impl Env {
         Ok(value)
     }
 
+    /// `true` or `false`; unset is false.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where it is neither.
+    pub fn flag(&self, name: &str) -> Result<bool, ConfigError> {
+        match self.text(name)? {
+            None | Some("false") => Ok(false),
+            Some("true") => Ok(true),
+            Some(_) => Err(ConfigError::new(name, "must be true or false")),
+        }
+    }
+
     /// A value that must never be printed.
     ///
     /// # Errors

@@ -57,6 +57,11 @@ points! {
     SweepUploadErased = "sweep.upload_erased",
     SweepUploadSettled = "sweep.upload_settled",
     SweepOrphanErased = "sweep.orphan_erased",
+    AdminKeyWritten = "admin.key_written",
+    AdminKeyRevoked = "admin.key_revoked",
+    AdminJobRedriven = "admin.job_redriven",
+    AdminMessageSent = "admin.message_sent",
+    AdminDeadLettersMoved = "admin.dead_letters_moved",
 }
 
 /// The point, and how often it is still to be met.

@@ -17,6 +17,7 @@ pub enum Code {
     NotFound,
     MethodNotAllowed,
     IdempotencyConflict,
+    NotRedrivable,
     PayloadTooLarge,
     UnsupportedMediaType,
     HeicNotSupported,
@@ -36,7 +37,7 @@ impl Code {
             Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
-            Self::IdempotencyConflict => 409,
+            Self::IdempotencyConflict | Self::NotRedrivable => 409,
             Self::PayloadTooLarge => 413,
             Self::UnsupportedMediaType | Self::HeicNotSupported => 415,
             Self::PhotoUnreadable => 422,
@@ -56,6 +57,7 @@ impl Code {
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::IdempotencyConflict => "idempotency_conflict",
+            Self::NotRedrivable => "not_redrivable",
             Self::PayloadTooLarge => "payload_too_large",
             Self::UnsupportedMediaType => "unsupported_media_type",
             Self::HeicNotSupported => "heic_not_supported",
@@ -75,30 +77,52 @@ pub struct Error {
     message: String,
     #[source]
     source: Option<Source>,
+    retry_after_seconds: Option<u32>,
 }
+
+/// What a caller is told to wait where nothing better is known.
+const RETRY_AFTER_SECONDS: u32 = 5;
 
 impl Error {
     #[must_use]
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), source: None }
+        Self { code, message: message.into(), source: None, retry_after_seconds: None }
     }
 
     /// A dependency did not do its part; another try may succeed.
     #[must_use]
     pub fn unavailable(what: &'static str, source: impl Into<Source>) -> Self {
         let message = format!("{what} is not available at the moment. Try again.");
-        Self { code: Code::Unavailable, message, source: Some(source.into()) }
+        Self { source: Some(source.into()), ..Self::new(Code::Unavailable, message) }
     }
 
     /// A bug or a broken record; trying again does not help.
     #[must_use]
     pub fn internal(source: impl Into<Source>) -> Self {
-        Self { code: Code::Internal, message: "Something went wrong on our side.".into(), source: Some(source.into()) }
+        Self { source: Some(source.into()), ..Self::new(Code::Internal, "Something went wrong on our side.") }
     }
 
     #[must_use]
     pub fn not_found() -> Self {
         Self::new(Code::NotFound, "There is no such request.")
+    }
+
+    /// The caller has had its share for now.
+    #[must_use]
+    pub fn too_many_requests(message: impl Into<String>, retry_after_seconds: u32) -> Self {
+        Self::new(Code::TooManyRequests, message).retry_after(retry_after_seconds)
+    }
+
+    /// Tells the caller how long to wait.
+    #[must_use]
+    pub fn retry_after(self, seconds: u32) -> Self {
+        Self { retry_after_seconds: Some(seconds), ..self }
+    }
+
+    /// The seconds of `Retry-After`; 429 and 503 always carry it.
+    #[must_use]
+    pub fn retry_after_seconds(&self) -> Option<u32> {
+        self.retry_after_seconds.or(self.is_retryable().then_some(RETRY_AFTER_SECONDS))
     }
 
     #[must_use]

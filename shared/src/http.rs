@@ -15,6 +15,8 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use uuid::Uuid;
 
+use crate::api::admin::Scope;
+use crate::auth::{self, Identity};
 use crate::error::{Code, Error, ErrorBody, ErrorDetail};
 
 tokio::task_local! {
@@ -27,8 +29,8 @@ pub fn request_id() -> String {
     REQUEST_ID.try_with(Clone::clone).unwrap_or_default()
 }
 
-/// Who is calling. The host puts it into the request after it has checked the credentials; a
-/// request without one is answered 401.
+/// Whose jobs a request is about. [`auth::authenticate`] puts the identity into the request; without
+/// one the answer is 401, without the scope `jobs` it is 403.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller(pub String);
 
@@ -36,8 +38,16 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
-        let caller = parts.extensions.get::<Self>().cloned();
-        caller.ok_or_else(|| Error::new(Code::Unauthorized, "Send an API key or a token."))
+        let identity = Identity::of(&parts.extensions, Scope::Jobs)?;
+        Ok(Self(identity.caller.clone()))
+    }
+}
+
+impl Caller {
+    /// All requests without credentials are this one caller, where a host admits them.
+    #[must_use]
+    pub fn is_guest(&self) -> bool {
+        self.0 == auth::GUEST
     }
 }
 
@@ -54,8 +64,11 @@ fn answer(error: &Error, request_id: String) -> Response {
     let status = StatusCode::from_u16(error.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let detail = ErrorDetail { code: error.code(), message: error.message().to_owned(), request_id };
     let mut response = (status, Json(ErrorBody { error: detail })).into_response();
-    if error.is_retryable() {
-        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
+    if let Some(seconds) = error.retry_after_seconds() {
+        response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    }
+    if error.code() == Code::Unauthorized {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     response
 }
@@ -108,7 +121,7 @@ pub fn is_loopback(headers: &HeaderMap) -> bool {
     host.is_some_and(is_loopback_authority) && origin_host.is_none_or(is_loopback_authority)
 }
 
-fn is_loopback_authority(authority: &str) -> bool {
+pub(crate) fn is_loopback_authority(authority: &str) -> bool {
     let host = match authority.strip_prefix('[') {
         Some(rest) => rest.split_once(']').map_or("", |(host, _)| host),
         None => authority.split_once(':').map_or(authority, |(host, _)| host),
@@ -158,6 +171,7 @@ mod tests {
             (NotFound, 404),
             (MethodNotAllowed, 405),
             (IdempotencyConflict, 409),
+            (NotRedrivable, 409),
             (PayloadTooLarge, 413),
             (UnsupportedMediaType, 415),
             (HeicNotSupported, 415),
@@ -171,6 +185,7 @@ mod tests {
             let response = REQUEST_ID.scope("exchange".to_owned(), error()).await;
             assert_eq!(response.status().as_u16(), status);
             assert_eq!(response.headers().contains_key(header::RETRY_AFTER), matches!(status, 429 | 503));
+            assert_eq!(response.headers().contains_key(header::WWW_AUTHENTICATE), status == 401);
             let body = axum::body::to_bytes(response.into_body(), 1024).await.unwrap();
             let expected =
                 format!(r#"{{"error":{{"code":"{}","message":"Words.","request_id":"exchange"}}}}"#, code.as_str());

@@ -12,6 +12,8 @@ pub mod job;
 pub mod message;
 
 #[cfg(feature = "server")]
+pub mod auth;
+#[cfg(feature = "server")]
 pub mod cache;
 #[cfg(feature = "server")]
 pub mod config;

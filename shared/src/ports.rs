@@ -9,6 +9,7 @@ use std::future::Future;
 
 use uuid::Uuid;
 
+use crate::auth::keys::ApiKey;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::job::{Fence, Job, Record, Tombstone, Upload};
@@ -91,6 +92,43 @@ pub trait JobQueue: Send + Sync + 'static {
 
     /// Hides a received message for `seconds` from now.
     fn set_visibility(&self, receipt: &str, seconds: u32) -> impl Future<Output = Result<()>> + Send;
+
+    /// Messages that were received too often and given up, at most `limit`.
+    fn dead_letters(&self, limit: u32) -> impl Future<Output = Result<Vec<DeadLetter>>> + Send;
+
+    /// Puts dead letters back into the queue with a fresh receive count: those with these ids, or
+    /// all. An id of none is passed by. Returns how many were moved.
+    fn redrive_dead_letters(&self, ids: Option<&[String]>) -> impl Future<Output = Result<u64>> + Send;
+}
+
+/// A message that was given up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetter {
+    pub id: String,
+    pub body: String,
+    pub receive_count: u32,
+    pub sent_at: Timestamp,
+    /// SQS does not tell.
+    pub given_up_at: Option<Timestamp>,
+}
+
+/// Who may call: API keys, and how much each caller has asked in this minute.
+pub trait Callers: Send + Sync + 'static {
+    /// Writes a new key; `false` where its id is taken.
+    fn create_key(&self, key: &ApiKey) -> impl Future<Output = Result<bool>> + Send;
+
+    fn find_key(&self, id: &str) -> impl Future<Output = Result<Option<ApiKey>>> + Send;
+
+    /// Every key ever made, oldest first. There are as many as callers, so no pages.
+    fn keys(&self) -> impl Future<Output = Result<Vec<ApiKey>>> + Send;
+
+    /// Revokes a key at `now`; one that was revoked before keeps its moment. `false` where there is
+    /// no such key.
+    fn revoke_key(&self, id: &str, now: Timestamp) -> impl Future<Output = Result<bool>> + Send;
+
+    /// Counts one request of `caller` in `window` and returns how many it has made there. Windows
+    /// are numbered; a count of one that is over may be forgotten.
+    fn count_request(&self, caller: &str, window: i64) -> impl Future<Output = Result<u32>> + Send;
 }
 
 /// What a client may put under one key, once signed: exactly this.

@@ -284,11 +284,17 @@ async fn every_described_operation_answers_and_every_answer_is_described() {
     }
     operations.sort();
     let expected = [
+        "DELETE /admin/keys/{id}",
         "DELETE /result/{request_id}",
+        "GET /admin/dead-letters",
+        "GET /admin/keys",
         "GET /healthz",
         "GET /result",
         "GET /result/{request_id}",
         "GET /results",
+        "POST /admin/dead-letters/redrive",
+        "POST /admin/jobs/{request_id}/redrive",
+        "POST /admin/keys",
         "POST /submit",
         "POST /uploads",
     ];

@@ -6,8 +6,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod admin;
 mod api;
 mod bombs;
+mod callers;
 mod cli;
 mod docs;
 mod faults;
@@ -24,5 +26,6 @@ mod requests;
 mod stages;
 mod start;
 mod support;
+mod tokens;
 mod trace;
 mod uploads;

@@ -1,11 +1,13 @@
 //! What every implementation of a port must do; each column of the ports runs the same suite.
 
 use chrono::TimeDelta;
+use shared::api::admin::{NewKey, Scope};
+use shared::auth::keys::ApiKey;
 use shared::clock::{Clock, Timestamp, from_millis};
-use shared::embedded::{Changes, DirBlobStore, SqliteJobQueue, SqliteJobStore};
+use shared::embedded::{Changes, DirBlobStore, SqliteCallers, SqliteJobQueue, SqliteJobStore};
 use shared::job::{Job, NewJob, Photo, Policy, Record, Tombstone, Upload, new_id};
 use shared::message::Message;
-use shared::ports::{BlobStore, Created, Creation, Idempotency, JobQueue, JobStore};
+use shared::ports::{BlobStore, Callers, Created, Creation, Idempotency, JobQueue, JobStore};
 use uuid::Uuid;
 
 fn start() -> Timestamp {
@@ -217,6 +219,50 @@ async fn the_job_store_keeps_its_contract() {
     queued_bytes_suite(SqliteJobStore::open(&folder.path().join("queued.sqlite")).unwrap()).await;
 }
 
+async fn callers_suite(callers: impl Callers) {
+    let now = start();
+    let new = |caller: &str| NewKey {
+        caller: caller.into(),
+        name: "a name".into(),
+        scopes: vec![Scope::Jobs],
+        expires_at: Some(now + TimeDelta::days(1)),
+    };
+    let (first, _) = ApiKey::make(new("alice"), now).unwrap();
+    let (second, _) = ApiKey::make(new("bob"), now + TimeDelta::seconds(1)).unwrap();
+
+    // A key is written once and read back as it was.
+    assert!(callers.create_key(&first).await.unwrap());
+    assert!(callers.create_key(&second).await.unwrap());
+    let mut rival = second.clone();
+    rival.info.id.clone_from(&first.info.id);
+    assert!(!callers.create_key(&rival).await.unwrap());
+    assert_eq!(callers.find_key(&first.info.id).await.unwrap(), Some(first.clone()));
+    assert_eq!(callers.find_key("000000000000").await.unwrap(), None);
+    assert_eq!(callers.keys().await.unwrap(), [first.clone(), second.clone()]);
+
+    // Revoked is revoked, and the first moment stays.
+    for minutes in 1..=2 {
+        assert!(callers.revoke_key(&first.info.id, now + TimeDelta::minutes(minutes)).await.unwrap());
+    }
+    assert!(!callers.revoke_key("000000000000", now).await.unwrap());
+    let revoked = callers.find_key(&first.info.id).await.unwrap().unwrap();
+    assert_eq!(revoked.info.revoked_at, Some(now + TimeDelta::minutes(1)));
+    assert_eq!(callers.find_key(&second.info.id).await.unwrap(), Some(second));
+
+    // Requests are counted by caller and window.
+    for count in 1..=3 {
+        assert_eq!(callers.count_request("alice", 7).await.unwrap(), count);
+    }
+    assert_eq!(callers.count_request("bob", 7).await.unwrap(), 1);
+    assert_eq!(callers.count_request("alice", 8).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn the_key_store_keeps_its_contract() {
+    let folder = tempfile::tempdir().unwrap();
+    callers_suite(SqliteCallers::open(&folder.path().join("callers.sqlite")).unwrap()).await;
+}
+
 #[tokio::test]
 async fn the_blob_store_keeps_its_contract() {
     let folder = tempfile::tempdir().unwrap();
@@ -275,6 +321,29 @@ async fn the_queue_hides_redelivers_and_buries() {
     clock.advance(visibility);
     assert_eq!(queue.receive(visibility).await.unwrap(), None);
     assert_eq!(queue.depth().await.unwrap(), (0, 1));
+
+    // Dead letters are shown with their history.
+    let dead = queue.dead_letters(10).await.unwrap();
+    assert_eq!((dead.len(), Message::decode(&dead[0].body).unwrap(), dead[0].receive_count), (1, message, 3));
+    assert_eq!((dead[0].sent_at, dead[0].given_up_at), (start(), Some(clock.now())));
+    assert_eq!(queue.dead_letters(0).await.unwrap(), []);
+
+    // Those named go back with a fresh count, or all; others are passed by.
+    assert_eq!(queue.redrive_dead_letters(Some(&["x".to_owned()])).await.unwrap(), 0);
+    assert_eq!(queue.redrive_dead_letters(Some(&[])).await.unwrap(), 0);
+    assert_eq!(queue.depth().await.unwrap(), (0, 1));
+    for ids in [Some(vec![dead[0].id.clone(), "x".to_owned()]), None] {
+        assert_eq!(queue.redrive_dead_letters(ids.as_deref()).await.unwrap(), 1);
+        assert_eq!(queue.redrive_dead_letters(ids.as_deref()).await.unwrap(), 0);
+        assert_eq!(queue.depth().await.unwrap(), (1, 0));
+        for count in 1..=3 {
+            let again = queue.receive(visibility).await.unwrap().unwrap();
+            assert_eq!((Message::decode(&again.body).unwrap(), again.receive_count), (message, count));
+            clock.advance(visibility);
+        }
+        assert_eq!(queue.receive(visibility).await.unwrap(), None);
+        assert_eq!(queue.depth().await.unwrap(), (0, 1));
+    }
 
     // An acknowledged message is gone.
     queue.send(message).await.unwrap();

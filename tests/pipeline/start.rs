@@ -24,6 +24,14 @@ async fn bad_configuration_refuses_to_start_and_names_the_variable() {
     let cases: &[(&str, &[(&str, &str)])] = &[
         ("LISTEN_ADDR", &[("LISTEN_ADDR", "everywhere")]),
         ("LISTEN_ADDR", &[("LISTEN_ADDR", "0.0.0.0:0")]),
+        ("ADMIT_GUESTS", &[("ADMIT_GUESTS", "perhaps")]),
+        ("ADMIT_GUESTS", &[("ADMIT_GUESTS", "true")]),
+        ("REQUESTS_PER_MINUTE", &[("REQUESTS_PER_MINUTE", "0")]),
+        ("GUEST_REQUESTS_PER_MINUTE", &[("GUEST_REQUESTS_PER_MINUTE", "few")]),
+        ("JWT_ISSUER", &[("JWT_AUDIENCE", "app")]),
+        ("JWT_AUDIENCE", &[("JWT_ISSUER", "https://issuer.example")]),
+        ("JWT_ISSUER", &[("JWT_ISSUER", "http://issuer.example"), ("JWT_AUDIENCE", "app")]),
+        ("JWT_ISSUER", &[("JWT_ISSUER", "https://issuer.example?a=b"), ("JWT_AUDIENCE", "app")]),
         ("DATA_DIR", &[("DATA_DIR", "/dev/null/x")]),
         ("MODEL_DIR", &[("MODEL_DIR", "/nowhere")]),
         ("MODEL_DIGEST", &[("MODEL_DIGEST", "latest")]),
@@ -68,7 +76,7 @@ async fn nobody_else_on_the_machine_can_read_the_data() {
     let host = crate::support::open(folder.path(), shared::clock::Clock::System, &[]).await;
     let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(folder.path()), 0o700);
-    for file in ["jobs.sqlite", "jobs.sqlite-wal", "queue.sqlite", "secret.key", "lock"] {
+    for file in ["jobs.sqlite", "jobs.sqlite-wal", "queue.sqlite", "callers.sqlite", "secret.key", "lock"] {
         assert_eq!(mode(&folder.path().join(file)), 0o600, "{file}");
     }
     drop(host);

@@ -44,14 +44,18 @@ pub struct Results<J, Q, B> {
 )]
 pub struct Api;
 
-/// This function's routes.
+/// This function's routes, to be put behind authentication.
 pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(results: Arc<Results<J, Q, B>>) -> Router {
     Router::new()
         .route("/result", get(get_result_by_query::<J, Q, B>))
         .route("/result/{request_id}", get(get_result::<J, Q, B>).delete(delete_result::<J, Q, B>))
         .route("/results", get(list_results::<J, Q, B>))
         .with_state(results)
-        .route("/healthz", get(healthz))
+}
+
+/// This function's routes that need no credentials.
+pub fn open_router() -> Router {
+    Router::new().route("/healthz", get(healthz))
 }
 
 #[derive(Deserialize)]
@@ -86,8 +90,9 @@ struct ListQuery {
         (status = 304, description = "Not changed."),
         (status = 400, description = "A parameter is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
-        (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs; or not addressed to a loopback name.", body = ErrorBody),
         (status = 404, description = "No such job of this caller.", body = ErrorBody),
+        (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
         (status = 503, description = "The store is not available.", body = ErrorBody),
     )
 )]
@@ -123,8 +128,9 @@ async fn get_result<J: JobStore, Q: JobQueue, B: BlobStore>(
         (status = 304, description = "Not changed."),
         (status = 400, description = "A parameter is missing or not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
-        (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs; or not addressed to a loopback name.", body = ErrorBody),
         (status = 404, description = "No such job of this caller.", body = ErrorBody),
+        (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
         (status = 503, description = "The store is not available.", body = ErrorBody),
     )
 )]
@@ -155,22 +161,27 @@ async fn get_result_by_query<J: JobStore, Q: JobQueue, B: BlobStore>(
         (status = 200, description = "A page.", body = JobPage),
         (status = 400, description = "A parameter is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
-        (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
         (status = 503, description = "The store is not available.", body = ErrorBody),
     )
 )]
 async fn list_results<J: JobStore, Q: JobQueue, B: BlobStore>(
     State(results): State<Arc<Results<J, Q, B>>>,
-    Caller(caller): Caller,
+    caller: Caller,
     uri: Uri,
 ) -> Result<Response, Error> {
+    if caller.is_guest() {
+        let message = "Requests without credentials are all one caller: they read by id, and have no list.";
+        return Err(Error::new(Code::Forbidden, message));
+    }
     let query: ListQuery = parameters(&uri, "limit=1..100 and cursor=NEXT_CURSOR")?;
     let limit = query.limit.unwrap_or(PAGE_DEFAULT);
     if !(1..=PAGE_MAX).contains(&limit) {
         return Err(Error::new(Code::InvalidRequest, format!("limit must lie between 1 and {PAGE_MAX}.")));
     }
     // One more than asked for tells whether there is a next page.
-    let mut jobs = results.jobs.list(&caller, query.cursor, limit + 1).await?;
+    let mut jobs = results.jobs.list(&caller.0, query.cursor, limit + 1).await?;
     let more = jobs.len() > limit as usize;
     jobs.truncate(limit as usize);
     let next_cursor = jobs.last().filter(|_| more).map(|job| job.id.to_string());
@@ -189,8 +200,9 @@ async fn list_results<J: JobStore, Q: JobQueue, B: BlobStore>(
     responses(
         (status = 204, description = "Deleted."),
         (status = 401, description = "No credentials.", body = ErrorBody),
-        (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs; or not addressed to a loopback name.", body = ErrorBody),
         (status = 404, description = "No such job of this caller.", body = ErrorBody),
+        (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
         (status = 503, description = "A store is not available.", body = ErrorBody),
     )
 )]
@@ -207,7 +219,7 @@ async fn delete_result<J: JobStore, Q: JobQueue, B: BlobStore>(
 /// Health
 ///
 /// Answers as soon as the service takes requests.
-#[utoipa::path(get, path = "/healthz", tag = "service", responses((status = 200, body = Health)))]
+#[utoipa::path(get, path = "/healthz", tag = "service", security(()), responses((status = 200, body = Health)))]
 async fn healthz() -> Json<Health> {
     Json(Health { status: "ok".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() })
 }

@@ -102,7 +102,7 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
             )),
         (status = 400, description = "The body, a parameter or a header is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
-        (status = 403, description = "Not addressed to a loopback name.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs; or not addressed to a loopback name.", body = ErrorBody),
         (status = 404, description = "Nothing was uploaded under this `image_key`.", body = ErrorBody),
         (status = 409, description = "The key was used for other content, or the upload for another job.", body = ErrorBody),
         (status = 413, description = "More than 4 MiB, 50 megapixels, or 200 MB decoded.", body = ErrorBody),

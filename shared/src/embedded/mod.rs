@@ -4,11 +4,13 @@
 //! between them can be found here. Both survive `kill -9` (WAL, `synchronous=FULL`).
 
 mod blobs;
+mod callers;
 mod jobs;
 mod queue;
 mod sqlite;
 pub mod uploads;
 
 pub use blobs::DirBlobStore;
+pub use callers::SqliteCallers;
 pub use jobs::{Change, Changes, SqliteJobStore};
 pub use queue::{Delivery, SqliteJobQueue};

@@ -10,10 +10,10 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::sqlite::Sqlite;
-use crate::clock::{Clock, Timestamp};
+use crate::clock::{Clock, Timestamp, from_millis};
 use crate::error::Error;
 use crate::message::Message;
-use crate::ports::JobQueue;
+use crate::ports::{DeadLetter, JobQueue};
 
 const VERSION: u32 = 1;
 const SCHEMA: &str = "
@@ -148,6 +148,43 @@ impl JobQueue for SqliteJobQueue {
         self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![visible_at, receipt])).await?;
         Ok(())
     }
+
+    async fn dead_letters(&self, limit: u32) -> Result<Vec<DeadLetter>, Error> {
+        let sql = "SELECT id, body, receive_count, sent_at, died_at FROM dead_letters ORDER BY died_at, id LIMIT ?1";
+        self.sqlite.call(move |db| db.prepare_cached(sql)?.query_map([limit], dead_letter)?.collect()).await
+    }
+
+    async fn redrive_dead_letters(&self, ids: Option<&[String]>) -> Result<u64, Error> {
+        let (now, ids) = (self.clock.now(), ids.map(<[String]>::to_vec));
+        let moved = self.sqlite.call(move |db| revive(db, ids.as_deref(), now)).await?;
+        if moved > 0 {
+            self.sent.notify_one();
+        }
+        Ok(moved)
+    }
+}
+
+fn dead_letter(row: &rusqlite::Row<'_>) -> rusqlite::Result<DeadLetter> {
+    Ok(DeadLetter {
+        id: row.get(0)?,
+        body: row.get(1)?,
+        receive_count: row.get(2)?,
+        sent_at: from_millis(row.get(3)?),
+        given_up_at: Some(from_millis(row.get(4)?)),
+    })
+}
+
+/// Moves dead letters back. The call is one transaction: no message is in neither table, or in both.
+fn revive(db: &Connection, ids: Option<&[String]>, now: Timestamp) -> rusqlite::Result<u64> {
+    // json_each takes a list of any length as one parameter; null stands for all.
+    let ids = ids.map(|ids| serde_json::Value::from(ids).to_string());
+    let chosen = "?1 IS NULL OR id IN (SELECT value FROM json_each(?1))";
+    let insert = format!(
+        "INSERT INTO messages (id, body, visible_at, sent_at) SELECT id, body, ?2, sent_at FROM dead_letters WHERE {chosen}"
+    );
+    let moved = db.prepare_cached(&insert)?.execute(params![ids, now.timestamp_millis()])?;
+    db.prepare_cached(&format!("DELETE FROM dead_letters WHERE {chosen}"))?.execute(params![ids])?;
+    Ok(moved as u64)
 }
 
 fn first_visible(db: &Connection, now: Timestamp) -> rusqlite::Result<Option<(String, u32)>> {

@@ -2,6 +2,8 @@
 
 pub mod backlog;
 pub mod interrupt;
+pub mod issuer;
+pub mod keyed;
 pub mod leaks;
 pub mod llm_server;
 pub mod memory;
@@ -117,8 +119,12 @@ pub struct Running {
 
 impl Running {
     pub async fn start(extra: &[(&str, &str)]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let host = open(folder.path(), Clock::System, extra).await;
+        Self::on(tempfile::tempdir().unwrap(), Clock::System, extra).await
+    }
+
+    /// Starts on a folder that may hold something, by a clock that may stand.
+    pub async fn on(folder: TempDir, clock: Clock, extra: &[(&str, &str)]) -> Self {
+        let host = open(folder.path(), clock, extra).await;
         let (stop, stopped) = oneshot::channel();
         let (ready, address) = oneshot::channel();
         let stop_signal = async {

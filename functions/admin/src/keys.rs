@@ -1,0 +1,109 @@
+//! `POST /admin/keys`, `GET /admin/keys`, `DELETE /admin/keys/{id}`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use secrecy::ExposeSecret;
+use shared::api::admin::{CreatedKey, KeyList, NewKey};
+use shared::auth::Admin as Allowed;
+use shared::auth::keys::ApiKey;
+use shared::crash::{self, Point};
+use shared::error::{Code, Error, ErrorBody};
+use shared::ports::{Callers, JobQueue, JobStore};
+
+use crate::{Admin, body, log};
+
+/// Make an API key
+///
+/// The answer holds the key, this once. Repeated after a lost answer it makes another key; revoke
+/// the one that nobody has. A host that runs without keys demands them from its next start on.
+#[utoipa::path(
+    post,
+    path = "/admin/keys",
+    tag = "admin",
+    request_body = NewKey,
+    responses(
+        (status = 201, description = "The key.", body = CreatedKey),
+        (status = 400, description = "A field is missing or not valid.", body = ErrorBody),
+        (status = 401, description = "No credentials.", body = ErrorBody),
+        (status = 403, description = "Without the scope admin; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 415, description = "No JSON.", body = ErrorBody),
+        (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
+        (status = 503, description = "The key store is not available.", body = ErrorBody),
+    )
+)]
+pub(crate) async fn create_key<J: JobStore, Q: JobQueue, C: Callers>(
+    State(admin): State<Arc<Admin<J, Q, C>>>,
+    Allowed(who): Allowed,
+    request: Request,
+) -> Result<Response, Error> {
+    let shape = r#"{"caller", "name", "scopes": ["jobs", "admin"], "expires_at"}, all but the first optional"#;
+    let new: NewKey = body(request, shape).await?;
+    let (key, text) = ApiKey::make(new, admin.clock.now())?;
+    if !admin.callers.create_key(&key).await? {
+        return Err(Error::unavailable("the key store", "the id is taken"));
+    }
+    crash::here(Point::AdminKeyWritten);
+    log(&who, "key_created", &key.info.id);
+    let created = CreatedKey { key: text.expose_secret().to_owned(), info: key.info };
+    Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(created)).into_response())
+}
+
+/// List the API keys
+///
+/// Without their secrets; revoked and expired ones included.
+#[utoipa::path(
+    get,
+    path = "/admin/keys",
+    tag = "admin",
+    responses(
+        (status = 200, description = "Every key ever made.", body = KeyList),
+        (status = 401, description = "No credentials.", body = ErrorBody),
+        (status = 403, description = "Without the scope admin; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
+        (status = 503, description = "The key store is not available.", body = ErrorBody),
+    )
+)]
+pub(crate) async fn list_keys<J: JobStore, Q: JobQueue, C: Callers>(
+    State(admin): State<Arc<Admin<J, Q, C>>>,
+    _: Allowed,
+) -> Result<Response, Error> {
+    let keys = admin.callers.keys().await?.into_iter().map(|key| key.info).collect();
+    Ok(([(header::CACHE_CONTROL, "no-store")], Json(KeyList { keys })).into_response())
+}
+
+/// Revoke an API key
+///
+/// The key stops working with the answer. Revoking again answers 204 as well.
+#[utoipa::path(
+    delete,
+    path = "/admin/keys/{id}",
+    tag = "admin",
+    params(("id" = String, Path, description = "The id of the key, not the key.")),
+    responses(
+        (status = 204, description = "Revoked."),
+        (status = 401, description = "No credentials.", body = ErrorBody),
+        (status = 403, description = "Without the scope admin; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 404, description = "No such key.", body = ErrorBody),
+        (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
+        (status = 503, description = "The key store is not available.", body = ErrorBody),
+    )
+)]
+pub(crate) async fn revoke_key<J: JobStore, Q: JobQueue, C: Callers>(
+    State(admin): State<Arc<Admin<J, Q, C>>>,
+    Allowed(who): Allowed,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<StatusCode, Error> {
+    let unknown = || Error::new(Code::NotFound, "There is no key of this id. GET /admin/keys lists them.");
+    let Path(id) = id.map_err(|_| unknown())?;
+    if !admin.callers.revoke_key(&id, admin.clock.now()).await? {
+        return Err(unknown());
+    }
+    crash::here(Point::AdminKeyRevoked);
+    log(&who, "key_revoked", &id);
+    Ok(StatusCode::NO_CONTENT)
+}

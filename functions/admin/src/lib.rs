@@ -1,0 +1,103 @@
+//! `/admin/…`: keys, dead letters, and jobs that failed.
+//!
+//! Triggered by HTTP, for callers with the scope `admin`. Reads and writes the key store; moves
+//! dead letters back into the queue; writes a failed job's record, then sends its message. Every
+//! action is logged with who did it.
+
+mod dead_letters;
+mod jobs;
+mod keys;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::to_bytes;
+use axum::extract::Request;
+use axum::http::header;
+use axum::routing::{delete, get, post};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use shared::api::admin::{
+    CreatedKey, DeadLetterList, KeyList, NewKey, RedriveDeadLetters, RedrivenDeadLetters, RedrivenJob,
+};
+use shared::auth::Identity;
+use shared::clock::Clock;
+use shared::error::{Code, Error, ErrorBody};
+use shared::job::Policy;
+use shared::ports::{Callers, JobQueue, JobStore};
+use utoipa::OpenApi;
+
+/// The longest body: a thousand ids of dead letters.
+const MAX_BODY_BYTES: usize = 128 * 1024;
+
+/// What admin works with.
+pub struct Admin<J, Q, C> {
+    pub jobs: J,
+    pub queue: Q,
+    pub callers: C,
+    pub clock: Clock,
+    pub policy: Policy,
+}
+
+/// This function's part of the API's description.
+#[derive(OpenApi)]
+#[openapi(
+    paths(
+        keys::create_key,
+        keys::list_keys,
+        keys::revoke_key,
+        dead_letters::list_dead_letters,
+        dead_letters::redrive_dead_letters,
+        jobs::redrive_job
+    ),
+    components(schemas(
+        NewKey,
+        CreatedKey,
+        KeyList,
+        DeadLetterList,
+        RedriveDeadLetters,
+        RedrivenDeadLetters,
+        RedrivenJob,
+        ErrorBody
+    ))
+)]
+pub struct Api;
+
+/// This function's routes.
+pub fn router<J: JobStore, Q: JobQueue, C: Callers>(admin: Arc<Admin<J, Q, C>>) -> Router {
+    Router::new()
+        .route("/admin/keys", post(keys::create_key::<J, Q, C>).get(keys::list_keys::<J, Q, C>))
+        .route("/admin/keys/{id}", delete(keys::revoke_key::<J, Q, C>))
+        .route("/admin/dead-letters", get(dead_letters::list_dead_letters::<J, Q, C>))
+        .route("/admin/dead-letters/redrive", post(dead_letters::redrive_dead_letters::<J, Q, C>))
+        .route("/admin/jobs/{request_id}/redrive", post(jobs::redrive_job::<J, Q, C>))
+        .with_state(admin)
+}
+
+/// A JSON body; `shape` tells the caller what is expected.
+async fn body<T: DeserializeOwned>(request: Request, shape: &str) -> Result<T, Error> {
+    let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let media_type = content_type.unwrap_or("").split(';').next().unwrap_or("").trim();
+    if !media_type.eq_ignore_ascii_case("application/json") {
+        return Err(Error::new(Code::UnsupportedMediaType, "Send the body as application/json."));
+    }
+    let invalid = |what: &str| Error::new(Code::InvalidRequest, format!("{what} Expected: {shape}."));
+    let bytes = to_bytes(request.into_body(), MAX_BODY_BYTES);
+    let bytes = bytes.await.map_err(|_| invalid("The body is longer than 128 KiB or ended early."))?;
+    // An object first: serde takes an array for a struct as well, and [] would stand for "all".
+    let object: Map<String, Value> =
+        serde_json::from_slice(&bytes).map_err(|_| invalid("The body is no JSON object."))?;
+    // serde's own message may repeat a value.
+    T::deserialize(Value::Object(object)).map_err(|_| invalid("A field is missing, unknown or not valid."))
+}
+
+/// One line for what an admin has done. `subject` is an id or a number, never a key.
+fn log(admin: &Identity, action: &'static str, subject: &str) {
+    tracing::info!(
+        admin.action = action,
+        admin.subject = subject,
+        admin.caller = admin.caller,
+        admin.key_id = admin.key_id.as_deref().unwrap_or("none"),
+        "admin action"
+    );
+}

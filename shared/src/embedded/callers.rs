@@ -1,0 +1,124 @@
+//! API keys in SQLite, and the count of requests in memory: a restart begins a new window.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rusqlite::types::Type;
+use rusqlite::{OptionalExtension, Row, params};
+
+use super::sqlite::Sqlite;
+use crate::api::admin::{KeyInfo, Scope};
+use crate::auth::keys::ApiKey;
+use crate::clock::{Timestamp, from_millis};
+use crate::error::Error;
+use crate::ports::Callers;
+
+const VERSION: u32 = 1;
+const SCHEMA: &str = "
+    CREATE TABLE keys (
+        id TEXT PRIMARY KEY,
+        caller TEXT NOT NULL,
+        name TEXT NOT NULL,
+        scopes TEXT NOT NULL,           -- JSON
+        secret_sha256 BLOB NOT NULL,
+        created_at INTEGER NOT NULL,    -- milliseconds since the epoch, as all times here
+        expires_at INTEGER,
+        revoked_at INTEGER
+    ) STRICT, WITHOUT ROWID;
+";
+const COLUMNS: &str = "id, caller, name, scopes, secret_sha256, created_at, expires_at, revoked_at";
+
+/// Callers counted apart in one window; those beyond share a count.
+const MAX_COUNTED: usize = 100_000;
+
+/// The key store in one SQLite file.
+#[derive(Clone)]
+pub struct SqliteCallers {
+    sqlite: Sqlite,
+    counted: Arc<Mutex<Window>>,
+}
+
+#[derive(Default)]
+struct Window {
+    number: i64,
+    requests: HashMap<String, u32>,
+}
+
+impl SqliteCallers {
+    /// # Errors
+    /// Where the file cannot be opened or is of another version.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let sqlite = Sqlite::open(path, "the key store", VERSION, SCHEMA)?;
+        Ok(Self { sqlite, counted: Arc::default() })
+    }
+}
+
+impl Callers for SqliteCallers {
+    async fn create_key(&self, key: &ApiKey) -> Result<bool, Error> {
+        let key = key.clone();
+        let scopes = serde_json::to_string(&key.info.scopes).map_err(Error::internal)?;
+        let sql =
+            format!("INSERT INTO keys ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) ON CONFLICT DO NOTHING");
+        let written = self.sqlite.call(move |db| {
+            let info = &key.info;
+            db.prepare_cached(&sql)?.execute(params![
+                info.id,
+                info.caller,
+                info.name,
+                scopes,
+                key.secret_sha256,
+                info.created_at.timestamp_millis(),
+                info.expires_at.map(|moment| moment.timestamp_millis()),
+                info.revoked_at.map(|moment| moment.timestamp_millis()),
+            ])
+        });
+        Ok(written.await? == 1)
+    }
+
+    async fn find_key(&self, id: &str) -> Result<Option<ApiKey>, Error> {
+        let (id, sql) = (id.to_owned(), format!("SELECT {COLUMNS} FROM keys WHERE id = ?1"));
+        self.sqlite.call(move |db| db.prepare_cached(&sql)?.query_row([id], key).optional()).await
+    }
+
+    async fn keys(&self) -> Result<Vec<ApiKey>, Error> {
+        let sql = format!("SELECT {COLUMNS} FROM keys ORDER BY created_at, id");
+        self.sqlite.call(move |db| db.prepare_cached(&sql)?.query_map([], key)?.collect()).await
+    }
+
+    async fn revoke_key(&self, id: &str, now: Timestamp) -> Result<bool, Error> {
+        let id = id.to_owned();
+        let sql = "UPDATE keys SET revoked_at = coalesce(revoked_at, ?1) WHERE id = ?2";
+        let found =
+            self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![now.timestamp_millis(), id])).await?;
+        Ok(found == 1)
+    }
+
+    async fn count_request(&self, caller: &str, window: i64) -> Result<u32, Error> {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        if counted.number != window {
+            *counted = Window { number: window, requests: HashMap::new() };
+        }
+        let is_full = counted.requests.len() >= MAX_COUNTED && !counted.requests.contains_key(caller);
+        let count = counted.requests.entry(if is_full { String::new() } else { caller.to_owned() }).or_default();
+        *count = count.saturating_add(1);
+        Ok(*count)
+    }
+}
+
+fn key(row: &Row<'_>) -> rusqlite::Result<ApiKey> {
+    let scopes: String = row.get(3)?;
+    let scopes: Vec<Scope> = serde_json::from_str(&scopes)
+        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(3, Type::Text, error.into()))?;
+    let moment = |column: usize| row.get::<_, Option<i64>>(column).map(|millis| millis.map(from_millis));
+    let info = KeyInfo {
+        id: row.get(0)?,
+        caller: row.get(1)?,
+        name: row.get(2)?,
+        scopes,
+        created_at: from_millis(row.get(5)?),
+        expires_at: moment(6)?,
+        revoked_at: moment(7)?,
+    };
+    Ok(ApiKey { info, secret_sha256: row.get(4)? })
+}
