@@ -2,25 +2,33 @@
 
 use std::time::Duration;
 
-use reqwest::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
+use anyhow::Context;
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue, IF_NONE_MATCH, RETRY_AFTER};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use sha2::{Digest, Sha256};
+use shared::api::admin::{
+    CreatedKey, DeadLetterList, KeyList, NewKey, RedriveDeadLetters, RedrivenDeadLetters, RedrivenJob,
+};
 use shared::api::{
     ImageKeyBody, JobPage, JobResult, MAX_PHOTO_BYTES, MAX_WAIT_SECONDS, PAGE_MAX, Submitted, UploadBody, UploadPermit,
 };
-use shared::error::ErrorBody;
+use shared::error::{Code, ErrorBody};
 use uuid::Uuid;
 
 /// Tries of a call that the network or a busy server refused. Every call is safe to repeat.
 const MAX_TRIES: u32 = 4;
 /// An upload may go over a phone's line.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+/// A limit is counted by the minute.
+const LONGEST_PAUSE: Duration = Duration::from_secs(61);
 
 /// Why a call gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Problem {
     #[error("the API at {0} cannot be reached; is it running? (scripts/run starts one, --api names another)")]
     Unreachable(String),
+    #[error("{message} LESION_API_KEY or --api-key sets the key. (unauthorized, exchange {request_id})")]
+    Unauthorized { message: String, request_id: String },
     #[error("{message} ({code}, exchange {request_id})")]
     Refused { code: String, message: String, request_id: String },
     #[error("unexpected answer: HTTP {0}")]
@@ -33,11 +41,22 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    pub(crate) fn new(api: &str) -> anyhow::Result<Self> {
+    /// `key` goes into every request; empty is none.
+    pub(crate) fn new(api: &str, key: Option<&str>) -> anyhow::Result<Self> {
+        let mut headers = HeaderMap::new();
+        if let Some(key) = key.filter(|key| !key.is_empty()) {
+            // The error does not repeat the value.
+            let mut value = HeaderValue::from_str(&format!("Bearer {key}"))
+                .ok()
+                .context("LESION_API_KEY: holds characters that no key has")?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
             // A photo goes to the API and nowhere else, whatever HTTP_PROXY says.
             .no_proxy()
+            .default_headers(headers)
             .connect_timeout(Duration::from_secs(5))
             .timeout(Duration::from_secs(u64::from(MAX_WAIT_SECONDS) + 30))
             .build()?;
@@ -61,7 +80,7 @@ impl Client {
                 let response = answer.map_err(|_| Problem::Unreachable(self.api.clone()))?;
                 return accepted(response).await;
             }
-            tokio::time::sleep(Duration::from_millis(250 << tries)).await;
+            tokio::time::sleep(pause(answer.as_ref().ok(), tries)).await;
             tries += 1;
         }
     }
@@ -145,6 +164,38 @@ impl Client {
         Ok(results)
     }
 
+    /// Makes a key. Not repeated where the answer is lost: that would make another.
+    pub(crate) async fn create_key(&self, new: &NewKey) -> Result<CreatedKey, Problem> {
+        let answer = self.request(Method::POST, "/admin/keys").json(new).send().await;
+        let response = answer.map_err(|_| Problem::Unreachable(self.api.clone()))?;
+        read(accepted(response).await?).await
+    }
+
+    pub(crate) async fn keys(&self) -> Result<KeyList, Problem> {
+        read(self.call(|| self.request(Method::GET, "/admin/keys")).await?).await
+    }
+
+    pub(crate) async fn revoke_key(&self, id: &str) -> Result<(), Problem> {
+        let path = format!("/admin/keys/{id}");
+        self.call(|| self.request(Method::DELETE, &path)).await.map(|_| ())
+    }
+
+    pub(crate) async fn dead_letters(&self) -> Result<DeadLetterList, Problem> {
+        read(self.call(|| self.request(Method::GET, "/admin/dead-letters")).await?).await
+    }
+
+    pub(crate) async fn redrive_dead_letters(
+        &self,
+        chosen: &RedriveDeadLetters,
+    ) -> Result<RedrivenDeadLetters, Problem> {
+        read(self.call(|| self.request(Method::POST, "/admin/dead-letters/redrive").json(chosen)).await?).await
+    }
+
+    pub(crate) async fn redrive(&self, id: Uuid) -> Result<RedrivenJob, Problem> {
+        let path = format!("/admin/jobs/{id}/redrive");
+        read(self.call(|| self.request(Method::POST, &path)).await?).await
+    }
+
     pub(crate) async fn delete(&self, id: Uuid) -> Result<(), Problem> {
         let path = format!("/result/{id}");
         self.call(|| self.request(Method::DELETE, &path)).await.map(|_| ())
@@ -161,6 +212,16 @@ fn content_type(photo: &[u8]) -> &'static str {
     }
 }
 
+/// As long as the API asks for, or a moment that doubles.
+fn pause(answer: Option<&Response>, tries: u32) -> Duration {
+    let asked = answer.and_then(|response| response.headers().get(RETRY_AFTER)?.to_str().ok()?.parse().ok());
+    let Some(seconds) = asked else { return Duration::from_millis(250 << tries) };
+    if answer.is_some_and(|response| response.status() == StatusCode::TOO_MANY_REQUESTS) {
+        eprintln!("lesion: too many requests in this minute; waiting {seconds} s");
+    }
+    Duration::from_secs(seconds).min(LONGEST_PAUSE)
+}
+
 async fn accepted(response: Response) -> Result<Response, Problem> {
     let status = response.status();
     if status.is_success() || status == StatusCode::NOT_MODIFIED {
@@ -168,6 +229,9 @@ async fn accepted(response: Response) -> Result<Response, Problem> {
     }
     let body: ErrorBody = response.json().await.map_err(|_| Problem::Unexpected(status))?;
     let error = body.error;
+    if error.code == Code::Unauthorized {
+        return Err(Problem::Unauthorized { message: error.message, request_id: error.request_id });
+    }
     Err(Problem::Refused { code: error.code.as_str().to_owned(), message: error.message, request_id: error.request_id })
 }
 

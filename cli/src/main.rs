@@ -1,6 +1,8 @@
 //! `lesion`: submits photos to the pipeline and looks results up, over the HTTP API.
 
 mod client;
+mod keys;
+mod redrive;
 mod show;
 
 use std::path::PathBuf;
@@ -30,6 +32,11 @@ use crate::show::Progress;
   lesion list --limit 5                      your newest jobs
   lesion delete ID                           erase photo and result
 
+Where the host asks for a key, set LESION_API_KEY. With an admin's key:
+  lesion keys create --caller ward-3         a key for somebody; shown once
+  lesion dead-letters list                   messages that were given up
+  lesion redrive ID                          a failed job once more
+
 Exit codes:
   0  done
   1  the API could not be reached or refused
@@ -42,6 +49,9 @@ struct Arguments {
     /// Where the API is.
     #[arg(long, env = "LESION_API_URL", default_value = "http://127.0.0.1:8080", global = true)]
     api: String,
+    /// API key or token; better set as the variable, which no list of processes shows.
+    #[arg(long, env = "LESION_API_KEY", hide_env_values = true, global = true)]
+    api_key: Option<String>,
     /// Print JSON, one object a line, for programs.
     #[arg(long, global = true)]
     json: bool,
@@ -79,6 +89,17 @@ enum Command {
         #[arg(required = true)]
         ids: Vec<Uuid>,
     },
+    /// Make, list and revoke API keys (scope admin).
+    #[command(subcommand)]
+    Keys(keys::Command),
+    /// Show messages that were given up, and send them again (scope admin).
+    #[command(subcommand)]
+    DeadLetters(redrive::Command),
+    /// Send jobs that failed retryably round again, whoever's they are (scope admin).
+    Redrive {
+        #[arg(required = true)]
+        ids: Vec<Uuid>,
+    },
 }
 
 #[derive(Args)]
@@ -103,7 +124,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<u8> {
-    let client = Client::new(&arguments.api)?;
+    let client = Client::new(&arguments.api, arguments.api_key.as_deref())?;
     let json = arguments.json;
     match arguments.command {
         Command::Submit { photos, no_describe, wait } => submit(&client, &photos, !no_describe, &wait, json).await,
@@ -114,6 +135,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
             }
             Ok(0)
         }
+        Command::Keys(command) => keys::run(&client, command, json).await,
+        Command::DeadLetters(command) => redrive::run(&client, command, json).await,
+        Command::Redrive { ids } => redrive::jobs(&client, &ids, json).await,
         Command::Delete { ids } => {
             for id in ids {
                 client.delete(id).await.with_context(|| id.to_string())?;

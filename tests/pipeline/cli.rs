@@ -99,3 +99,83 @@ async fn exit_codes_tell_what_happened() {
     assert_eq!(code(&["result", "42"]).await, Some(2));
     assert_eq!(lesion("http://127.0.0.1:1", &["list"]).await.status.code(), Some(1));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_admin_makes_lists_and_revokes_keys() {
+    let keyed = crate::support::keyed::Keyed::start(&[]).await;
+    let url = keyed.host.url.clone();
+    let as_key = async |key: &str, arguments: &[&str]| {
+        let mut command = Command::new(binary("lesion"));
+        command.env_clear().env("LESION_API_URL", &url).env("LESION_API_KEY", key);
+        command.args(arguments).current_dir(root().join("model/samples")).output().await.unwrap()
+    };
+    let made =
+        as_key(&keyed.admin, &["keys", "create", "--caller", "ward", "--name", "door", "--expires", "90d"]).await;
+    let key = text(&made.stdout).trim().to_owned();
+    assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+    assert!(key.starts_with("lesion_") && key.lines().count() == 1 && !text(&made.stderr).contains(&key));
+    let json =
+        as_key(&keyed.admin, &["keys", "create", "--caller", "ward", "--scope", "jobs", "--scope", "admin", "--json"]);
+    let json: Value = serde_json::from_slice(&json.await.stdout).unwrap();
+    assert_eq!((&json["scopes"], &json["expires_at"]), (&serde_json::json!(["admin", "jobs"]), &Value::Null));
+
+    let submitted = as_key(&key, &["submit", "--wait", "mole-drawn.png"]).await;
+    assert_eq!(submitted.status.code(), Some(0), "{}", text(&submitted.stderr));
+    let refused = as_key(&key, &["keys", "list"]).await;
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("scope \"admin\""), "{}", text(&refused.stderr));
+    for (nobody, said) in [("", "LESION_API_KEY"), ("lesion_0_0", "LESION_API_KEY"), ("two\nlines", "LESION_API_KEY")] {
+        let refused = as_key(nobody, &["list"]).await;
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(text(&refused.stderr).contains(said), "{}", text(&refused.stderr));
+    }
+    let listed = as_key(&keyed.admin, &["keys", "list"]).await;
+    let listed = text(&listed.stdout);
+    assert_eq!(listed.lines().count(), 3, "{listed}");
+    assert!(listed.contains("door") && listed.contains("admin+jobs") && !listed.contains(&key), "{listed}");
+    // A whole key in the place of its id is not sent.
+    assert_eq!(as_key(&keyed.admin, &["keys", "revoke", &key]).await.status.code(), Some(0));
+    assert_eq!(as_key(&key, &["list"]).await.status.code(), Some(1));
+    assert_eq!(as_key(&keyed.admin, &["keys", "revoke", "../results"]).await.status.code(), Some(2));
+    let help = as_key("lesion_top_secret", &["--help"]).await;
+    assert!(text(&help.stdout).contains("LESION_API_KEY") && !text(&help.stdout).contains("top_secret"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_sends_what_was_given_up_round_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let dead = crate::admin::dead_letter(folder.path()).await.to_string();
+    let failed = crate::admin::failed_job(folder.path()).await.to_string();
+    let host = Running::on(folder, shared::clock::Clock::System, &[("REDISPATCH_SECONDS", "3600")]).await;
+    let listed = lesion(&host.url, &["dead-letters", "list"]).await;
+    assert!(text(&listed.stdout).contains(&format!("infer {dead}")), "{}", text(&listed.stdout));
+    let redriven = lesion(&host.url, &["dead-letters", "redrive"]).await;
+    assert_eq!(text(&redriven.stdout), "1 back in the queue\n");
+    assert_eq!(host.ended(&dead).await["status"], "completed");
+    let redriven = lesion(&host.url, &["redrive", &failed]).await;
+    assert_eq!(text(&redriven.stdout), format!("{failed} pending\n"));
+    assert_eq!(host.ended(&failed).await["status"], "completed");
+    let again = lesion(&host.url, &["redrive", &failed]).await;
+    assert_eq!(again.status.code(), Some(1));
+    assert!(text(&again.stderr).contains("not_redrivable"), "{}", text(&again.stderr));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_beyond_its_limit_is_told_and_waited_for() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    async fn busy_once() -> axum::response::Response {
+        use axum::response::IntoResponse;
+        match CALLS.fetch_add(1, Ordering::SeqCst) {
+            0 => (axum::http::StatusCode::TOO_MANY_REQUESTS, [("retry-after", "1")]).into_response(),
+            _ => axum::Json(serde_json::json!({"results": [], "next_cursor": null})).into_response(),
+        }
+    }
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let router = axum::Router::new().route("/results", axum::routing::get(busy_once));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let output = lesion(&url, &["list"]).await;
+    assert_eq!((output.status.code(), CALLS.load(Ordering::SeqCst)), (Some(0), 2));
+    assert!(text(&output.stderr).contains("waiting 1 s"), "{}", text(&output.stderr));
+}
