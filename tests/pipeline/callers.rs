@@ -382,6 +382,11 @@ async fn keys_are_in_no_file_and_in_no_line_of_the_log() {
     let id = made["id"].as_str().unwrap();
     let revoked = http.delete(format!("{url}/admin/keys/{id}")).bearer_auth(&admin).send().await.unwrap();
     assert_eq!(revoked.status().as_u16(), 204);
+    // Whole keys in the place of an id.
+    for (path, status) in [(format!("admin/keys/{ward}"), 404), (format!("result/{admin}"), 404)] {
+        let answer = http.delete(format!("{url}/{path}")).bearer_auth(&admin).send().await.unwrap();
+        assert_eq!(answer.status().as_u16(), status);
+    }
     child.kill().await.unwrap();
     let log = log.await.unwrap();
     let text = String::from_utf8_lossy(&log);

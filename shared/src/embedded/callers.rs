@@ -122,3 +122,23 @@ fn key(row: &Row<'_>) -> rusqlite::Result<ApiKey> {
     };
     Ok(ApiKey { info, secret_sha256: row.get(4)? })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn callers_beyond_the_bound_share_a_count_and_a_new_window_forgets_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let callers = SqliteCallers::open(&folder.path().join("callers.sqlite")).unwrap();
+        for number in 0..MAX_COUNTED {
+            assert_eq!(callers.count_request(&number.to_string(), 1).await.unwrap(), 1);
+        }
+        assert_eq!(callers.count_request("a", 1).await.unwrap(), 1);
+        assert_eq!(callers.count_request("b", 1).await.unwrap(), 2);
+        assert_eq!(callers.count_request("0", 1).await.unwrap(), 2);
+        assert_eq!(callers.counted.lock().unwrap().requests.len(), MAX_COUNTED + 1);
+        assert_eq!(callers.count_request("b", 2).await.unwrap(), 1);
+        assert_eq!(callers.counted.lock().unwrap().requests.len(), 1);
+    }
+}
