@@ -37,34 +37,35 @@ pub(crate) enum Problem {
 
 pub(crate) struct Client {
     http: reqwest::Client,
+    /// For the API alone: an upload goes to another server, and is its own credential.
+    credentials: HeaderMap,
     api: String,
 }
 
 impl Client {
     /// `key` goes into every request; empty is none.
     pub(crate) fn new(api: &str, key: Option<&str>) -> anyhow::Result<Self> {
-        let mut headers = HeaderMap::new();
+        let mut credentials = HeaderMap::new();
         if let Some(key) = key.filter(|key| !key.is_empty()) {
             // The error does not repeat the value.
             let mut value = HeaderValue::from_str(&format!("Bearer {key}"))
                 .ok()
                 .context("LESION_API_KEY: holds characters that no key has")?;
             value.set_sensitive(true);
-            headers.insert(AUTHORIZATION, value);
+            credentials.insert(AUTHORIZATION, value);
         }
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
             // A photo goes to the API and nowhere else, whatever HTTP_PROXY says.
             .no_proxy()
-            .default_headers(headers)
             .connect_timeout(Duration::from_secs(5))
             .timeout(Duration::from_secs(u64::from(MAX_WAIT_SECONDS) + 30))
             .build()?;
-        Ok(Self { http, api: api.trim_end_matches('/').to_owned() })
+        Ok(Self { http, credentials, api: api.trim_end_matches('/').to_owned() })
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http.request(method, format!("{}{path}", self.api))
+        self.http.request(method, format!("{}{path}", self.api)).headers(self.credentials.clone())
     }
 
     /// Sends, and sends again where that may help.

@@ -202,7 +202,7 @@ async fn what_cannot_be_a_photo_is_not_permitted() {
 }
 
 /// The body of a request to upload `photo`.
-fn upload_body(photo: &[u8]) -> UploadBody {
+pub fn upload_body(photo: &[u8]) -> UploadBody {
     UploadBody { content_type: "image/png".into(), size_bytes: photo.len() as u64, sha256: hex_digest(photo) }
 }
 

@@ -47,6 +47,7 @@ pub struct Report {
     pub marked: u32,
     pub ended: u32,
     pub erased: u32,
+    pub uploads: u32,
     pub orphans: u32,
     pub failed: u32,
 }
@@ -70,6 +71,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
                 sweep.marked = report.marked,
                 sweep.ended = report.ended,
                 sweep.erased = report.erased,
+                sweep.uploads = report.uploads,
                 sweep.orphans = report.orphans,
                 sweep.failed = report.failed,
                 "swept"
@@ -159,7 +161,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         // Where a submit was faster it is due again, and erased once more.
         self.jobs.replace(fence, &Record::Upload(upload.erased())).await?;
         crash::here(Point::SweepUploadSettled);
-        report.erased += 1;
+        report.uploads += 1;
         Ok(())
     }
 

@@ -90,6 +90,10 @@ async fn upload(
     body: Body,
 ) -> Result<StatusCode, Error> {
     let (Ok(Path(key)), Ok(Query(signed))) = (key, signed) else { return Err(refused()) };
+    // As S3: two credentials are one too many, and this one was not meant for here.
+    if headers.contains_key(header::AUTHORIZATION) {
+        return Err(invalid("An upload is permitted by its URL: send no Authorization header."));
+    }
     let terms = terms(&headers, &signed).ok_or_else(refused)?;
     if !uploads.blobs.signer().verify(&key, &terms, &signed.signature) || uploads.clock.now() >= terms.expires_at {
         return Err(refused());

@@ -9,25 +9,32 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::{TimeDelta, Utc};
 use futures_util::StreamExt;
+use local::Host;
 use reqwest::{Client, StatusCode};
 use shared::clock::Clock;
 use shared::crash::Point;
+use shared::http::Caller;
 use shared::job::{Attempts, Job, Status, new_id};
+use shared::ports::BlobStore;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::kill::{
-    ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_RETRY, RESULT, SUBMIT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE,
+    ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_RETRY, RESULT,
+    SUBMIT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::process::Process;
 use crate::support::{client, numbered_mole, open, report, submit, within};
+use crate::uploads;
 
 /// How often a point is met before each of the two kills.
 const KILLS: [u32; 2] = [200, 100];
@@ -41,6 +48,10 @@ const AT_ONCE: usize = 3;
 enum Kind {
     /// Being submitted over HTTP.
     Submitted,
+    /// Being uploaded over HTTP, and submitted.
+    Uploaded,
+    /// Queued, beside 500 uploads that nobody has submitted in time.
+    Reserved,
     /// Accepted and queued.
     Queued,
     /// Queued, their photos out of reach until after the kills.
@@ -49,6 +60,8 @@ enum Kind {
     Refused,
     /// Accepted, their messages lost.
     Lost,
+    /// Failed at their deadline, and being redriven over HTTP.
+    Failed,
     /// Queued, beside 500 photos without a record.
     Orphaned,
     /// Completed, and being deleted over HTTP.
@@ -60,6 +73,9 @@ enum Kind {
 /// Every point with what its jobs are; a new point of a list of `kill.rs` is met here as well.
 const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Submitted, SUBMIT),
+    (Kind::Uploaded, UPLOAD),
+    (Kind::Reserved, SWEEP_UPLOAD),
+    (Kind::Failed, ADMIN_JOB),
     (Kind::Queued, INFERENCE),
     (Kind::Unreadable, INFERENCE_RETRY),
     (Kind::Queued, ENRICHMENT),
@@ -69,14 +85,16 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Deleted, RESULT),
     (Kind::Buried, SWEEP_TOMBSTONE),
 ];
-/// Points that no job meets on its way.
-const NOT_ON_A_JOBS_WAY: &[Point] = &[];
+/// Points that no job meets on its way: keys belong to none, and dead letters are moved all at once.
+const NOT_ON_A_JOBS_WAY: &[&[Point]] = &[ADMIN_KEYS, ADMIN_DEAD_LETTERS];
 
 #[test]
 fn every_crash_point_is_met_with_500_jobs_or_is_on_no_jobs_way() {
-    let mut met: Vec<_> = SCENES.iter().flat_map(|(_, points)| *points).chain(NOT_ON_A_JOBS_WAY).collect();
+    let mut met: Vec<_> = SCENES.iter().flat_map(|(_, points)| *points).collect();
+    met.extend(NOT_ON_A_JOBS_WAY.iter().copied().flatten());
     let mut all: Vec<_> = Point::ALL.iter().collect();
     met.sort_by_key(|point| point.name());
+    met.dedup();
     all.sort_by_key(|point| point.name());
     assert_eq!(met, all);
 }
@@ -86,6 +104,8 @@ struct Folders {
     /// Nothing but the model.
     empty: TempDir,
     queued: TempDir,
+    reserved: TempDir,
+    failed: TempDir,
     completed: TempDir,
     /// Deleted a lease ago.
     buried: TempDir,
@@ -93,12 +113,25 @@ struct Folders {
 
 impl Folders {
     async fn fill() -> Self {
-        let [empty, queued, completed, buried] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
+        let [empty, queued, reserved, failed, completed, buried] =
+            std::array::from_fn(|_| tempfile::tempdir().unwrap());
         drop(open(empty.path(), Clock::System, &[]).await);
         backlog::closed(empty.path()).await;
         backlog::copy(empty.path(), queued.path());
         backlog::accept(&open(queued.path(), Clock::System, &[]).await, JOBS).await;
         backlog::closed(queued.path()).await;
+
+        backlog::copy(queued.path(), reserved.path());
+        reserve(&open(reserved.path(), Clock::System, &[]).await).await;
+        backlog::closed(reserved.path()).await;
+
+        backlog::copy(queued.path(), failed.path());
+        let two_days_on = Clock::manual(Utc::now() + TimeDelta::days(2));
+        let host = open(failed.path(), two_days_on, &[]).await;
+        assert_eq!(host.sweep.handle(EventBridgeEvent::default()).await.unwrap().ended, JOBS as u32);
+        drop(host);
+        backlog::closed(failed.path()).await;
+        backlog::lose_messages(failed.path());
 
         backlog::copy(queued.path(), completed.path());
         let host = Process::start(completed.path(), UNHURRIED).await.unwrap();
@@ -113,12 +146,14 @@ impl Folders {
         assert!(delete_all(&client(), &host.url, &ids).await);
         host.terminate().await;
         backlog::closed(buried.path()).await;
-        Self { empty, queued, completed, buried }
+        Self { empty, queued, reserved, failed, completed, buried }
     }
 
     fn of(&self, kind: Kind) -> &Path {
         match kind {
-            Kind::Submitted => self.empty.path(),
+            Kind::Submitted | Kind::Uploaded => self.empty.path(),
+            Kind::Reserved => self.reserved.path(),
+            Kind::Failed => self.failed.path(),
             Kind::Deleted => self.completed.path(),
             Kind::Buried => self.buried.path(),
             _ => self.queued.path(),
@@ -145,6 +180,8 @@ struct Scene {
     llm: LlmServer,
     /// The jobs there were when the scene began.
     ids: Vec<Uuid>,
+    /// The uploads that have arrived, by the number of their photo: they are not sent again.
+    uploaded: Arc<Mutex<BTreeMap<usize, String>>>,
     /// Claims of enrichment whose answer a kill may have cut off.
     cut_off: usize,
 }
@@ -154,11 +191,12 @@ impl Scene {
         let folder = tempfile::tempdir().unwrap();
         backlog::copy(folders.of(kind), folder.path());
         let ids = match kind {
-            Kind::Submitted => Vec::new(),
+            Kind::Submitted | Kind::Uploaded => Vec::new(),
             Kind::Buried => ids(folders.of(Kind::Deleted)).await,
             _ => ids(folder.path()).await,
         };
-        let scene = Self { kind, point, folder, http: client(), llm: LlmServer::start([]).await, ids, cut_off: 0 };
+        let (llm, uploaded) = (LlmServer::start([]).await, Arc::default());
+        let scene = Self { kind, point, folder, http: client(), llm, ids, uploaded, cut_off: 0 };
         let data = scene.folder.path();
         match kind {
             Kind::Unreadable => backlog::photos(data).iter().for_each(hide),
@@ -168,7 +206,8 @@ impl Scene {
                 backlog::lose_messages(data);
                 backlog::hurry(data, Whose::Open);
             }
-            Kind::Submitted | Kind::Queued | Kind::Deleted | Kind::Buried => {}
+            Kind::Reserved => backlog::hurry(data, Whose::Open),
+            Kind::Submitted | Kind::Uploaded | Kind::Queued | Kind::Failed | Kind::Deleted | Kind::Buried => {}
         }
         scene
     }
@@ -199,6 +238,14 @@ impl Scene {
                 }
                 None => false,
             },
+            Kind::Uploaded => match upload_all(&self.http, url, &self.uploaded).await {
+                Some(ids) => {
+                    self.ids = ids;
+                    true
+                }
+                None => false,
+            },
+            Kind::Failed => redrive_all(&self.http, url, &self.ids).await,
             Kind::Deleted => delete_all(&self.http, url, &self.ids).await,
             _ => true,
         }
@@ -215,6 +262,7 @@ impl Scene {
         self.cut_off += backlog::jobs(self.data()).await.iter().filter(described).count();
         let whose = match self.kind {
             Kind::Queued | Kind::Orphaned => Whose::Leased,
+            Kind::Uploaded => Whose::Jobs,
             _ => Whose::Open,
         };
         backlog::hurry(self.data(), whose);
@@ -248,10 +296,10 @@ impl Scene {
         // What was done before the last kill was not done again, what was not was done once.
         for job in &jobs {
             let Some((status, before)) = standing.get(&job.id) else { continue };
-            let unread = u32::from(matches!(status, Status::Pending | Status::Processing));
+            let unread = u32::from(matches!(status, Status::Pending | Status::Processing | Status::Failed));
             let expected = Attempts {
                 inference: before.inference + unread,
-                enrichment: before.enrichment + u32::from(status.is_open()),
+                enrichment: before.enrichment + u32::from(*status != Status::Completed),
             };
             assert_eq!(job.attempts, expected, "{what}: {} was {status:?}", job.id);
         }
@@ -290,39 +338,101 @@ fn orphan(data: &Path) {
     std::fs::write(folder.join("photo"), b"x").unwrap();
 }
 
-/// Submits all photos, each under its key, eight at a time; `None` once the host is gone.
-async fn submit_all(http: &Client, url: &str) -> Option<Vec<Uuid>> {
+/// Uploads photos of which no job is made, and lets them arrive.
+async fn reserve(host: &Host) {
+    let caller = Caller("local".into());
+    for number in 0..JOBS {
+        let body = uploads::upload_body(&numbered_mole(number));
+        let permit = host.submit.permit(&caller, &body).await.unwrap();
+        host.blobs.put(&permit.image_key, b"x".to_vec()).await.unwrap();
+    }
+}
+
+/// Makes a request for each of 500, eight at a time; `None` once the host is gone.
+async fn each<T: Send + 'static, F: Future<Output = Option<T>> + Send + 'static>(
+    request: impl Fn(usize) -> F + Clone + Send + 'static,
+) -> Option<Vec<T>> {
     let numbers: Vec<usize> = (0..JOBS).collect();
     let mut lanes = JoinSet::new();
     for lane in numbers.chunks(JOBS.div_ceil(8)).map(<[usize]>::to_vec) {
-        let (http, url) = (http.clone(), url.to_owned());
+        let request = request.clone();
         lanes.spawn(async move {
-            let mut ids = Vec::new();
+            let mut answers = Vec::new();
             for number in lane {
-                let key = format!("key-{number}");
-                ids.push(submit(&http, &url, &numbered_mole(number), Some(&key)).await.ok()?.parse().unwrap());
+                answers.push(request(number).await?);
             }
-            Some(ids)
+            Some(answers)
         });
     }
-    let lanes: Option<Vec<Vec<Uuid>>> = lanes.join_all().await.into_iter().collect();
-    Some(lanes?.concat())
+    let lanes: Option<Vec<Vec<T>>> = lanes.join_all().await.into_iter().collect();
+    Some(lanes?.into_iter().flatten().collect())
 }
 
-/// Deletes jobs, eight at a time; `false` once the host is gone.
+/// Submits all photos, each under its key.
+async fn submit_all(http: &Client, url: &str) -> Option<Vec<Uuid>> {
+    let (http, url) = (http.clone(), url.to_owned());
+    let request = move |number| {
+        let (http, url) = (http.clone(), url.clone());
+        async move {
+            let key = format!("key-{number}");
+            submit(&http, &url, &numbered_mole(number), Some(&key)).await.ok()?.parse().ok()
+        }
+    };
+    each(request).await
+}
+
+/// Uploads and submits all photos; whatever step fails is begun again with the next host.
+async fn upload_all(http: &Client, url: &str, uploaded: &Arc<Mutex<BTreeMap<usize, String>>>) -> Option<Vec<Uuid>> {
+    let (http, url, uploaded) = (http.clone(), url.to_owned(), Arc::clone(uploaded));
+    let request = move |number| {
+        let (http, url, uploaded) = (http.clone(), url.clone(), Arc::clone(&uploaded));
+        async move {
+            let known = uploaded.lock().unwrap().get(&number).cloned();
+            let image_key = match known {
+                Some(image_key) => image_key,
+                None => {
+                    let photo = numbered_mole(number);
+                    let permit = uploads::permit(&http, &url, &photo).await.ok()?;
+                    assert_eq!(uploads::put(&http, &url, &permit, &photo).await.ok()?.status(), StatusCode::OK);
+                    let image_key = permit["image_key"].as_str().unwrap().to_owned();
+                    uploaded.lock().unwrap().insert(number, image_key.clone());
+                    image_key
+                }
+            };
+            let answer = uploads::submit_key(&http, &url, &image_key).await.ok()?;
+            assert_eq!(answer.status(), StatusCode::ACCEPTED);
+            let body: serde_json::Value = answer.json().await.ok()?;
+            body["request_id"].as_str().unwrap().parse().ok()
+        }
+    };
+    each(request).await
+}
+
+/// Redrives all jobs; one that a killed host had redriven already is no longer failed.
+async fn redrive_all(http: &Client, url: &str, ids: &[Uuid]) -> bool {
+    let (http, url, ids) = (http.clone(), url.to_owned(), ids.to_vec());
+    let request = move |number: usize| {
+        let request = http.post(format!("{url}/admin/jobs/{}/redrive", ids[number]));
+        async move {
+            let status = request.send().await.ok()?.status();
+            assert!([StatusCode::ACCEPTED, StatusCode::CONFLICT].contains(&status), "{status}");
+            Some(())
+        }
+    };
+    each(request).await.is_some()
+}
+
+/// Deletes jobs; `false` once the host is gone.
 async fn delete_all(http: &Client, url: &str, ids: &[Uuid]) -> bool {
-    let mut lanes = JoinSet::new();
-    for lane in ids.chunks(ids.len().div_ceil(8)).map(<[Uuid]>::to_vec) {
-        let (http, url) = (http.clone(), url.to_owned());
-        lanes.spawn(async move {
-            for id in lane {
-                let Ok(answer) = http.delete(format!("{url}/result/{id}")).send().await else { return false };
-                assert_eq!(answer.status(), StatusCode::NO_CONTENT);
-            }
-            true
-        });
-    }
-    lanes.join_all().await.iter().all(|&answered| answered)
+    let (http, url, ids) = (http.clone(), url.to_owned(), ids.to_vec());
+    let request = move |number: usize| {
+        let request = http.delete(format!("{url}/result/{}", ids[number]));
+        async move {
+            assert_eq!(request.send().await.ok()?.status(), StatusCode::NO_CONTENT);
+            Some(())
+        }
+    };
+    each(request).await.is_some()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -337,6 +447,6 @@ async fn a_kill_between_any_two_writes_harms_none_of_500_jobs() {
         "killed at", "jobs are", "  met", "jobs", "calls", "cut off", "restarts"
     ));
     rows.iter().for_each(|row| report(row));
-    report(&format!("{} points, each with {JOBS} jobs and killed twice\n", rows.len()));
-    assert_eq!(rows.len(), Point::ALL.len() - NOT_ON_A_JOBS_WAY.len());
+    report(&format!("{} scenes, each with {JOBS} jobs and killed twice\n", rows.len()));
+    assert_eq!(rows.len(), SCENES.iter().map(|(_, points)| points.len()).sum::<usize>());
 }

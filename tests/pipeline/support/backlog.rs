@@ -82,11 +82,12 @@ pub fn in_state(data: &Path, status: Status) -> usize {
     count(data, "jobs.sqlite", &format!("SELECT count(*) FROM jobs WHERE status = '{}'", status.as_str()))
 }
 
-/// Nothing is due, queued, or in the feed for enrichment.
+/// Nothing is due, queued, or in the feed for enrichment; room that is kept for an upload is no work.
 pub fn is_quiet(data: &Path) -> bool {
     let fed =
         "SELECT count(*) FROM changes WHERE dispatch IS NOT NULL AND seq > (SELECT coalesce(max(seq), 0) FROM cursors)";
-    count(data, "jobs.sqlite", "SELECT count(*) FROM jobs WHERE due_at IS NOT NULL") == 0
+    let due = "SELECT count(*) FROM jobs WHERE due_at IS NOT NULL AND json_extract(record, '$.used') IS NOT 0";
+    count(data, "jobs.sqlite", due) == 0
         && count(data, "queue.sqlite", "SELECT count(*) FROM messages") == 0
         && count(data, "jobs.sqlite", fed) == 0
 }
@@ -98,6 +99,8 @@ pub enum Whose {
     Leased,
     /// Everything that is open is due.
     Open,
+    /// As `Open`, but uploads may still be submitted.
+    Jobs,
 }
 
 /// Lets an hour pass in the records and the queue of a folder whose host is gone.
@@ -107,6 +110,7 @@ pub fn hurry(data: &Path, whose: Whose) {
     let condition = match whose {
         Whose::Leased => "due_at IS NOT NULL AND json_extract(record, '$.lease_until') IS NOT NULL",
         Whose::Open => "due_at IS NOT NULL",
+        Whose::Jobs => "due_at IS NOT NULL AND status IS NOT NULL",
     };
     let lease = "CASE WHEN json_extract(record, '$.lease_until') IS NOT NULL THEN '$.lease_until' ELSE '$.due_at' END";
     let sql = format!(
@@ -141,13 +145,18 @@ pub async fn ended_once(data: &Path, ids: impl IntoIterator<Item = Uuid>, what: 
     let store = SqliteJobStore::open(&data.join("jobs.sqlite")).unwrap();
     let clock = Clock::manual(Utc::now() + TimeDelta::hours(2));
     let queue = SqliteJobQueue::open(&data.join("queue.sqlite"), clock.clone(), 100).unwrap();
-    let blobs = DirBlobStore::open(&data.join("blobs")).unwrap();
+    let blobs = DirBlobStore::open(&data.join("blobs"), b"secret").unwrap();
     let sweep = Sweep::new(store.clone(), queue.clone(), blobs.clone(), clock, Policy::default());
-    // Two hours later: orphans go, nothing else is due.
+    // Two hours later: orphans and uploads that nobody submitted go, nothing else is due.
     let report = sweep.handle(EventBridgeEvent::default()).await.unwrap();
-    let others = sweep::Report { orphans: 0, ..report };
+    let others = sweep::Report { orphans: 0, uploads: 0, ..report };
     assert_eq!(others, sweep::Report::default(), "{what}: something was due");
     assert_eq!(queue.depth().await.unwrap(), (0, 0), "{what}: messages and dead letters");
+    assert_eq!(count(data, "jobs.sqlite", "SELECT count(*) FROM usage"), 0, "{what}: nothing is counted as queued");
+    for caller in blobs.list("incoming/", None, 100).await.unwrap() {
+        let left = blobs.list(&format!("incoming/{caller}/"), None, 10).await.unwrap();
+        assert_eq!(left, [] as [&str; 0], "{what}: what was uploaded is erased");
+    }
 
     let jobs = store.list("local", None, 10_000).await.unwrap();
     let mut expected: Vec<_> = ids.into_iter().map(|id| id.to_string()).collect();

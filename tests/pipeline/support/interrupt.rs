@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex};
 
 use shared::clock::Timestamp;
 use shared::error::Error;
-use shared::job::{Fence, Job, Record, Tombstone};
+use shared::job::{Fence, Job, Record, Tombstone, Upload};
 use shared::message::Message;
-use shared::ports::{BlobStore, Created, Idempotency, JobQueue, JobStore};
+use shared::ports::{
+    BlobStore, Created, Creation, DeadLetter, Idempotency, JobQueue, JobStore, PresignedPut, PutTerms,
+};
 use uuid::Uuid;
 
 type Action = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -58,8 +60,12 @@ impl Interrupt {
 pub struct Interrupted<P>(pub P, pub Interrupt);
 
 impl<P: JobStore> JobStore for Interrupted<P> {
-    async fn create(&self, job: &Job, idempotency: Option<&Idempotency>) -> Result<Created> {
-        self.1.around(self.0.create(job, idempotency)).await
+    async fn create(&self, creation: Creation) -> Result<Created> {
+        self.1.around(self.0.create(creation)).await
+    }
+
+    async fn reserve(&self, upload: &Upload, max_queued_bytes: u64) -> Result<bool> {
+        self.1.around(self.0.reserve(upload, max_queued_bytes)).await
     }
 
     async fn idempotency(&self, caller: &str, key: &str, now: Timestamp) -> Result<Option<Idempotency>> {
@@ -95,9 +101,21 @@ impl<P: JobQueue> JobQueue for Interrupted<P> {
     async fn set_visibility(&self, receipt: &str, seconds: u32) -> Result<()> {
         self.1.around(self.0.set_visibility(receipt, seconds)).await
     }
+
+    async fn dead_letters(&self, limit: u32) -> Result<Vec<DeadLetter>> {
+        self.1.around(self.0.dead_letters(limit)).await
+    }
+
+    async fn redrive_dead_letters(&self, ids: Option<&[String]>) -> Result<u64> {
+        self.1.around(self.0.redrive_dead_letters(ids)).await
+    }
 }
 
 impl<P: BlobStore> BlobStore for Interrupted<P> {
+    async fn presign_put(&self, key: &str, terms: &PutTerms) -> Result<PresignedPut> {
+        self.1.around(self.0.presign_put(key, terms)).await
+    }
+
     async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
         self.1.around(self.0.put(key, bytes)).await
     }
