@@ -95,6 +95,11 @@ impl Process {
         self.child.id().unwrap()
     }
 
+    /// What the system knows of the process: a file of `/proc/PID`.
+    pub fn proc(&self, file: &str) -> String {
+        std::fs::read_to_string(format!("/proc/{}/{file}", self.child.id().unwrap())).unwrap()
+    }
+
     /// Waits until the process has been killed by SIGKILL.
     pub async fn killed(&mut self) {
         let status = tokio::time::timeout(Duration::from_secs(120), self.child.wait()).await;
