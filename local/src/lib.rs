@@ -20,6 +20,7 @@ use enrichment::Enrichment;
 use inference::Inference;
 use inference::bundle::Bundle;
 use inference::model::Model;
+use inference::room::Room;
 use result::Results;
 use shared::auth::{Access, Checks, Tokens};
 use shared::cache::PredictionCache;
@@ -114,6 +115,7 @@ impl Host {
             cache: PredictionCache::from_env(env)?,
             cache_secret: secret,
             model: Arc::clone(&model),
+            room: Room::new(config.inference_workers),
             clock: clock.clone(),
             policy,
         };
@@ -156,7 +158,7 @@ impl Host {
         let host = Arc::new(self);
         let (stopper, stopped) = watch::channel(false);
         let mut tasks = JoinSet::new();
-        for _ in 0..host.config.inference_workers {
+        for _ in 0..host.config.inference_workers * workers::AHEAD {
             tasks.spawn(workers::inference(Arc::clone(&host), stopped.clone()));
         }
         tasks.spawn(workers::enrichment(Arc::clone(&host), stopped.clone()));

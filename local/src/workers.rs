@@ -27,6 +27,9 @@ const FEED_BATCH: u32 = 10;
 const PASSED_BY: i64 = 100;
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(3600);
 const LATE_UPLOAD_TTL: TimeDelta = TimeDelta::days(1);
+/// Messages under way for each photo on the processor: while one is worked, others are received,
+/// claimed, finished and acknowledged, and share the flushes that this takes.
+pub(crate) const AHEAD: usize = 4;
 /// Beyond the lease, so that a message comes back after its worker has given up.
 const VISIBILITY_MARGIN: TimeDelta = TimeDelta::seconds(10);
 

@@ -87,6 +87,20 @@ pub fn check(bytes: &[u8]) -> Result<()> {
     }
 }
 
+/// Whether the first frame is progressive: a decoder keeps the coefficients of one in memory.
+/// `false` where no frame is found.
+#[must_use]
+pub fn is_progressive(bytes: &[u8]) -> bool {
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    while let (Ok(marker), Ok(length)) = (take_marker(&mut rest), take(&mut rest)) {
+        if matches!(marker, 0xC0..=0xC2 | 0xDA) {
+            return marker == 0xC2;
+        }
+        rest = rest.get(usize::from(u16::from_be_bytes(length)).saturating_sub(2)..).unwrap_or_default();
+    }
+    false
+}
+
 fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N]> {
     let (head, tail) = bytes.split_first_chunk().ok_or(CUT_SHORT)?;
     *bytes = tail;

@@ -10,6 +10,7 @@ pub mod manifest;
 pub mod model;
 pub mod picture;
 pub mod quality;
+pub mod room;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use shared::ports::{BlobStore, JobQueue, JobStore};
 use shared::transition::{NotMoved, transition};
 
 use crate::model::{Model, RawOutputs};
+use crate::room::Room;
 
 /// What inference works with.
 pub struct Inference<J, Q, B> {
@@ -39,6 +41,7 @@ pub struct Inference<J, Q, B> {
     /// Keys the cache, so that who can read it cannot try photos against it.
     pub cache_secret: Vec<u8>,
     pub model: Arc<Model>,
+    pub room: Room,
     pub clock: Clock,
     pub policy: Policy,
 }
@@ -211,6 +214,8 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
 
     /// From the stored photo to an outcome. Errors are those that another attempt may cure.
     async fn work(&self, job: &Job) -> Result<Worked, Error> {
+        // Before the photo is fetched: those who wait hold no bytes.
+        let place = self.room.place().await?;
         let mut timings = Timings::default();
         let started = Instant::now();
         let Some(bytes) = self.blobs.get(&job::photo_key(job.id)).await? else {
@@ -221,7 +226,12 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         let key = self.cache_key(job, &bytes);
         let cached = self.cache.get(&key).await.and_then(|value| serde_json::from_slice(&value).ok());
         let (model, orientation) = (Arc::clone(&self.model), job.photo.orientation);
-        let work = move || read_photo(&model, &bytes, orientation, cached, key, timings);
+        let memory = self.room.memory(picture::decoding_bytes(&job.photo, &bytes)).await?;
+        let work = move || {
+            // Given back by the thread that works: it outlives a caller that has gone.
+            let _held = (place, memory);
+            read_photo(&model, &bytes, orientation, cached, key, timings)
+        };
         // A panic in a decoder fails this attempt and no other job.
         tokio::task::spawn_blocking(work).await.map_err(|error| Error::unavailable("the model", error))
     }

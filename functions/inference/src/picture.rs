@@ -1,5 +1,6 @@
 //! From a stored photo to the network's input: decode, turn upright, resize, normalise.
 
+use std::borrow::Cow;
 use std::io::Cursor;
 
 use fast_image_resize::images::{Image, ImageRef};
@@ -7,6 +8,7 @@ use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
 use ndarray::Array4;
+use shared::job::Photo;
 use shared::photo::{Format, MAX_DECODED_BYTES};
 
 use crate::jpeg;
@@ -29,6 +31,19 @@ pub struct Unreadable(String);
 pub enum Tensor {
     Float32(Array4<f32>),
     Uint8(Array4<u8>),
+}
+
+/// What decoding a photo takes in memory: its pixels as they are stored, a copy where these are not
+/// upright RGB, and the coefficients of a progressive JPEG (sixteen bits each). PNGs of sixteen
+/// bits, which no phone makes, are counted as if they had eight.
+#[must_use]
+pub fn decoding_bytes(photo: &Photo, bytes: &[u8]) -> u64 {
+    let jpeg = photo.content_type == Format::Jpeg.content_type();
+    let upright = Orientation::from_exif(photo.orientation).is_none_or(|turn| turn == Orientation::NoTransforms);
+    let stored = if jpeg { 3 } else { 4 };
+    let copied = if jpeg && upright { 0 } else { 3 };
+    let coefficients = if jpeg && jpeg::is_progressive(bytes) { 6 } else { 0 };
+    u64::from(photo.width) * u64::from(photo.height) * (stored + copied + coefficients)
 }
 
 /// Decodes a photo and turns it upright.
@@ -64,8 +79,8 @@ pub fn gate_luma(picture: &RgbImage) -> Result<(Vec<u8>, usize, usize), Unreadab
     let longer = width.max(height);
     let scaled = |side: u32| (f64::from(side) * f64::from(GATE_SIDE) / f64::from(longer)).round().max(1.0) as u32;
     let small = match longer {
-        longer if longer <= GATE_SIDE => picture.as_raw().clone(),
-        _ => resize(picture, scaled(width), scaled(height), FilterType::Bilinear)?,
+        longer if longer <= GATE_SIDE => Cow::Borrowed(picture.as_raw().as_slice()),
+        _ => Cow::Owned(resize(picture, scaled(width), scaled(height), FilterType::Bilinear)?),
     };
     let (width, height) = if longer <= GATE_SIDE { (width, height) } else { (scaled(width), scaled(height)) };
     let luma = small.chunks_exact(3).map(|pixel| {
@@ -86,25 +101,38 @@ pub fn tensor(picture: &RgbImage, input: &Input) -> Result<Tensor, Unreadable> {
         Resize::Lanczos3 => FilterType::Lanczos3,
     };
     let pixels = resize(picture, input.width, input.height, filter)?;
-    let (width, height) = (input.width as usize, input.height as usize);
-    let byte = |channel: usize, y: usize, x: usize| pixels[(y * width + x) * 3 + channel];
-    let value = |channel: usize, y: usize, x: usize| {
-        (f32::from(byte(channel, y, x)) * input.scale - input.mean[channel]) / input.std[channel]
-    };
-    Ok(match (input.element, input.layout) {
-        (Element::Uint8, Layout::Nchw) => {
-            Tensor::Uint8(Array4::from_shape_fn((1, 3, height, width), |(_, c, y, x)| byte(c, y, x)))
-        }
-        (Element::Uint8, Layout::Nhwc) => {
-            Tensor::Uint8(Array4::from_shape_fn((1, height, width, 3), |(_, y, x, c)| byte(c, y, x)))
-        }
-        (Element::Float32, Layout::Nchw) => {
-            Tensor::Float32(Array4::from_shape_fn((1, 3, height, width), |(_, c, y, x)| value(c, y, x)))
-        }
-        (Element::Float32, Layout::Nhwc) => {
-            Tensor::Float32(Array4::from_shape_fn((1, height, width, 3), |(_, y, x, c)| value(c, y, x)))
+    // A value of a channel comes out the same wherever it stands: 768 are computed, not each pixel's.
+    let values: [[f32; 256]; 3] = std::array::from_fn(|channel| {
+        std::array::from_fn(|byte| (byte as f32 * input.scale - input.mean[channel]) / input.std[channel])
+    });
+    Ok(match input.element {
+        Element::Uint8 => Tensor::Uint8(arranged(&pixels, input, |_, byte| byte)?),
+        Element::Float32 => {
+            Tensor::Float32(arranged(&pixels, input, |channel, byte| values[channel][usize::from(byte)])?)
         }
     })
+}
+
+/// Pixels of three bytes in the manifest's layout, each byte turned to what the network takes.
+fn arranged<T>(pixels: &[u8], input: &Input, value: impl Fn(usize, u8) -> T) -> Result<Array4<T>, Unreadable> {
+    let (width, height) = (input.width as usize, input.height as usize);
+    let (pixels, _) = pixels.as_chunks::<3>();
+    let mut values = Vec::with_capacity(3 * pixels.len());
+    let shape = match input.layout {
+        Layout::Nchw => {
+            for channel in 0..3 {
+                values.extend(pixels.iter().map(|pixel| value(channel, pixel[channel])));
+            }
+            (1, 3, height, width)
+        }
+        Layout::Nhwc => {
+            for pixel in pixels {
+                values.extend([0, 1, 2].map(|channel| value(channel, pixel[channel])));
+            }
+            (1, height, width, 3)
+        }
+    };
+    Array4::from_shape_vec(shape, values).map_err(|error| Unreadable(error.to_string()))
 }
 
 fn resize(picture: &RgbImage, width: u32, height: u32, filter: FilterType) -> Result<Vec<u8>, Unreadable> {

@@ -177,21 +177,20 @@ fn sharpness(rows: &[&[u8]], width: usize) -> f32 {
 
 /// The sharpness of the tile that starts after column `left` of a band of rows with one row more
 /// on either side; `None` where it may touch a frame.
-fn tile_sharpness(band: &[&[u8]], left: usize, tile_width: usize) -> Option<f32> {
+fn tile_sharpness<'a>(band: &[&'a [u8]], left: usize, tile_width: usize) -> Option<f32> {
     let mut across = Energies::default();
     let mut along = Energies::default();
     for rows in band.windows(3) {
         let [above, row, below] = rows else {
             return None;
         };
-        for x in left + 1..=left + tile_width {
-            let centre = row[x];
-            if centre <= BLACK_LEVEL {
-                return None;
-            }
-            across.add(row[x - 1], centre, row[x + 1]);
-            along.add(above[x], centre, below[x]);
+        let cut = |row: &'a [u8], start: usize| row.get(start..start + tile_width);
+        let centre = cut(row, left + 1)?;
+        if centre.iter().any(|level| *level <= BLACK_LEVEL) {
+            return None;
         }
+        across.add(cut(row, left)?, centre, cut(row, left + 2)?);
+        along.add(cut(above, left + 1)?, centre, cut(below, left + 1)?);
     }
     Some(across.ratio().min(along.ratio()))
 }
@@ -207,11 +206,15 @@ struct Energies {
 }
 
 impl Energies {
-    fn add(&mut self, before: u8, centre: u8, after: u8) {
-        let [a, c, b] = [before, centre, after].map(i32::from);
-        self.curvature += (2 * c - a - b).unsigned_abs().pow(2);
-        self.slope_x4 += (b - a).unsigned_abs().pow(2);
-        self.pixels += 1;
+    /// A row of pixels with their neighbours along the axis.
+    fn add(&mut self, before: &[u8], centre: &[u8], after: &[u8]) {
+        for ((before, centre), after) in before.iter().zip(centre).zip(after) {
+            let [a, c, b] = [*before, *centre, *after].map(i32::from);
+            let (curvature, slope) = (2 * c - a - b, b - a);
+            self.curvature += (curvature * curvature) as u32;
+            self.slope_x4 += (slope * slope) as u32;
+        }
+        self.pixels += centre.len() as u32;
     }
 
     fn ratio(&self) -> f32 {

@@ -104,7 +104,7 @@ impl SqliteJobStore {
                 let newest = "SELECT coalesce(max(seq), ?1) FROM changes";
                 let end = match matching.last() {
                     Some(last) if full => last.seq,
-                    _ => db.query_row(newest, [cursor], |row| row.get(0))?,
+                    _ => db.prepare_cached(newest)?.query_row([cursor], |row| row.get(0))?,
                 };
                 Ok(Changes { matching, cursor, end })
             })
@@ -162,7 +162,7 @@ impl JobStore for SqliteJobStore {
         let (now, max_queued_bytes) = (now.timestamp_millis(), creation.max_queued_bytes);
         let created = self
             .sqlite
-            .call(move |db| {
+            .call_now(move |db| {
                 if let Some(item) = &creation.idempotency
                     && let Some(taken) = find_idempotency(db, &item.caller, &item.key, now)?
                 {
@@ -191,7 +191,7 @@ impl JobStore for SqliteJobStore {
     async fn reserve(&self, upload: &Upload, max_queued_bytes: u64) -> Result<bool, Error> {
         let row = NewRow::of(&Record::Upload(upload.clone()))?;
         self.sqlite
-            .call(move |db| {
+            .call_now(move |db| {
                 if queued_bytes(db, &row.caller)? + row.queued_bytes > max_queued_bytes {
                     return Ok(false);
                 }
@@ -203,7 +203,7 @@ impl JobStore for SqliteJobStore {
 
     async fn idempotency(&self, caller: &str, key: &str, now: Timestamp) -> Result<Option<Idempotency>, Error> {
         let (caller, key) = (caller.to_owned(), key.to_owned());
-        self.sqlite.call(move |db| find_idempotency(db, &caller, &key, now.timestamp_millis())).await
+        self.sqlite.call_now(move |db| find_idempotency(db, &caller, &key, now.timestamp_millis())).await
     }
 
     async fn get(&self, id: Uuid) -> Result<Option<Record>, Error> {
@@ -251,7 +251,7 @@ impl JobStore for SqliteJobStore {
             "SELECT record FROM jobs WHERE caller = ?1 AND status IS NOT NULL AND id < ?2 ORDER BY id DESC LIMIT ?3";
         let before = before.unwrap_or(Uuid::max()).to_string();
         let caller = caller.to_owned();
-        let found = self.sqlite.call(move |db| records(db, sql, params![caller, before, limit])).await?;
+        let found = self.sqlite.call_now(move |db| records(db, sql, params![caller, before, limit])).await?;
         Ok(readable(&found).into_iter().filter_map(Record::into_job).collect())
     }
 }

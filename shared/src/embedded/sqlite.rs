@@ -1,5 +1,6 @@
 //! One SQLite file behind one thread, which commits what has piled up in one transaction: many
-//! callers share the price of one fsync.
+//! callers share the price of one fsync. Where many call, the thread lets calls pile up for a
+//! moment, until somebody calls who has a client waiting.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -7,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::Thread;
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
@@ -16,6 +18,10 @@ use crate::error::Error;
 
 /// Calls that share one commit, at most.
 const MAX_BATCH: usize = 64;
+/// How long calls may pile up. A commit costs the processor as much as a photo's decoding does.
+const GATHER: Duration = Duration::from_millis(3);
+/// Prepared statements that are kept.
+const STATEMENTS: usize = 64;
 /// How long another process may hold the file.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -29,6 +35,9 @@ type Call = Box<dyn FnOnce(&Connection) -> Reply + Send>;
 pub(super) struct Sqlite {
     calls: Sender<Call>,
     what: &'static str,
+    thread: Thread,
+    /// Set where a client waits for what was called.
+    urgent: Arc<AtomicBool>,
     /// Set where the log must be emptied after the next commit.
     scrub: Arc<AtomicBool>,
 }
@@ -40,12 +49,13 @@ impl Sqlite {
         let connection = connect(path, version, schema).map_err(|error| Error::unavailable(what, error))?;
         let (calls, inbox) = channel();
         let scrub = Arc::new(AtomicBool::new(true));
-        let scrub_due = Arc::clone(&scrub);
-        std::thread::Builder::new()
+        let urgent = Arc::new(AtomicBool::new(false));
+        let (scrub_due, urgent_call) = (Arc::clone(&scrub), Arc::clone(&urgent));
+        let thread = std::thread::Builder::new()
             .name(what.to_owned())
-            .spawn(move || serve(connection, &inbox, &scrub_due))
+            .spawn(move || serve(connection, &inbox, &urgent_call, &scrub_due))
             .map_err(|error| Error::unavailable(what, error))?;
-        Ok(Self { calls, what, scrub })
+        Ok(Self { calls, what, thread: thread.thread().clone(), urgent, scrub })
     }
 
     /// Runs `work` and returns when what it wrote is on the disk. Where `work` fails, what it
@@ -54,6 +64,25 @@ impl Sqlite {
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Error> {
+        let answer = self.send(work)?;
+        self.answered(answer).await
+    }
+
+    /// As [`Sqlite::call`], where a client waits for the answer: nothing more is gathered.
+    pub(super) async fn call_now<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.urgent.store(true, Ordering::SeqCst);
+        let answer = self.send(work)?;
+        self.thread.unpark();
+        self.answered(answer).await
+    }
+
+    fn send<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<oneshot::Receiver<Result<T, String>>, Error> {
         let (sender, receiver) = oneshot::channel();
         let call: Call = Box::new(move |connection| {
             let result = savepoint(connection, work);
@@ -63,21 +92,23 @@ impl Sqlite {
                 let _ = sender.send(result);
             })
         });
-        let unavailable = |cause: String| Error::unavailable(self.what, cause);
-        self.calls.send(call).map_err(|_| unavailable("its thread has ended".into()))?;
-        receiver.await.map_err(|_| unavailable("no transaction could be begun".into()))?.map_err(unavailable)
+        self.calls.send(call).map_err(|_| Error::unavailable(self.what, "its thread has ended"))?;
+        Ok(receiver)
     }
-}
 
-impl Sqlite {
-    /// As [`Sqlite::call`], for work that deletes: what it overwrote must not stay readable in the
+    async fn answered<T>(&self, answer: oneshot::Receiver<Result<T, String>>) -> Result<T, Error> {
+        let unavailable = |cause: String| Error::unavailable(self.what, cause);
+        answer.await.map_err(|_| unavailable("no transaction could be begun".into()))?.map_err(unavailable)
+    }
+
+    /// As [`Sqlite::call_now`], for work that deletes: what it overwrote must not stay readable in the
     /// write-ahead log either.
     pub(super) async fn scrub<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Error> {
         let due = Arc::clone(&self.scrub);
-        self.call(move |connection| {
+        self.call_now(move |connection| {
             due.store(true, Ordering::SeqCst);
             work(connection)
         })
@@ -89,6 +120,8 @@ fn connect(path: &Path, version: u32, schema: &str) -> rusqlite::Result<Connecti
     create_private(path)?;
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
+    // Every statement that a file's calls use, or they are parsed again and again.
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     // Deleted health data is overwritten, not only forgotten.
@@ -118,16 +151,25 @@ fn create_private(path: &Path) -> rusqlite::Result<()> {
 }
 
 fn savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-    connection.execute_batch("SAVEPOINT one")?;
+    let run = |sql| connection.prepare_cached(sql)?.execute([]);
+    run("SAVEPOINT one")?;
     let result = work(connection);
-    let end = if result.is_ok() { "RELEASE one" } else { "ROLLBACK TO one; RELEASE one" };
-    connection.execute_batch(end)?;
+    if result.is_err() {
+        run("ROLLBACK TO one")?;
+    }
+    run("RELEASE one")?;
     result
 }
 
-fn serve(mut connection: Connection, inbox: &Receiver<Call>, scrub: &AtomicBool) {
+fn serve(mut connection: Connection, inbox: &Receiver<Call>, urgent: &AtomicBool, scrub: &AtomicBool) {
+    let mut many = false;
     while let Ok(first) = inbox.recv() {
-        let calls = std::iter::once(first).chain(inbox.try_iter().take(MAX_BATCH - 1)).collect();
+        // Woken early by whoever is in a hurry, and once in a while by nobody.
+        if many && !urgent.swap(false, Ordering::SeqCst) {
+            std::thread::park_timeout(GATHER);
+        }
+        let calls: Vec<Call> = std::iter::once(first).chain(inbox.try_iter().take(MAX_BATCH - 1)).collect();
+        many = calls.len() > 1;
         let replies = serve_batch(&mut connection, calls);
         if scrub.swap(false, Ordering::SeqCst) {
             // Not emptied while another process reads: then after the next batch.

@@ -62,19 +62,21 @@ impl Huffman {
 /// The bits up to the next marker; a 0x00 that follows 0xFF is taken out (B.1.1.5).
 pub(super) struct Bits<'a> {
     pub(super) rest: &'a [u8],
-    /// The low `count` bits are not read yet.
+    /// The high `count` bits are not read yet, the others are 0.
     pub(super) buffer: u64,
     pub(super) count: u32,
 }
 
 impl Bits<'_> {
-    /// Up to 64 bits; whoever fills reads at least one, so that no shift is by 64.
+    /// More than 32 bits, unless a marker or the end is nearer.
+    #[inline]
     pub(super) fn fill(&mut self) {
         while self.count <= 32 {
             if let Some((word, tail)) = self.rest.split_first_chunk()
-                && !word.contains(&0xFF)
+                && let word = u32::from_be_bytes(*word)
+                && !has_marker_byte(word)
             {
-                self.buffer = self.buffer << 32 | u64::from(u32::from_be_bytes(*word));
+                self.buffer |= u64::from(word) << (32 - self.count);
                 self.count += 32;
                 self.rest = tail;
                 continue;
@@ -84,7 +86,7 @@ impl Bits<'_> {
                 [0xFF, ..] | [] => return,
                 [byte, tail @ ..] => (*byte, tail),
             };
-            self.buffer = self.buffer << 8 | u64::from(byte);
+            self.buffer |= u64::from(byte) << (56 - self.count);
             self.count += 8;
             self.rest = tail;
         }
@@ -95,39 +97,53 @@ impl Bits<'_> {
         if self.count < 32 {
             self.fill();
         }
-        let next = if self.count < 16 { self.buffer << (16 - self.count) } else { self.buffer >> (self.count - 16) };
-        let (length, symbol) = table.look_up(next as u16)?;
+        let (length, symbol) = table.look_up((self.buffer >> 48) as u16)?;
         self.count = self.count.checked_sub(length).ok_or(CUT_SHORT)?;
+        self.buffer <<= length;
         Ok(symbol)
     }
 
     /// The next bits, at most 16 of them, as a number.
     #[inline]
     pub(super) fn take(&mut self, bits: u8) -> Result<u32> {
-        if self.count < u32::from(bits) {
+        let bits = u32::from(bits);
+        if self.count < bits {
             self.fill();
         }
-        self.count = self.count.checked_sub(bits.into()).ok_or(CUT_SHORT)?;
-        Ok((self.buffer >> self.count) as u32 & ((1 << bits) - 1))
+        self.count = self.count.checked_sub(bits).ok_or(CUT_SHORT)?;
+        // In two steps, since no bits at all would be a shift by 64.
+        let taken = (self.buffer >> 1) >> (63 - bits);
+        self.buffer <<= bits;
+        Ok(taken as u32)
     }
 
     /// The next bits as a value of that size (figure F.12).
     #[inline]
     pub(super) fn value(&mut self, size: u8) -> Result<i32> {
         let bits = self.take(size)? as i32;
-        Ok(if size > 0 && bits >> (size - 1) == 0 { bits - (1 << size) + 1 } else { bits })
+        Ok(if bits < (1 << size) >> 1 { bits - (1 << size) + 1 } else { bits })
     }
 
     /// Only what fills the last byte may be left: ones (F.1.2.3), a whole byte of them from
     /// encoders that count one too far (jpeg-js), or zeros.
     pub(super) fn end(&mut self) -> Result<()> {
         self.fill();
-        let ones = (1_u64 << self.count.min(8)) - 1;
-        let left = self.buffer & ones;
-        if self.count > 8 || (left != 0 && left != ones) {
+        if self.count > 8 {
             return Err(Damaged("data after the last block"));
         }
-        self.count = 0;
+        let ones = (1 << self.count) - 1;
+        let left = (self.buffer >> 1) >> (63 - self.count);
+        if left != 0 && left != ones {
+            return Err(Damaged("data after the last block"));
+        }
+        (self.buffer, self.count) = (0, 0);
         Ok(())
     }
+}
+
+/// Whether one of the four bytes is 0xFF: then one of the inverted ones is 0 (Mycroft's test).
+#[inline]
+fn has_marker_byte(word: u32) -> bool {
+    let inverted = !word;
+    inverted.wrapping_sub(0x0101_0101) & !inverted & 0x8080_8080 != 0
 }
