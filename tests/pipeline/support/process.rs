@@ -96,6 +96,7 @@ impl Process {
     }
 
     /// What the system knows of the process: a file of `/proc/PID`.
+    #[allow(dead_code, reason = "the benchmark reads it, the tests do not")]
     pub fn proc(&self, file: &str) -> String {
         std::fs::read_to_string(format!("/proc/{}/{file}", self.child.id().unwrap())).unwrap()
     }
