@@ -143,7 +143,7 @@ fn libraries_below_info(log: &[u8]) -> Vec<String> {
     let lines = log.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
     let lines = lines.map(|line| serde_json::from_slice::<Value>(line).unwrap());
     let below = lines.filter(|line| ["DEBUG", "TRACE"].contains(&line["level"].as_str().unwrap()));
-    let own = ["shared", "submit", "inference", "enrichment", "result", "sweep", "local"];
+    let own = ["shared", "submit", "inference", "enrichment", "result", "sweep", "admin", "local"];
     let others = below.filter(|line| !own.contains(&line["target"].as_str().unwrap().split("::").next().unwrap()));
     let mut targets: Vec<_> = others.map(|line| line["target"].to_string()).collect();
     targets.sort();

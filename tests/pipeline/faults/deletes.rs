@@ -9,6 +9,7 @@ use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::{TimeDelta, Utc};
 use enrichment::Enrichment;
 use inference::Inference;
+use inference::room::Room;
 use local::Host;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -77,6 +78,7 @@ impl Bench {
             cache: PredictionCache::memory(),
             cache_secret: vec![7; 32],
             model: Arc::clone(&host.model),
+            room: Room::new(1),
             clock: clock.clone(),
             policy,
         };
