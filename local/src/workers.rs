@@ -13,6 +13,7 @@ use shared::Error;
 use shared::crash::{self, Point};
 use shared::embedded::{Change, Delivery};
 use shared::job::Dispatch;
+use shared::llm::Llm;
 use tokio::sync::watch::Receiver;
 
 use crate::Host;
@@ -23,13 +24,15 @@ const POLL: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_secs(1);
 /// Records that enrichment works at once; a slow LLM answer holds up the next batch.
 const FEED_BATCH: u32 = 10;
+/// The same where nobody is asked: the template answers at once, and commits are shared.
+const OFFLINE_FEED_BATCH: u32 = 64;
 /// Changes that concern nobody are passed by together: each move of the cursor is a write.
 const PASSED_BY: i64 = 100;
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(3600);
 const LATE_UPLOAD_TTL: TimeDelta = TimeDelta::days(1);
 /// Messages under way for each photo on the processor: while one is worked, others are received,
 /// claimed, finished and acknowledged, and share the flushes that this takes.
-pub(crate) const AHEAD: usize = 4;
+pub(crate) const AHEAD: usize = 16;
 /// Beyond the lease, so that a message comes back after its worker has given up.
 const VISIBILITY_MARGIN: TimeDelta = TimeDelta::seconds(10);
 
@@ -104,7 +107,8 @@ enum Fed {
 }
 
 async fn feed(host: &Host) -> Result<Fed, Error> {
-    let changes = host.store.changes("enrichment", Dispatch::Enrichment.as_str(), FEED_BATCH).await?;
+    let batch = if matches!(host.enrichment.llm, Llm::Offline) { OFFLINE_FEED_BATCH } else { FEED_BATCH };
+    let changes = host.store.changes("enrichment", Dispatch::Enrichment.as_str(), batch).await?;
     let end = changes.end;
     if changes.matching.is_empty() {
         if end - changes.cursor >= PASSED_BY {

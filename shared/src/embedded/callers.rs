@@ -77,13 +77,13 @@ impl Callers for SqliteCallers {
     }
 
     async fn find_key(&self, id: &str) -> Result<Option<ApiKey>, Error> {
-        let (id, sql) = (id.to_owned(), format!("SELECT {COLUMNS} FROM keys WHERE id = ?1"));
-        self.sqlite.call(move |db| db.prepare_cached(&sql)?.query_row([id], key).optional()).await
+        let sql = format!("SELECT {COLUMNS} FROM keys WHERE id = ?1");
+        self.sqlite.read(|db| db.prepare_cached(&sql)?.query_row([id], key).optional())
     }
 
     async fn keys(&self) -> Result<Vec<ApiKey>, Error> {
         let sql = format!("SELECT {COLUMNS} FROM keys ORDER BY created_at, id");
-        self.sqlite.call(move |db| db.prepare_cached(&sql)?.query_map([], key)?.collect()).await
+        self.sqlite.read(|db| db.prepare_cached(&sql)?.query_map([], key)?.collect())
     }
 
     async fn revoke_key(&self, id: &str, now: Timestamp) -> Result<bool, Error> {

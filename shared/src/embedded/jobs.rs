@@ -94,21 +94,23 @@ impl SqliteJobStore {
     /// # Errors
     /// Where the store cannot be reached.
     pub async fn changes(&self, consumer: &'static str, dispatch: &'static str, limit: u32) -> Result<Changes, Error> {
-        self.sqlite
-            .call(move |db| {
-                let cursor = cursor(db, consumer)?;
-                let sql = "SELECT seq, id, version, dispatch FROM changes WHERE seq > ?1 AND dispatch = ?2 ORDER BY seq LIMIT ?3";
-                let mut statement = db.prepare_cached(sql)?;
-                let matching = statement.query_map(params![cursor, dispatch, limit], change)?.collect::<Result<Vec<_>, _>>()?;
-                let full = matching.len() as u64 == u64::from(limit);
-                let newest = "SELECT coalesce(max(seq), ?1) FROM changes";
-                let end = match matching.last() {
-                    Some(last) if full => last.seq,
-                    _ => db.prepare_cached(newest)?.query_row([cursor], |row| row.get(0))?,
-                };
-                Ok(Changes { matching, cursor, end })
-            })
-            .await
+        self.sqlite.read(|db| {
+            // One state of the file for all three reads: a change between them would be passed by.
+            let snapshot = db.unchecked_transaction()?;
+            let cursor = cursor(&snapshot, consumer)?;
+            let sql = "SELECT seq, id, version, dispatch FROM changes WHERE seq > ?1 AND dispatch = ?2
+                ORDER BY seq LIMIT ?3";
+            let mut statement = snapshot.prepare_cached(sql)?;
+            let matching = statement.query_map(params![cursor, dispatch, limit], change)?;
+            let matching = matching.collect::<Result<Vec<_>, _>>()?;
+            let full = matching.len() as u64 == u64::from(limit);
+            let newest = "SELECT coalesce(max(seq), ?1) FROM changes";
+            let end = match matching.last() {
+                Some(last) if full => last.seq,
+                _ => snapshot.prepare_cached(newest)?.query_row([cursor], |row| row.get(0))?,
+            };
+            Ok(Changes { matching, cursor, end })
+        })
     }
 
     /// Moves the consumer's cursor. With one consumer, what lies behind it is of no more use and is
@@ -202,16 +204,13 @@ impl JobStore for SqliteJobStore {
     }
 
     async fn idempotency(&self, caller: &str, key: &str, now: Timestamp) -> Result<Option<Idempotency>, Error> {
-        let (caller, key) = (caller.to_owned(), key.to_owned());
-        self.sqlite.call_now(move |db| find_idempotency(db, &caller, &key, now.timestamp_millis())).await
+        self.sqlite.read(|db| find_idempotency(db, caller, key, now.timestamp_millis()))
     }
 
     async fn get(&self, id: Uuid) -> Result<Option<Record>, Error> {
         let sql = "SELECT record FROM jobs WHERE id = ?1";
-        let found: Option<String> = self
-            .sqlite
-            .call(move |db| db.prepare_cached(sql)?.query_row([id.to_string()], |row| row.get(0)).optional())
-            .await?;
+        let found: Option<String> =
+            self.sqlite.read(|db| db.prepare_cached(sql)?.query_row([id.to_string()], |row| row.get(0)).optional())?;
         found.as_deref().map(decode).transpose()
     }
 
@@ -242,7 +241,7 @@ impl JobStore for SqliteJobStore {
     async fn due(&self, now: Timestamp, limit: u32) -> Result<Vec<Record>, Error> {
         let sql = "SELECT record FROM jobs WHERE due_at <= ?1 ORDER BY due_at LIMIT ?2";
         let now = now.timestamp_millis();
-        let found = self.sqlite.call(move |db| records(db, sql, params![now, limit])).await?;
+        let found = self.sqlite.read(|db| records(db, sql, params![now, limit]))?;
         Ok(readable(&found))
     }
 
@@ -250,8 +249,7 @@ impl JobStore for SqliteJobStore {
         let sql =
             "SELECT record FROM jobs WHERE caller = ?1 AND status IS NOT NULL AND id < ?2 ORDER BY id DESC LIMIT ?3";
         let before = before.unwrap_or(Uuid::max()).to_string();
-        let caller = caller.to_owned();
-        let found = self.sqlite.call_now(move |db| records(db, sql, params![caller, before, limit])).await?;
+        let found = self.sqlite.read(|db| records(db, sql, params![caller, before, limit]))?;
         Ok(readable(&found).into_iter().filter_map(Record::into_job).collect())
     }
 }

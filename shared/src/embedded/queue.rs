@@ -119,7 +119,7 @@ impl SqliteJobQueue {
     /// Where the queue cannot be reached.
     pub async fn depth(&self) -> Result<(u64, u64), Error> {
         let sql = "SELECT (SELECT count(*) FROM messages), (SELECT count(*) FROM dead_letters)";
-        self.sqlite.call(move |db| db.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?)))).await
+        self.sqlite.read(|db| db.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?))))
     }
 
     /// Sends any text, as another build or an operator might.
@@ -153,7 +153,7 @@ impl JobQueue for SqliteJobQueue {
 
     async fn dead_letters(&self, limit: u32) -> Result<Vec<DeadLetter>, Error> {
         let sql = "SELECT id, body, receive_count, sent_at, died_at FROM dead_letters ORDER BY died_at, id LIMIT ?1";
-        self.sqlite.call(move |db| db.prepare_cached(sql)?.query_map([limit], dead_letter)?.collect()).await
+        self.sqlite.read(|db| db.prepare_cached(sql)?.query_map([limit], dead_letter)?.collect())
     }
 
     async fn redrive_dead_letters(&self, ids: Option<&[String]>) -> Result<u64, Error> {
