@@ -39,7 +39,7 @@ pub(super) const RESULT: &[Point] =
     &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten];
 pub(super) const SWEEP: &[Point] = &[Point::SweepWritten, Point::SweepSent];
 pub(super) const SWEEP_TOMBSTONE: &[Point] =
-    &[Point::SweepErased, Point::SweepForgetSent, Point::SweepTombstoneSettled];
+    &[Point::SweepErased, Point::SweepTombstoneSettled, Point::SweepForgetSent];
 pub(super) const SWEEP_UPLOAD: &[Point] = &[Point::SweepUploadErased, Point::SweepUploadSettled];
 pub(super) const SWEEP_ORPHAN: &[Point] = &[Point::SweepOrphanErased];
 pub(super) const ADMIN_KEYS: &[Point] = &[Point::AdminKeyWritten, Point::AdminKeyRevoked];

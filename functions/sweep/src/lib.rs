@@ -2,8 +2,8 @@
 //!
 //! Triggered by a schedule, every minute. Reads the records that are due and the blob store's
 //! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, or its end), then
-//! the message; for a tombstone: it erases blobs, sends the order to erase the cache, then writes
-//! the record, which stays due until inference has confirmed; for an upload: it erases what was
+//! the message; for a tombstone: it erases blobs, writes the record, which stays due until
+//! inference has confirmed, then sends the order to erase the cache; for an upload: it erases what was
 //! uploaded, then writes the record; for blobs of an hour that have no record: it deletes them.
 
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -142,13 +142,15 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
     async fn sweep_tombstone(&self, tombstone: &Tombstone, now: Timestamp, report: &mut Report) -> Result<(), Error> {
         self.blobs.delete_prefix(&job::blob_prefix(tombstone.id)).await?;
         crash::here(Point::SweepErased);
-        if tombstone.cache_key.is_some() {
-            self.queue.send(Message::Forget { id: tombstone.id }).await?;
-        }
-        crash::here(Point::SweepForgetSent);
         let fence = Record::Tombstone(tombstone.clone()).fence();
-        self.jobs.replace(fence, &Record::Tombstone(tombstone.swept(now, &self.policy))).await?;
+        let written = self.jobs.replace(fence, &Record::Tombstone(tombstone.swept(now, &self.policy))).await?;
         crash::here(Point::SweepTombstoneSettled);
+        // Sent before, the order would be carried out on a tombstone that is about to change, and what
+        // inference then says would be lost.
+        if written && tombstone.cache_key.is_some() {
+            self.queue.send(Message::Forget { id: tombstone.id }).await?;
+            crash::here(Point::SweepForgetSent);
+        }
         report.erased += 1;
         Ok(())
     }

@@ -224,6 +224,44 @@ async fn a_delete_at_any_moment_of_any_stage_leaves_nothing_and_nothing_comes_ba
     println!("moments of a delete: {races:?}");
 }
 
+/// What inference reads when it gets an order, and writes only after sweep has gone on.
+#[tokio::test]
+async fn sweep_never_takes_the_confirmation_of_its_own_order() {
+    let (folder, llm) = (tempfile::tempdir().unwrap(), LlmServer::start([]).await);
+    let mut bench = Bench::new(folder.path(), &llm).await;
+    let mut ordered = 0;
+    for moment in 0.. {
+        let job = bench.prepare(Stage::Enrichment).await;
+        bench.host.results.delete(&Caller("local".into()), &job.id.to_string()).await.unwrap();
+        let (queue, store) = (bench.host.queue.clone(), bench.host.store.clone());
+        while let Some(early) = queue.receive(TimeDelta::seconds(30)).await.unwrap() {
+            queue.acknowledge(&early.receipt).await.unwrap();
+        }
+        bench.host.clock.advance(TimeDelta::seconds(121));
+
+        let (sender, read) = std::sync::mpsc::channel();
+        bench.interrupt.arm(moment, async move {
+            let Some(order) = queue.receive(TimeDelta::seconds(30)).await.unwrap() else { return };
+            queue.acknowledge(&order.receipt).await.unwrap();
+            let Some(Record::Tombstone(tombstone)) = store.get(job.id).await.unwrap() else { return };
+            sender.send(tombstone).unwrap();
+        });
+        bench.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+        if bench.interrupt.disarm() {
+            break;
+        }
+        if let Ok(tombstone) = read.try_recv() {
+            let forgotten = tombstone.forgotten(bench.host.clock.now()).unwrap();
+            let fence = Record::Tombstone(tombstone).fence();
+            let heeded = bench.host.store.replace(fence, &Record::Tombstone(forgotten)).await.unwrap();
+            assert!(heeded, "moment {moment}: the order would have to be sent again");
+            ordered += 1;
+        }
+        bench.settle(job.id).await;
+    }
+    assert!(ordered > 0, "the order was never seen");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delete_while_the_llm_answers_leaves_nothing_of_the_answer() {
     let (folder, llm) = (tempfile::tempdir().unwrap(), LlmServer::start([]).await);
