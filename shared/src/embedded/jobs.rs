@@ -164,7 +164,7 @@ impl JobStore for SqliteJobStore {
         let (now, max_queued_bytes) = (now.timestamp_millis(), creation.max_queued_bytes);
         let created = self
             .sqlite
-            .call_now(move |db| {
+            .call(move |db| {
                 if let Some(item) = &creation.idempotency
                     && let Some(taken) = find_idempotency(db, &item.caller, &item.key, now)?
                 {
@@ -193,7 +193,7 @@ impl JobStore for SqliteJobStore {
     async fn reserve(&self, upload: &Upload, max_queued_bytes: u64) -> Result<bool, Error> {
         let row = NewRow::of(&Record::Upload(upload.clone()))?;
         self.sqlite
-            .call_now(move |db| {
+            .call(move |db| {
                 if queued_bytes(db, &row.caller)? + row.queued_bytes > max_queued_bytes {
                     return Ok(false);
                 }

@@ -130,9 +130,7 @@ impl SqliteJobQueue {
         let now: Timestamp = self.clock.now();
         let sql = "INSERT INTO messages (id, body, visible_at, sent_at) VALUES (?1, ?2, ?3, ?3)";
         let id = Uuid::now_v7().to_string();
-        self.sqlite
-            .call_now(move |db| db.prepare_cached(sql)?.execute(params![id, body, now.timestamp_millis()]))
-            .await?;
+        self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![id, body, now.timestamp_millis()])).await?;
         self.sent.notify_one();
         Ok(())
     }

@@ -1,6 +1,5 @@
 //! One SQLite file behind one thread, which commits what has piled up in one transaction: many
-//! callers share the price of one fsync. Where many call, the thread lets calls pile up for a
-//! moment, until somebody calls who has a client waiting.
+//! callers share the price of one fsync.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -8,7 +7,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::Thread;
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
@@ -18,8 +16,6 @@ use crate::error::Error;
 
 /// Calls that share one commit, at most.
 const MAX_BATCH: usize = 64;
-/// How long calls may pile up. A commit costs the processor as much as a photo's decoding does.
-const GATHER: Duration = Duration::from_millis(3);
 /// Prepared statements that are kept.
 const STATEMENTS: usize = 64;
 /// How long another process may hold the file.
@@ -38,9 +34,6 @@ pub(super) struct Sqlite {
     /// for writers nor holds them up.
     reader: Arc<Mutex<Connection>>,
     what: &'static str,
-    thread: Thread,
-    /// Set where a client waits for what was called.
-    urgent: Arc<AtomicBool>,
     /// Set where the log must be emptied after the next commit.
     scrub: Arc<AtomicBool>,
 }
@@ -54,13 +47,12 @@ impl Sqlite {
         let reader = Arc::new(Mutex::new(connect_reader(path).map_err(unavailable)?));
         let (calls, inbox) = channel();
         let scrub = Arc::new(AtomicBool::new(true));
-        let urgent = Arc::new(AtomicBool::new(false));
-        let (scrub_due, urgent_call) = (Arc::clone(&scrub), Arc::clone(&urgent));
-        let thread = std::thread::Builder::new()
+        let scrub_due = Arc::clone(&scrub);
+        std::thread::Builder::new()
             .name(what.to_owned())
-            .spawn(move || serve(connection, &inbox, &urgent_call, &scrub_due))
+            .spawn(move || serve(connection, &inbox, &scrub_due))
             .map_err(|error| Error::unavailable(what, error))?;
-        Ok(Self { calls, reader, what, thread: thread.thread().clone(), urgent, scrub })
+        Ok(Self { calls, reader, what, scrub })
     }
 
     /// Runs `work`, which only reads: what was answered before is seen. It takes microseconds, less
@@ -76,25 +68,6 @@ impl Sqlite {
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Error> {
-        let answer = self.send(work)?;
-        self.answered(answer).await
-    }
-
-    /// As [`Sqlite::call`], where a client waits for the answer: nothing more is gathered.
-    pub(super) async fn call_now<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
-    ) -> Result<T, Error> {
-        self.urgent.store(true, Ordering::SeqCst);
-        let answer = self.send(work)?;
-        self.thread.unpark();
-        self.answered(answer).await
-    }
-
-    fn send<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
-    ) -> Result<oneshot::Receiver<Result<T, String>>, Error> {
         let (sender, receiver) = oneshot::channel();
         let call: Call = Box::new(move |connection| {
             let result = savepoint(connection, work);
@@ -105,22 +78,18 @@ impl Sqlite {
             })
         });
         self.calls.send(call).map_err(|_| Error::unavailable(self.what, "its thread has ended"))?;
-        Ok(receiver)
-    }
-
-    async fn answered<T>(&self, answer: oneshot::Receiver<Result<T, String>>) -> Result<T, Error> {
         let unavailable = |cause: String| Error::unavailable(self.what, cause);
-        answer.await.map_err(|_| unavailable("no transaction could be begun".into()))?.map_err(unavailable)
+        receiver.await.map_err(|_| unavailable("no transaction could be begun".into()))?.map_err(unavailable)
     }
 
-    /// As [`Sqlite::call_now`], for work that deletes: what it overwrote must not stay readable in the
+    /// As [`Sqlite::call`], for work that deletes: what it overwrote must not stay readable in the
     /// write-ahead log either.
     pub(super) async fn scrub<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Error> {
         let due = Arc::clone(&self.scrub);
-        self.call_now(move |connection| {
+        self.call(move |connection| {
             due.store(true, Ordering::SeqCst);
             work(connection)
         })
@@ -181,15 +150,9 @@ fn savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> rusql
     result
 }
 
-fn serve(mut connection: Connection, inbox: &Receiver<Call>, urgent: &AtomicBool, scrub: &AtomicBool) {
-    let mut many = false;
+fn serve(mut connection: Connection, inbox: &Receiver<Call>, scrub: &AtomicBool) {
     while let Ok(first) = inbox.recv() {
-        // Woken early by whoever is in a hurry, and once in a while by nobody.
-        if many && !urgent.swap(false, Ordering::SeqCst) {
-            std::thread::park_timeout(GATHER);
-        }
         let calls: Vec<Call> = std::iter::once(first).chain(inbox.try_iter().take(MAX_BATCH - 1)).collect();
-        many = calls.len() > 1;
         let replies = serve_batch(&mut connection, calls);
         if scrub.swap(false, Ordering::SeqCst) {
             // Not emptied while another process reads: then after the next batch.
