@@ -64,9 +64,14 @@ fn pixels(accepted: &Accepted) {
         max_brightness: 250.0,
         min_contrast: 20.0,
     };
-    let quality = gate(&picture, &thresholds).expect("a decoded picture can be measured");
+    let quality = gate(&picture, upright[0], &thresholds).expect("a decoded picture can be measured");
     assert!(quality.measures.values().all(|measure| measure.is_finite()), "{:?}", quality.measures);
     picture::tensor(&picture, &input()).expect("a decoded picture can be resized");
+    if let Ok(Some(quarter)) = walk::check_and_reduce(&accepted.bytes, walk::Least { longer: 1, shorter: 1 }) {
+        let mut quarters = [quarter.pixels.width(), quarter.pixels.height()];
+        quarters.sort_unstable();
+        assert_eq!((quarters, quarter.side_px), (sides.map(|side| side / 4), sides[0]));
+    }
 }
 
 fn input() -> Input {
@@ -199,7 +204,7 @@ pub fn manifest(data: &[u8]) {
         if let picture::Tensor::Float32(values) = tensor {
             assert!(values.iter().all(|value| value.is_finite()), "{:?}", manifest.input);
         }
-        gate(&picture, &manifest.quality).expect("any picture can be measured");
+        gate(&picture, 7, &manifest.quality).expect("any picture can be measured");
     }
 }
 

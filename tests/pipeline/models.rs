@@ -5,9 +5,13 @@ use std::path::Path;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use image::RgbImage;
+use image::codecs::jpeg::JpegEncoder;
+use image::imageops::{self, FilterType};
 use inference::bundle::{Bundle, MANIFEST, sha256};
+use inference::manifest::Manifest;
 use inference::model::Model;
-use inference::picture;
+use inference::{gate, picture};
 use serde_json::{Value, json};
 use shared::embedded::DirBlobStore;
 
@@ -176,9 +180,51 @@ fn the_reference_network_works_by_manifest_alone_within_its_tolerance() {
     println!("56 photos: median difference {median:.4}, largest {worst:.4}");
 }
 
+/// A photo enlarged, which is as smooth as they come, and many small ones side by side, which is as
+/// detailed.
+fn large_photos() -> [RgbImage; 2] {
+    let drawn = image::load_from_memory(&mole()).unwrap().into_rgb8();
+    let small = imageops::resize(&drawn, 200, 150, FilterType::Triangle);
+    let mosaic = RgbImage::from_fn(2802, 2101, |x, y| *small.get_pixel(x % 200, y % 150));
+    [imageops::resize(&drawn, 2802, 2101, FilterType::CatmullRom), mosaic]
+}
+
+#[test]
+fn a_large_photo_reads_at_a_quarter_as_it_does_with_every_pixel() {
+    let (manifest, network) = shipped();
+    let model = load(&manifest, network).unwrap();
+    let Manifest { input, quality: thresholds, golden, .. } = &model.manifest;
+    for photo in large_photos() {
+        let mut jpeg = Vec::new();
+        JpegEncoder::new_with_quality(&mut jpeg, 85).encode_image(&photo).unwrap();
+        for orientation in [1, 6] {
+            let whole = picture::decode(&jpeg, orientation).unwrap();
+            let quarter = picture::decode_for(&jpeg, orientation, input).unwrap();
+            assert_eq!(quarter.side_px, 2101);
+            assert_eq!(quarter.pixels.width(), whole.width() / 4);
+            let [judged, expected] = [&quarter.pixels, &whole].map(|picture| gate(picture, 2101, thresholds).unwrap());
+            assert_eq!(judged.reasons, expected.reasons);
+            for (name, value) in &expected.measures {
+                let off = (judged.measures[name] - value).abs();
+                println!("{name} {value:.3}, at a quarter {:.3}", judged.measures[name]);
+                assert!(off <= 0.05 * value.abs() + 1.0, "{name}: {value}, at a quarter {}", judged.measures[name]);
+            }
+            let [judged, expected] = [&quarter.pixels, &whole].map(|picture| {
+                let outputs = model.run(&picture::tensor(picture, input).unwrap()).unwrap();
+                (model.calibrate(&outputs.scores), outputs.ood.unwrap())
+            });
+            println!("ood {:.4}, at a quarter {:.4}", expected.1, judged.1);
+            for (judged, expected) in judged.0.iter().zip(&expected.0) {
+                println!("{expected:.4}, at a quarter {judged:.4}");
+                assert!((judged - expected).abs() <= golden.tolerance, "{expected}, at a quarter {judged}");
+            }
+        }
+    }
+}
+
 #[test]
 fn every_layout_and_type_of_input_carries_the_same_picture() {
-    use inference::manifest::{Element, Layout, Manifest};
+    use inference::manifest::{Element, Layout};
     use inference::picture::Tensor;
     let (manifest, _) = shipped();
     let manifest = Manifest::parse(manifest.to_string().as_bytes()).unwrap();

@@ -56,6 +56,10 @@ fn for_each_photo(photos: &[PathBuf], check: impl Fn(&[u8]) + Sync) {
     });
 }
 
+fn side(photo: &RgbImage) -> u32 {
+    photo.width().min(photo.height())
+}
+
 fn manifest() -> Manifest {
     Manifest::parse(&std::fs::read(root().join("model/manifest.json")).unwrap()).unwrap()
 }
@@ -68,9 +72,10 @@ fn real_photos_pass_the_gate_and_each_fault_is_caught() {
     let caught: Vec<_> = FAULTS.iter().map(|_| AtomicUsize::new(0)).collect();
     for_each_photo(&photos, |bytes| {
         let photo = picture::decode(bytes, 1).unwrap();
-        passed.fetch_add(usize::from(gate(&photo, &thresholds).unwrap().accepted), Ordering::Relaxed);
+        passed.fetch_add(usize::from(gate(&photo, side(&photo), &thresholds).unwrap().accepted), Ordering::Relaxed);
         for (fault, caught) in FAULTS.iter().zip(&caught) {
-            let quality = gate(&(fault.spoil)(&photo), &thresholds).unwrap();
+            let spoilt = (fault.spoil)(&photo);
+            let quality = gate(&spoilt, side(&spoilt), &thresholds).unwrap();
             caught.fetch_add(usize::from(quality.reasons.contains(&fault.reason)), Ordering::Relaxed);
         }
     });
@@ -102,13 +107,16 @@ fn the_drawn_samples_stand_in_where_there_are_no_real_photos() {
     let thresholds = manifest().quality;
     let judged = |name: &str| {
         let bytes = std::fs::read(root().join("model/samples").join(name)).unwrap();
-        gate(&picture::decode(&bytes, 1).unwrap(), &thresholds).unwrap().reasons
+        let photo = picture::decode(&bytes, 1).unwrap();
+        gate(&photo, side(&photo), &thresholds).unwrap().reasons
     };
     assert_eq!(judged("mole-drawn.png"), []);
     assert_eq!(judged("blurred.png"), [RetakeReason::Blurred]);
     let mole = picture::decode(&std::fs::read(root().join("model/samples/mole-drawn.png")).unwrap(), 1).unwrap();
     for fault in FAULTS.iter().filter(|fault| matches!(fault.reason, RetakeReason::TooDark | RetakeReason::LowContrast))
     {
-        assert!(gate(&(fault.spoil)(&mole), &thresholds).unwrap().reasons.contains(&fault.reason), "{}", fault.name);
+        let spoilt = (fault.spoil)(&mole);
+        let reasons = gate(&spoilt, side(&spoilt), &thresholds).unwrap().reasons;
+        assert!(reasons.contains(&fault.reason), "{}", fault.name);
     }
 }

@@ -14,9 +14,12 @@
 //! intervals and progressive scans leave less room for the second.
 
 mod huffman;
+mod quarter;
 mod scan;
 
 use huffman::Huffman;
+use quarter::Planes;
+pub use quarter::{Least, Quarter};
 use scan::Scan;
 
 /// The compressed pixels of a JPEG are not whole.
@@ -52,10 +55,24 @@ const NOT_YET: u8 = u8::MAX;
 /// [`Damaged`] where an encoder cannot have written these bytes, or where this walk does not know
 /// the process: arithmetic, lossless, hierarchical, 12 bits, height told later (DNL).
 pub fn check(bytes: &[u8]) -> Result<()> {
+    walk(bytes, None).map(drop)
+}
+
+/// As [`check`], and where the JPEG is large enough for it and of the usual kind, its pixels at a
+/// quarter of its width and height: `None` leaves them to the decoder.
+///
+/// # Errors
+/// Those of [`check`].
+pub fn check_and_reduce(bytes: &[u8], least: Least) -> Result<Option<Quarter>> {
+    walk(bytes, Some(least)).map(|planes| planes.and_then(Planes::finish))
+}
+
+fn walk(bytes: &[u8], least: Option<Least>) -> Result<Option<Planes>> {
     let mut rest = bytes.strip_prefix(&[0xFF, 0xD8]).ok_or(Damaged("no start marker"))?;
     let mut tables = Tables::default();
     let mut frame = None;
-    let mut scans = 0;
+    let mut planes = None;
+    let (mut scans, mut is_rgb) = (0, false);
     loop {
         let marker = take_marker(&mut rest)?;
         if marker == 0xD9 {
@@ -73,15 +90,21 @@ pub fn check(bytes: &[u8]) -> Result<()> {
             0xDA => {
                 scans += 1;
                 let frame = frame.as_mut().filter(|_| scans <= MAX_SCANS).ok_or(SEGMENT)?;
-                rest = Scan::read(segment, frame, &tables)?.walk(rest, frame, tables.restart)?;
+                let scan = Scan::read(segment, frame, &tables)?;
+                if scan.parts.len() == 3 && !is_rgb {
+                    planes = least.and_then(|least| Planes::of(frame, least));
+                }
+                rest = scan.walk(rest, frame, tables.restart, planes.as_mut())?;
             }
+            // Adobe's segment says that the colours are not turned to luma and differences.
+            0xEE => is_rgb |= segment.starts_with(b"Adobe") && segment.get(11) == Some(&0),
             0xE0..=0xEF | 0xFE => {}
             _ => return Err(Damaged("a marker that no photo has")),
         }
     }
     let complete = frame.is_some_and(|frame| frame.components.iter().all(|part| part.reached == [0; 64]));
     match (complete, rest) {
-        (true, []) => Ok(()),
+        (true, []) => Ok(planes),
         (true, _) => Err(Damaged("bytes after the end marker")),
         (false, _) => Err(Damaged("a scan is missing")),
     }
@@ -163,6 +186,8 @@ impl Tables {
 
 struct Frame {
     progressive: bool,
+    /// Width and height in pixels.
+    sides: [usize; 2],
     /// MCUs of a scan with several components.
     mcus: usize,
     components: Vec<Component>,
@@ -170,8 +195,8 @@ struct Frame {
 
 struct Component {
     id: u8,
-    /// In an MCU of a scan with several components.
-    blocks_per_mcu: usize,
+    /// Blocks in an MCU of a scan with several components, across and down.
+    factors: [usize; 2],
     blocks: usize,
     quantiser: usize,
     /// By coefficient: the lowest bit that a scan has brought, or [`NOT_YET`].
@@ -199,10 +224,10 @@ impl Frame {
             let [h, v] = factors(sampling);
             let blocks = (width * h).div_ceil(widest).div_ceil(8) * (height * v).div_ceil(highest).div_ceil(8);
             let quantiser = quantiser.into();
-            Component { id, blocks_per_mcu: h * v, blocks, quantiser, reached: [NOT_YET; 64], nonzero: Vec::new() }
+            Component { id, factors: [h, v], blocks, quantiser, reached: [NOT_YET; 64], nonzero: Vec::new() }
         };
         let mcus = width.div_ceil(8 * widest) * height.div_ceil(8 * highest);
-        Ok(Self { progressive, mcus, components: parts.iter().map(component).collect() })
+        Ok(Self { progressive, sides, mcus, components: parts.iter().map(component).collect() })
     }
 }
 

@@ -30,6 +30,7 @@ use shared::ports::{BlobStore, JobQueue, JobStore};
 use shared::transition::{NotMoved, transition};
 
 use crate::model::{Model, RawOutputs};
+use crate::picture::Picture;
 use crate::room::Room;
 
 /// What inference works with.
@@ -271,11 +272,14 @@ fn read_photo(
 ) -> Worked {
     let failed = |code, timings| Worked { outcome: InferenceOutcome::Failed { code }, timings, outputs: None };
     let started = Instant::now();
-    let Ok(picture) = picture::decode(bytes, orientation) else { return failed(FailureCode::PhotoUnreadable, timings) };
+    let Ok(picture) = picture::decode_for(bytes, orientation, &model.manifest.input) else {
+        return failed(FailureCode::PhotoUnreadable, timings);
+    };
+    let Picture { pixels, side_px } = picture;
     timings.decode = Some(millis(started));
 
     let started = Instant::now();
-    let Ok(quality) = gate(&picture, &model.manifest.quality) else {
+    let Ok(quality) = gate(&pixels, side_px, &model.manifest.quality) else {
         return failed(FailureCode::PhotoUnreadable, timings);
     };
     timings.quality = Some(millis(started));
@@ -287,7 +291,7 @@ fn read_photo(
         Some(outputs) => (outputs, false),
         None => {
             let started = Instant::now();
-            let Ok(tensor) = picture::tensor(&picture, &model.manifest.input) else {
+            let Ok(tensor) = picture::tensor(&pixels, &model.manifest.input) else {
                 return failed(FailureCode::PhotoUnreadable, timings);
             };
             timings.preprocess = Some(millis(started));
@@ -308,14 +312,18 @@ fn read_photo(
     Worked { outcome, timings, outputs: fresh.then_some(outputs) }
 }
 
-/// Measures an upright picture against the manifest's thresholds.
+/// Measures an upright picture, perhaps reduced, against the manifest's thresholds. `side_px` is
+/// the shorter side of the photo that it was made of.
 ///
 /// # Errors
 /// [`picture::Unreadable`] where it cannot be reduced.
-pub fn gate(picture: &image::RgbImage, thresholds: &quality::Thresholds) -> Result<Quality, picture::Unreadable> {
+pub fn gate(
+    picture: &image::RgbImage,
+    side_px: u32,
+    thresholds: &quality::Thresholds,
+) -> Result<Quality, picture::Unreadable> {
     let (pixels, width, height) = picture::gate_luma(picture)?;
-    let shorter = picture.width().min(picture.height());
-    let measures = quality::measure(shorter, &quality::Luma { width, height, pixels: &pixels });
+    let measures = quality::measure(side_px, &quality::Luma { width, height, pixels: &pixels });
     let reasons = quality::reasons(&measures, thresholds);
     let measures: BTreeMap<String, f64> =
         serde_json::to_value(measures).ok().and_then(|value| serde_json::from_value(value).ok()).unwrap_or_default();

@@ -1,6 +1,7 @@
 //! The walk over one scan, sequential or progressive (ITU-T T.81, annexes F and G).
 
 use super::huffman::{Bits, Huffman};
+use super::quarter::Planes;
 use super::{
     CUT_SHORT, Component, Damaged, Frame, MAX_AC, MAX_DC, NO_TABLE, NOT_YET, Result, SEGMENT, TOO_FAR, TOO_LARGE,
     Tables, take, take_marker,
@@ -30,6 +31,8 @@ pub(super) struct Part<'a> {
     pub(super) max_dc: i32,
     /// Of the squares of a block's AC coefficients.
     pub(super) max_energy: u64,
+    /// The block's first coefficients, dequantised; sequential scans only.
+    pub(super) low: [i32; 5],
 }
 
 impl<'a> Scan<'a> {
@@ -85,20 +88,27 @@ impl<'a> Scan<'a> {
         let rounding = quantiser.iter().map(|step| f64::from(*step).powi(2)).sum::<f64>().sqrt() / 2.0;
         let part = Part {
             component: index,
-            blocks_per_mcu: component.blocks_per_mcu,
+            blocks_per_mcu: component.factors[0] * component.factors[1],
             dc: tables.dc.get(usize::from(slots >> 4)).and_then(Option::as_ref),
             ac: tables.ac.get(usize::from(slots & 15)).and_then(Option::as_ref),
             quantiser,
             predicted: 0,
             max_dc: (MAX_DC / step) as i32 + 1,
             max_energy: (MAX_AC + rounding).powi(2) as u64,
+            low: [0; 5],
         };
         let no_dc = self.first == 0 && self.high == 0 && part.dc.is_none();
         if no_dc || (self.last > 0 && part.ac.is_none()) { Err(NO_TABLE) } else { Ok(part) }
     }
 
-    /// Walks all MCUs; gives what follows on the scan.
-    pub(super) fn walk<'b>(mut self, bytes: &'b [u8], frame: &mut Frame, restart: usize) -> Result<&'b [u8]> {
+    /// Walks all MCUs, and tells `planes` of each block; gives what follows on the scan.
+    pub(super) fn walk<'b>(
+        mut self,
+        bytes: &'b [u8],
+        frame: &mut Frame,
+        restart: usize,
+        mut planes: Option<&mut Planes>,
+    ) -> Result<&'b [u8]> {
         let mut bits = Bits { rest: bytes, buffer: 0, count: 0 };
         let mut parts = std::mem::take(&mut self.parts);
         let mut mcus = frame.mcus;
@@ -115,9 +125,15 @@ impl<'a> Scan<'a> {
             }
             let mut unused = 0;
             let block_bits = nonzero.get_mut(mcu).unwrap_or(&mut unused);
+            if let Some(planes) = &mut planes {
+                planes.begin(mcu);
+            }
             for part in &mut parts {
-                for _ in 0..part.blocks_per_mcu {
+                for block in 0..part.blocks_per_mcu {
                     self.block(&mut bits, part, block_bits)?;
+                    if let Some(planes) = &mut planes {
+                        planes.put(part.component, block, part.low);
+                    }
                 }
             }
         }
@@ -159,6 +175,7 @@ impl<'a> Scan<'a> {
             if part.predicted.abs() > part.max_dc {
                 return Err(TOO_LARGE);
             }
+            part.low = [part.predicted * i32::from(part.quantiser[0]), 0, 0, 0, 0];
         } else if self.first == 0 {
             bits.take(1)?;
         }
@@ -171,7 +188,7 @@ impl<'a> Scan<'a> {
 
     /// The AC coefficients' first bits (F.1.2.2, G.1.2.2).
     #[inline]
-    pub(super) fn band(&mut self, bits: &mut Bits, part: &Part, nonzero: &mut u64) -> Result<()> {
+    pub(super) fn band(&mut self, bits: &mut Bits, part: &mut Part, nonzero: &mut u64) -> Result<()> {
         if self.ended > 0 {
             self.ended -= 1;
             return Ok(());
@@ -193,7 +210,11 @@ impl<'a> Scan<'a> {
                 return Err(TOO_LARGE);
             }
             if size > 0 {
-                let value = u64::from(bits.value(size)?.unsigned_abs() << self.low) * u64::from(*step);
+                let value = bits.value(size)?;
+                if let Some(low) = part.low.get_mut(at) {
+                    *low = value * i32::from(*step);
+                }
+                let value = u64::from(value.unsigned_abs() << self.low) * u64::from(*step);
                 energy += value.min(1 << 20).pow(2);
                 *nonzero |= 1 << at;
             } else if at == last {

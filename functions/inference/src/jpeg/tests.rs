@@ -313,3 +313,45 @@ fn no_bytes_make_the_walk_panic() {
         }
     }
 }
+
+#[test]
+fn a_quarter_is_what_averaging_every_pixel_gives() {
+    let least = Least { longer: 1, shorter: 1 };
+    let usual = ["baseline-420", "baseline-444", "optimised-tables", "restarts"];
+    for (name, photo) in PHOTOS {
+        let quarter = check_and_reduce(photo, least).unwrap();
+        assert_eq!(quarter.is_some(), usual.contains(&name), "{name}");
+        let Some(Quarter { pixels, side_px }) = quarter else { continue };
+        let whole = image::load_from_memory(photo).unwrap().into_rgb8();
+        assert_eq!(side_px, whole.height(), "{name}");
+        assert_eq!(pixels.dimensions(), (whole.width() / 4, whole.height() / 4), "{name}");
+        let mut differences = Vec::new();
+        for (x, y, pixel) in pixels.enumerate_pixels() {
+            for channel in 0..3 {
+                let square = (0..16).map(|at| whole.get_pixel(4 * x + at % 4, 4 * y + at / 4).0[channel]);
+                let mean = square.map(f64::from).sum::<f64>() / 16.0;
+                differences.push((f64::from(pixel.0[channel]) - mean).abs());
+            }
+        }
+        let mean = differences.iter().sum::<f64>() / differences.len() as f64;
+        println!("{name}: {mean:.2} levels apart on average");
+        assert!(mean < 2.0, "{name}: {mean}");
+    }
+}
+
+#[test]
+fn a_small_photo_and_one_without_luma_are_left_to_the_decoder() {
+    let (_, photo) = PHOTOS[1];
+    let reduced = |photo: &[u8], longer, shorter| check_and_reduce(photo, Least { longer, shorter }).unwrap().is_some();
+    let whole = image::load_from_memory(photo).unwrap();
+    let [longer, shorter] = [whole.width() / 4, whole.height() / 4];
+    assert!(reduced(photo, longer, shorter));
+    assert!(!reduced(photo, longer + 1, shorter));
+    assert!(!reduced(photo, longer, shorter + 1));
+    let adobe = |transform: u8| {
+        let segment = [&[0xFF, 0xEE, 0, 14][..], b"Adobe", &[0, 100, 0, 0, 0, 0, transform]].concat();
+        [&photo[..2], &segment, &photo[2..]].concat()
+    };
+    assert!(reduced(&adobe(1), longer, shorter));
+    assert!(!reduced(&adobe(0), longer, shorter));
+}
