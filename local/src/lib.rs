@@ -115,7 +115,7 @@ impl Host {
             cache: PredictionCache::from_env(env)?,
             cache_secret: secret,
             model: Arc::clone(&model),
-            room: Room::new(config.inference_workers),
+            room: Room::new(config.inference_workers)?,
             clock: clock.clone(),
             policy,
         };

@@ -233,8 +233,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             let _held = (place, memory);
             read_photo(&model, &bytes, orientation, cached, key, timings)
         };
-        // A panic in a decoder fails this attempt and no other job.
-        tokio::task::spawn_blocking(work).await.map_err(|error| Error::unavailable("the model", error))
+        self.room.run(work).await
     }
 
     fn cache_key(&self, job: &Job, photo: &[u8]) -> String {

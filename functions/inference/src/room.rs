@@ -1,20 +1,31 @@
 //! How much is worked at once: photos on the processor, and bytes of decoded pixels in memory.
 //!
-//! Entered by each photo between its claim and its decoding, left when its reading is made.
+//! Entered by each photo between its claim and its decoding, left when its reading is made. The
+//! photos are worked by threads of the room's own, which give way to whatever else the process has
+//! to do: a request that is taken in or a record that is written waits for no photo.
 
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use shared::Error;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// Decoded bytes at work at once: two photos of 12 megapixels. A photo that takes more by itself
 /// waits until it is alone.
 const MEMORY: u32 = 80_000_000;
+/// Of the threads that work photos; a tenth of the usual share where the processor is wanted
+/// elsewhere (sched(7)).
+const NICE: i32 = 10;
+
+type Work = Box<dyn FnOnce() + Send>;
 
 /// Places on the processor and bytes in memory.
 pub struct Room {
     places: Arc<Semaphore>,
     memory: Arc<Semaphore>,
+    /// The threads end with it.
+    work: Sender<Work>,
 }
 
 /// Held while a photo is worked.
@@ -23,10 +34,35 @@ pub struct Held {
 }
 
 impl Room {
-    /// Room for `places` photos on the processor.
-    #[must_use]
-    pub fn new(places: usize) -> Self {
-        Self { places: Arc::new(Semaphore::new(places)), memory: Arc::new(Semaphore::new(MEMORY as usize)) }
+    /// Room for `places` photos on the processor, with a thread for each.
+    ///
+    /// # Errors
+    /// Where a thread cannot be started.
+    pub fn new(places: usize) -> Result<Self, Error> {
+        let (work, inbox) = channel();
+        let inbox = Arc::new(Mutex::new(inbox));
+        for _ in 0..places {
+            let inbox = Arc::clone(&inbox);
+            let thread = std::thread::Builder::new().name("photo".to_owned());
+            thread.spawn(move || serve(&inbox)).map_err(|error| Error::unavailable("a thread", error))?;
+        }
+        let (places, memory) = (Arc::new(Semaphore::new(places)), Arc::new(Semaphore::new(MEMORY as usize)));
+        Ok(Self { places, memory, work })
+    }
+
+    /// Runs `work` on one of the room's threads, one of which is free for whoever holds a place.
+    ///
+    /// # Errors
+    /// Where `work` panics.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+        let (sender, receiver) = oneshot::channel();
+        let work: Work = Box::new(move || {
+            // Whoever waited may have gone.
+            let _ = sender.send(work());
+        });
+        let unavailable = |error: &'static str| Error::unavailable("the model", error);
+        self.work.send(work).map_err(|_| unavailable("its threads have ended"))?;
+        receiver.await.map_err(|_| unavailable("its thread panicked"))
     }
 
     /// A place on the processor, first come first served.
@@ -49,6 +85,18 @@ impl Room {
     }
 }
 
+fn serve(inbox: &Mutex<Receiver<Work>>) {
+    // Linux takes this for the thread that calls, not for the process (nice(2)). Where it is forbidden,
+    // photos and requests share alike.
+    let _ = rustix::process::nice(NICE);
+    loop {
+        let next = inbox.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(work) = next else { return };
+        // A panic in a decoder fails this photo and no other; the hook has logged it.
+        let _ = catch_unwind(AssertUnwindSafe(work));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt;
@@ -57,7 +105,7 @@ mod tests {
 
     #[tokio::test]
     async fn photos_wait_for_memory_and_the_largest_one_gets_in_alone() {
-        let room = Room::new(2);
+        let room = Room::new(2).unwrap();
         let first = room.memory(u64::from(MEMORY) / 2).await.unwrap();
         let second = room.memory(u64::from(MEMORY) / 2).now_or_never().unwrap().unwrap();
         assert!(room.memory(1).now_or_never().is_none());
@@ -70,10 +118,26 @@ mod tests {
 
     #[tokio::test]
     async fn no_more_photos_than_places_are_on_the_processor() {
-        let room = Room::new(2);
+        let room = Room::new(2).unwrap();
         let held = (room.place().await.unwrap(), room.place().await.unwrap());
         assert!(room.place().now_or_never().is_none());
         drop(held);
         assert!(room.place().now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_panic_fails_one_photo_and_leaves_its_thread_working() {
+        let room = Room::new(1).unwrap();
+        assert!(room.run(|| panic!("expected by this test")).await.is_err());
+        assert_eq!(room.run(|| 7).await.unwrap(), 7);
+    }
+
+    #[tokio::test]
+    async fn photos_give_way_to_everything_else() {
+        let own = rustix::process::getpriority_process(None).unwrap();
+        let room = Room::new(1).unwrap();
+        let photos = room.run(|| rustix::process::getpriority_process(None)).await.unwrap().unwrap();
+        assert_eq!(photos, (own + NICE).min(19));
+        assert_eq!(rustix::process::getpriority_process(None).unwrap(), own, "the process is as it was");
     }
 }

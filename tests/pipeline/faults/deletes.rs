@@ -78,7 +78,7 @@ impl Bench {
             cache: PredictionCache::memory(),
             cache_secret: vec![7; 32],
             model: Arc::clone(&host.model),
-            room: Room::new(1),
+            room: Room::new(1).unwrap(),
             clock: clock.clone(),
             policy,
         };
