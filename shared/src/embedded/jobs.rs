@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::sqlite::Sqlite;
+use super::sqlite::{Kept, Sqlite};
 use crate::clock::{Timestamp, from_millis};
 use crate::error::Error;
 use crate::job::{Fence, Job, Record, Tombstone, Upload};
@@ -120,7 +120,8 @@ impl SqliteJobStore {
     /// Where the store cannot be reached.
     pub async fn advance(&self, consumer: &'static str, seq: i64) -> Result<(), Error> {
         self.sqlite
-            .call(move |db| {
+            // Changes that are read again find their jobs claimed, or unclaimed as they are.
+            .call_kept(Kept::InFile, move |db| {
                 if seq <= cursor(db, consumer)? {
                     return Ok(());
                 }
@@ -216,7 +217,10 @@ impl JobStore for SqliteJobStore {
 
     async fn replace(&self, fence: Fence, after: &Record) -> Result<bool, Error> {
         let row = NewRow::of(after)?;
-        let written = self.sqlite.call(move |db| row.write(db, fence)).await?;
+        // A power cut that undoes a claim ends its worker as well: the job is claimed anew.
+        let is_claim = matches!(after, Record::Job(job) if job.lease_until.is_some());
+        let kept = if is_claim { Kept::InFile } else { Kept::OnDisk };
+        let written = self.sqlite.call_kept(kept, move |db| row.write(db, fence)).await?;
         self.changed.notify_one();
         Ok(written)
     }

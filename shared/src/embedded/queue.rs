@@ -1,5 +1,8 @@
 //! The queue in SQLite, with SQS's rules: a received message is hidden for a while and comes back
 //! unless it is acknowledged; one that was received too often becomes a dead letter.
+//!
+//! Nothing here waits for the disk but a redrive: after a power cut a message comes twice, which
+//! changes nothing, or is gone, which sweep makes good, since the job's record is due.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,7 +12,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::sqlite::Sqlite;
+use super::sqlite::{Kept, Sqlite};
 use crate::clock::{Clock, Timestamp, from_millis};
 use crate::error::Error;
 use crate::message::Message;
@@ -79,7 +82,7 @@ impl SqliteJobQueue {
         let max = self.max_receive_count;
         let (delivery, buried) = self
             .sqlite
-            .call(move |db| {
+            .call_kept(Kept::InFile, move |db| {
                 let mut buried = 0;
                 while let Some((id, receive_count)) = first_visible(db, now)? {
                     if receive_count < max {
@@ -108,7 +111,9 @@ impl SqliteJobQueue {
     pub async fn acknowledge(&self, receipt: &str) -> Result<(), Error> {
         let receipt = receipt.to_owned();
         self.sqlite
-            .call(move |db| db.prepare_cached("DELETE FROM messages WHERE receipt = ?1")?.execute([receipt]))
+            .call_kept(Kept::InFile, move |db| {
+                db.prepare_cached("DELETE FROM messages WHERE receipt = ?1")?.execute([receipt])
+            })
             .await?;
         Ok(())
     }
@@ -130,7 +135,8 @@ impl SqliteJobQueue {
         let now: Timestamp = self.clock.now();
         let sql = "INSERT INTO messages (id, body, visible_at, sent_at) VALUES (?1, ?2, ?3, ?3)";
         let id = Uuid::now_v7().to_string();
-        self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![id, body, now.timestamp_millis()])).await?;
+        let insert = move |db: &Connection| db.prepare_cached(sql)?.execute(params![id, body, now.timestamp_millis()]);
+        self.sqlite.call_kept(Kept::InFile, insert).await?;
         self.sent.notify_one();
         Ok(())
     }
@@ -145,7 +151,8 @@ impl JobQueue for SqliteJobQueue {
         let visible_at = (self.clock.now() + TimeDelta::seconds(i64::from(seconds))).timestamp_millis();
         let receipt = receipt.to_owned();
         let sql = "UPDATE messages SET visible_at = ?1 WHERE receipt = ?2";
-        self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![visible_at, receipt])).await?;
+        let update = move |db: &Connection| db.prepare_cached(sql)?.execute(params![visible_at, receipt]);
+        self.sqlite.call_kept(Kept::InFile, update).await?;
         Ok(())
     }
 

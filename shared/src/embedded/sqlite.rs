@@ -1,5 +1,6 @@
 //! One SQLite file behind one thread, which commits what has piled up in one transaction: many
-//! callers share the price of one fsync.
+//! callers share the price of one fsync. Where nobody in a batch needs one there is none: SIGKILL
+//! loses nothing of it, a power cut may (<https://www.sqlite.org/pragma.html#pragma_synchronous>).
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -21,10 +22,35 @@ const STATEMENTS: usize = 64;
 /// How long another process may hold the file.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What a caller needs to be sure of when it is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// The write stands after a power cut.
+    OnDisk,
+    /// After a power cut the write may be undone, with all that came after it: for what is then
+    /// done once more without harm.
+    InFile,
+}
+
+impl Kept {
+    /// SQLite's name of it, in WAL mode.
+    fn synchronous(self) -> &'static str {
+        match self {
+            Self::OnDisk => "FULL",
+            Self::InFile => "NORMAL",
+        }
+    }
+}
+
 /// Answers its caller once it is known whether the batch was committed.
 type Reply = Box<dyn FnOnce(Result<(), &str>) + Send>;
 /// Runs inside the batch's transaction.
-type Call = Box<dyn FnOnce(&Connection) -> Reply + Send>;
+type Work = Box<dyn FnOnce(&Connection) -> Reply + Send>;
+
+struct Call {
+    work: Work,
+    kept: Kept,
+}
 
 /// A handle to the thread; the thread ends with the last handle.
 #[derive(Clone)]
@@ -68,8 +94,17 @@ impl Sqlite {
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Error> {
+        self.call_kept(Kept::OnDisk, work).await
+    }
+
+    /// As [`Sqlite::call`], where the caller may need less.
+    pub(super) async fn call_kept<T: Send + 'static>(
+        &self,
+        kept: Kept,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
         let (sender, receiver) = oneshot::channel();
-        let call: Call = Box::new(move |connection| {
+        let work: Work = Box::new(move |connection| {
             let result = savepoint(connection, work);
             Box::new(move |committed| {
                 let result = committed.map_err(str::to_owned).and_then(|()| result.map_err(|error| error.to_string()));
@@ -77,7 +112,7 @@ impl Sqlite {
                 let _ = sender.send(result);
             })
         });
-        self.calls.send(call).map_err(|_| Error::unavailable(self.what, "its thread has ended"))?;
+        self.calls.send(Call { work, kept }).map_err(|_| Error::unavailable(self.what, "its thread has ended"))?;
         let unavailable = |cause: String| Error::unavailable(self.what, cause);
         receiver.await.map_err(|_| unavailable("no transaction could be begun".into()))?.map_err(unavailable)
     }
@@ -104,7 +139,7 @@ fn connect(path: &Path, version: u32, schema: &str) -> rusqlite::Result<Connecti
     // Every statement that a file's calls use, or they are parsed again and again.
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
     connection.pragma_update(None, "journal_mode", "WAL")?;
-    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "synchronous", Kept::OnDisk.synchronous())?;
     // Deleted health data is overwritten, not only forgotten.
     connection.pragma_update(None, "secure_delete", "ON")?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -151,8 +186,18 @@ fn savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> rusql
 }
 
 fn serve(mut connection: Connection, inbox: &Receiver<Call>, scrub: &AtomicBool) {
+    let mut set = Kept::OnDisk;
     while let Ok(first) = inbox.recv() {
         let calls: Vec<Call> = std::iter::once(first).chain(inbox.try_iter().take(MAX_BATCH - 1)).collect();
+        let kept = if calls.iter().any(|call| call.kept == Kept::OnDisk) { Kept::OnDisk } else { Kept::InFile };
+        if kept != set {
+            if let Err(error) = connection.pragma_update(None, "synchronous", kept.synchronous()) {
+                // As below: every caller is told.
+                tracing::warn!(error.code = "sqlite_synchronous", error.chain = %error, "batch not begun");
+                continue;
+            }
+            set = kept;
+        }
         let replies = serve_batch(&mut connection, calls);
         if scrub.swap(false, Ordering::SeqCst) {
             // Not emptied while another process reads: then after the next batch.
@@ -174,7 +219,7 @@ fn serve_batch(connection: &mut Connection, calls: Vec<Call>) -> Vec<Box<dyn FnO
             return Vec::new();
         }
     };
-    let replies: Vec<Reply> = calls.into_iter().map(|call| call(&transaction)).collect();
+    let replies: Vec<Reply> = calls.into_iter().map(|call| (call.work)(&transaction)).collect();
     let committed = commit(transaction);
     let answer = |reply: Reply| -> Box<dyn FnOnce()> {
         let committed = committed.clone();
