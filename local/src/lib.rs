@@ -40,7 +40,7 @@ pub use init::init;
 pub use routes::openapi;
 
 /// How long what is in flight may take after the signal to stop. What takes longer is taken up at
-/// the next start, when its lease has run out.
+/// the next start.
 const DRAIN: Duration = Duration::from_secs(25);
 
 /// How long open requests may take after that.
@@ -156,6 +156,10 @@ impl Host {
             TcpListener::bind(address).await.with_context(|| format!("LISTEN_ADDR: cannot listen on {address}"))?;
         ready(listener.local_addr()?);
         let host = Arc::new(self);
+        if let Err(error) = workers::take_over(&host).await {
+            // Then it waits until its leases have run out.
+            workers::failed("work that was cut off not taken up", &error);
+        }
         let (stopper, stopped) = watch::channel(false);
         let mut tasks = JoinSet::new();
         for _ in 0..host.config.inference_workers * workers::AHEAD {

@@ -8,12 +8,14 @@ use aws_lambda_events::event::dynamodb;
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use aws_lambda_events::event::sqs::{SqsEvent, SqsMessage};
 use chrono::TimeDelta;
+use futures_util::future::join_all;
 use serde_json::json;
 use shared::Error;
 use shared::crash::{self, Point};
 use shared::embedded::{Change, Delivery};
-use shared::job::Dispatch;
+use shared::job::{Dispatch, Job};
 use shared::llm::Llm;
+use shared::transition::{NotMoved, transition};
 use tokio::sync::watch::Receiver;
 
 use crate::Host;
@@ -43,6 +45,29 @@ async fn idle(rung: impl Future<Output = ()>, at_most: Duration, stopped: &mut R
         () = tokio::time::sleep(at_most) => {}
         _ = stopped.wait_for(|stopped| *stopped) => {}
     }
+}
+
+/// Ends what the host's last life left held: the lock of the data folder proves that its workers are
+/// dead. Their attempts count; sweep and queue send the jobs round again.
+pub(crate) async fn take_over(host: &Host) -> Result<(), Error> {
+    let now = host.clock.now();
+    let leased = host.store.leased().await?;
+    let lapse = async |job: &Job| match transition(&host.store, job, |job| Ok((job.lapse(now)?, ()))).await {
+        Err(NotMoved::Store(error)) => Err(error),
+        // The lease has run out by itself.
+        Err(NotMoved::Refused(_) | NotMoved::Gone) => Ok(()),
+        Ok(_) => {
+            crash::here(Point::StartLeaseEnded);
+            Ok(())
+        }
+    };
+    join_all(leased.iter().map(lapse)).await.into_iter().collect::<Result<(), _>>()?;
+    let shown = host.queue.show_received().await?;
+    crash::here(Point::StartMessagesShown);
+    if !leased.is_empty() || shown > 0 {
+        tracing::warn!(jobs = leased.len(), messages = shown, "work was cut off at the last end; it is taken up now");
+    }
+    Ok(())
 }
 
 pub(crate) async fn inference(host: Arc<Host>, mut stopped: Receiver<bool>) {
@@ -185,6 +210,6 @@ pub(crate) async fn housekeeping(host: Arc<Host>, mut stopped: Receiver<bool>) {
     }
 }
 
-fn failed(what: &str, error: &Error) {
+pub(crate) fn failed(what: &str, error: &Error) {
     tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "{what}");
 }

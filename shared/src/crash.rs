@@ -57,6 +57,8 @@ points! {
     SweepUploadErased = "sweep.upload_erased",
     SweepUploadSettled = "sweep.upload_settled",
     SweepOrphanErased = "sweep.orphan_erased",
+    StartLeaseEnded = "start.lease_ended",
+    StartMessagesShown = "start.messages_shown",
     AdminKeyWritten = "admin.key_written",
     AdminKeyRevoked = "admin.key_revoked",
     AdminJobRedriven = "admin.job_redriven",

@@ -9,6 +9,7 @@ use chrono::{TimeDelta, Utc};
 use reqwest::Client;
 use shared::clock::Clock;
 use shared::crash::Point;
+use shared::embedded::SqliteJobStore;
 use shared::job::{Record, Status, photo_key};
 use shared::ports::{BlobStore, JobStore};
 use tempfile::TempDir;
@@ -42,6 +43,7 @@ pub(super) const SWEEP_TOMBSTONE: &[Point] =
     &[Point::SweepErased, Point::SweepTombstoneSettled, Point::SweepForgetSent];
 pub(super) const SWEEP_UPLOAD: &[Point] = &[Point::SweepUploadErased, Point::SweepUploadSettled];
 pub(super) const SWEEP_ORPHAN: &[Point] = &[Point::SweepOrphanErased];
+pub(super) const START: &[Point] = &[Point::StartLeaseEnded, Point::StartMessagesShown];
 pub(super) const ADMIN_KEYS: &[Point] = &[Point::AdminKeyWritten, Point::AdminKeyRevoked];
 pub(super) const ADMIN_JOB: &[Point] = &[Point::AdminJobRedriven, Point::AdminMessageSent];
 pub(super) const ADMIN_DEAD_LETTERS: &[Point] = &[Point::AdminDeadLettersMoved];
@@ -60,6 +62,7 @@ fn every_crash_point_is_in_a_scenario() {
         SWEEP_TOMBSTONE,
         SWEEP_UPLOAD,
         SWEEP_ORPHAN,
+        START,
         ADMIN_KEYS,
         ADMIN_JOB,
         ADMIN_DEAD_LETTERS,
@@ -86,10 +89,15 @@ impl Scene {
     }
 
     async fn start(&self, crash_at: Option<Point>) -> Process {
+        self.start_with(crash_at, &[]).await.expect("the host died before it listened")
+    }
+
+    async fn start_with(&self, crash_at: Option<Point>, times: &[(&str, &str)]) -> Option<Process> {
         let base_url = self.llm.base_url();
         let mut extra = vec![("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
         extra.extend(crash_at.map(|point| ("CRASH_AT", point.name())));
-        Process::start(self.folder.path(), &extra).await.expect("the host died before it listened")
+        extra.extend(times);
+        Process::start(self.folder.path(), &extra).await
     }
 
     fn data(&self) -> &Path {
@@ -241,6 +249,38 @@ async fn a_kill_between_any_two_writes_of_inference_loses_and_doubles_nothing() 
         scene.recover("key", point).await;
     }
     println!("inference: killed at {} points", INFERENCE.len() + INFERENCE_RETRY.len());
+}
+
+/// Leases and waits of an hour, so that nothing is taken up because its time is over.
+const AN_HOUR: [(&str, &str); 3] =
+    [("LEASE_SECONDS", "900"), ("REDISPATCH_SECONDS", "3600"), ("BACKOFF_SECONDS", "3600")];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_kill_cut_off_is_taken_up_at_the_next_start_and_not_when_its_lease_runs_out() {
+    let cut_off = [Point::InferenceClaimed, Point::EnrichmentClaimed];
+    for (point, at_start) in cut_off.into_iter().flat_map(|point| {
+        std::iter::once((point, None)).chain(START.iter().map(move |at_start| (point, Some(*at_start))))
+    }) {
+        let scene = Scene::new([]).await;
+        let mut host = scene.start_with(Some(point), &AN_HOUR).await.expect("the host died before it listened");
+        let _ = scene.submit(&host, "key").await;
+        host.killed().await;
+        if let Some(at_start) = at_start
+            && let Some(mut host) = scene.start_with(Some(at_start), &AN_HOUR).await
+        {
+            host.killed().await;
+        }
+        let host = scene.start_with(None, &AN_HOUR).await.unwrap();
+        let id = scene.submit(&host, "key").await.unwrap();
+        assert_eq!(ended(&scene.http, &host.url, &id).await["status"], "completed", "{}", point.name());
+        let store = SqliteJobStore::open(&scene.data().join("jobs.sqlite")).unwrap();
+        let Some(Record::Job(job)) = store.get(id.parse().unwrap()).await.unwrap() else { panic!() };
+        let attempts = (job.attempts.inference, job.attempts.enrichment);
+        let expected = if point == Point::InferenceClaimed { (2, 1) } else { (1, 2) };
+        assert_eq!(attempts, expected, "{}: what was cut off counts, once", point.name());
+        scene.settled(host, &[id], point).await;
+        assert_eq!(scene.llm.calls(), 1, "{}", point.name());
+    }
 }
 
 async fn only_photo(data: &Path) -> std::path::PathBuf {

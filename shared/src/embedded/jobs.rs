@@ -134,6 +134,17 @@ impl SqliteJobStore {
             .await
     }
 
+    /// The jobs that a worker holds, or held when it died.
+    ///
+    /// # Errors
+    /// Where the store cannot be reached.
+    pub async fn leased(&self) -> Result<Vec<Job>, Error> {
+        let sql = "SELECT record FROM jobs
+            WHERE due_at IS NOT NULL AND json_extract(record, '$.lease_until') IS NOT NULL";
+        let found = self.sqlite.read(|db| records(db, sql, []))?;
+        Ok(readable(&found).into_iter().filter_map(Record::into_job).collect())
+    }
+
     /// Deletes expired records and idempotency items, as DynamoDB's TTL does. Returns how many
     /// records went.
     ///

@@ -118,6 +118,17 @@ impl SqliteJobQueue {
         Ok(())
     }
 
+    /// Makes every received message visible, for a start at which nobody can be working one. How
+    /// often each was received stands. Returns how many there were.
+    ///
+    /// # Errors
+    /// Where the queue cannot be reached.
+    pub async fn show_received(&self) -> Result<usize, Error> {
+        let now = self.clock.now().timestamp_millis();
+        let sql = "UPDATE messages SET visible_at = ?1, receipt = NULL WHERE receipt IS NOT NULL";
+        self.sqlite.call_kept(Kept::InFile, move |db| db.prepare_cached(sql)?.execute([now])).await
+    }
+
     /// How many messages wait, hidden ones included, and how many are dead letters.
     ///
     /// # Errors

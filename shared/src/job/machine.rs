@@ -201,6 +201,17 @@ impl Job {
         Ok(next)
     }
 
+    /// Ends the lease of a worker that is known to be dead: the job is due at once, for sweep.
+    ///
+    /// # Errors
+    /// [`Refused::NotDue`] where nobody holds a lease that would run on.
+    pub fn lapse(&self, now: Timestamp) -> Result<Self, Refused> {
+        if !self.is_leased(now) {
+            return Err(Refused::NotDue);
+        }
+        Ok(Self { lease_until: Some(now), due_at: Some(now), ..self.next(now) })
+    }
+
     fn held(&self, status: Status, claim: u64) -> Result<(), Refused> {
         if self.status == status && self.claim == claim && self.lease_until.is_some() {
             return Ok(());

@@ -180,6 +180,8 @@ enum Action {
     FinishDescription(u64),
     DeferDescription(u64),
     Die(u64),
+    /// All workers of a host die with it, and its next start ends the lease.
+    Restart,
     Sweep,
     Redrive,
     Delete,
@@ -201,6 +203,7 @@ fn step(world: &World, action: Action) -> Option<Result<Job, Refused>> {
         Action::DeferDescription(claim) => job.defer_description(claim, None, now, &policy),
         Action::Sweep => job.sweep(now, &policy, |_| description()).map(|(job, _)| job),
         Action::Redrive => job.redrive(now, &policy),
+        Action::Restart => job.lapse(now),
         Action::Tick | Action::LoseMessage | Action::LoseChange | Action::Die(_) | Action::Delete => return None,
     })
 }
@@ -242,7 +245,7 @@ impl Model for OneJob {
         for &claim in &world.describing {
             actions.extend([Action::FinishDescription(claim), Action::DeferDescription(claim), Action::Die(claim)]);
         }
-        actions.push(Action::Sweep);
+        actions.extend([Action::Sweep, Action::Restart]);
         if world.redrives == 0 {
             actions.push(Action::Redrive);
         }
@@ -266,6 +269,10 @@ impl Model for OneJob {
                 // A message or a change that is delivered stays: it may come again.
                 let written = step(world, action)?.ok();
                 match action {
+                    Action::Restart => {
+                        next.inferring.clear();
+                        next.describing.clear();
+                    }
                     // A refused worker has learnt that it is stale, and is gone.
                     Action::FinishInference(claim, _) | Action::ReleaseInference(claim) => {
                         next.inferring.retain(|held| *held != claim);
@@ -314,6 +321,14 @@ impl Model for OneJob {
                             .flat_map(|claim| [Action::FinishDescription(*claim), Action::DeferDescription(*claim)]),
                     )
                     .all(refused)
+            }),
+            Property::always("no start costs an attempt or leaves a lease", |_, world: &World| {
+                let Some(Ok(lapsed)) = step(world, Action::Restart) else { return true };
+                let Some(record) = &world.record else { return true };
+                let attempts = (lapsed.attempts.inference, lapsed.attempts.enrichment);
+                attempts == record.attempts
+                    && lapsed.claim == record.claim
+                    && lapsed.sweep(at(world.now), &policy(), |_| description()).is_ok()
             }),
             Property::always("a job ends once", |_, world: &World| !world.reopened),
             Property::always("a prediction that was made is never lost", |_, world: &World| {
