@@ -113,6 +113,8 @@ async fn what_is_no_photo_is_refused_with_its_own_code() {
     assert_error(json(json!({"image": "no base64!"})).await.unwrap(), 400, "invalid_request").await;
     assert_error(json(json!({"image": "", "colour": 1})).await.unwrap(), 400, "invalid_request").await;
     assert_error(json(json!([])).await.unwrap(), 400, "invalid_request").await;
+    let in_order = json!([STANDARD.encode(mole()), null, true]);
+    assert_error(json(in_order).await.unwrap(), 400, "invalid_request").await;
     let text = host.http.post(format!("{}/submit", host.url)).header("content-type", "text/plain").body("hello");
     assert_error(text.send().await.unwrap(), 415, "unsupported_media_type").await;
     let form = Form::new().text("photo", "x");

@@ -192,6 +192,9 @@ async fn what_cannot_be_a_photo_is_not_permitted() {
         let error: Value = response.json().await.unwrap();
         assert_eq!(error["error"]["code"], code, "{body}");
     }
+    let in_order = json!([good["content_type"], good["size_bytes"], good["sha256"]]);
+    let response = host.http.post(format!("{}/uploads", host.url)).json(&in_order).send().await.unwrap();
+    assert_eq!(response.status().as_u16(), 400, "an array of the fields is no object with them");
     for image_key in ["", "incoming", "incoming/x/y/photo", "../../etc/passwd", "models/x/manifest.json"] {
         let response = submit_key(&host.http, &host.url, image_key).await.unwrap();
         assert_eq!(response.status().as_u16(), 404, "{image_key}");

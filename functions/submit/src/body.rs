@@ -90,9 +90,13 @@ async fn from_json(body: Body) -> Result<Asked, Error> {
     checked(image, body.describe).map(Asked::Photo)
 }
 
-/// A JSON body of at most `limit` bytes; `shape` tells the client what was expected.
+/// A JSON object of at most `limit` bytes; `shape` tells the client what was expected.
 pub(crate) async fn json<T: DeserializeOwned>(body: Body, limit: usize, shape: &str) -> Result<T, Error> {
     let bytes = limited(body, limit).await?;
+    // serde takes an array of a struct's fields for the struct.
+    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
+        return Err(invalid(format!("The body is not {shape}: it is an array.")));
+    }
     serde_json::from_slice(&bytes).map_err(|error| {
         // serde's own message may repeat a value.
         let place = format!("line {}, column {}", error.line(), error.column());
