@@ -25,7 +25,7 @@ pub(crate) async fn in_turn(
     request: Request,
     next: Next,
 ) -> Result<Response, Error> {
-    let busy = || Error::new(Code::TooManyRequests, "Too many photos are arriving at the moment. Try again.");
+    let busy = || Error::too_many_requests("Too many photos are arriving at the moment. Try again.", 5);
     let turn = timeout(PATIENCE, turns.acquire()).await.map_err(|_| busy())?;
     let _turn = turn.map_err(|_| busy())?;
     let slow = |_| Error::new(Code::InvalidRequest, "The photo did not arrive within 60 seconds.");

@@ -273,7 +273,7 @@ async fn who_has_too_much_queued_waits_until_some_of_it_is_done() {
         }
         assert!(accepted < 1_000, "no end");
     };
-    assert_eq!(refused.code(), Code::TooManyRequests);
+    assert_eq!((refused.code(), refused.retry_after_seconds()), (Code::TooManyRequests, Some(30)));
     let stored = host.blobs.list("jobs/", None, 1_000).await.unwrap().len();
     assert_eq!(stored, accepted, "a refused photo is not kept");
     let other = Caller("other".into());

@@ -39,6 +39,9 @@ const IDEMPOTENCY_TTL: TimeDelta = TimeDelta::hours(24);
 /// The longest `Idempotency-Key`, in bytes.
 const MAX_KEY_BYTES: usize = 255;
 
+/// What a client is told to wait where too much is queued: a good many photos are worked meanwhile.
+const QUEUE_FULL_SECONDS: u32 = 30;
+
 /// What submit works with.
 pub struct Submit<J, Q, B> {
     pub jobs: J,
@@ -219,10 +222,8 @@ fn idempotency_item(
 }
 
 fn queue_full() -> Error {
-    Error::new(
-        Code::TooManyRequests,
-        "Too many of your photos are waiting. Send this one again when some of them are done.",
-    )
+    let message = "Too many of your photos are waiting. Send this one again when some of them are done.";
+    Error::too_many_requests(message, QUEUE_FULL_SECONDS)
 }
 
 fn same_content(item: &Idempotency, earlier: &Idempotency) -> Result<Uuid, Error> {
