@@ -7,7 +7,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use shared::clock::Clock;
 use shared::http::Caller;
-use shared::job::{Policy, Record, Status};
+use shared::job::{Failure, FailureCode, Job, Policy, Record, Stage, Status};
 use shared::message::Message;
 use shared::ports::JobStore;
 use submit::Submission;
@@ -88,6 +88,24 @@ async fn a_failed_job_of_any_caller_is_sent_round_again_once() {
     }
     host.request(Method::DELETE, &format!("/result/{id}"), &ward).send().await.unwrap();
     assert_eq!(redrive(&id.to_string()).await.0, 404, "what was deleted stays deleted");
+}
+
+/// Leaves a job of the caller `local` in a folder that was read and whose description was given up.
+pub async fn undescribed_job(folder: &Path) -> Uuid {
+    let host = open(folder, Clock::System, &[("INFERENCE_WORKERS", "1")]).await;
+    let submission = Submission { image: mole(), describe: true };
+    let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
+    let deadline = host.clock.now() + host.config.policy.lease;
+    assert_eq!(host.inference.process(Message::Infer { id }, deadline).await, inference::Outcome::Acknowledge);
+    let Some(Record::Job(job)) = host.store.get(id).await.unwrap() else { panic!() };
+    assert_eq!(job.status, Status::AwaitingDescription);
+    let failure = Failure { stage: Stage::Enrichment, code: FailureCode::AttemptsExhausted, retryable: true };
+    let (status, version) = (Status::Failed, job.version + 1);
+    let failed = Job { status, version, failure: Some(failure), due_at: None, dispatch: None, ..job.clone() };
+    assert!(host.store.replace(job.fence(), &Record::Job(failed)).await.unwrap());
+    let delivery = host.queue.receive(TimeDelta::seconds(1)).await.unwrap().unwrap();
+    host.queue.acknowledge(&delivery.receipt).await.unwrap();
+    id
 }
 
 #[tokio::test]

@@ -3,6 +3,9 @@
 use std::process::Output;
 
 use serde_json::Value;
+use shared::embedded::SqliteJobStore;
+use shared::job::Record;
+use shared::ports::JobStore;
 use tokio::process::Command;
 
 use crate::support::process::binary;
@@ -146,6 +149,8 @@ async fn an_operator_sends_what_was_given_up_round_again() {
     let folder = tempfile::tempdir().unwrap();
     let dead = crate::admin::dead_letter(folder.path()).await.to_string();
     let failed = crate::admin::failed_job(folder.path()).await.to_string();
+    let undescribed = crate::admin::undescribed_job(folder.path()).await.to_string();
+    let store = SqliteJobStore::open(&folder.path().join("jobs.sqlite")).unwrap();
     let host = Running::on(folder, shared::clock::Clock::System, &[("REDISPATCH_SECONDS", "3600")]).await;
     let listed = lesion(&host.url, &["dead-letters", "list"]).await;
     assert!(text(&listed.stdout).contains(&format!("infer {dead}")), "{}", text(&listed.stdout));
@@ -155,6 +160,13 @@ async fn an_operator_sends_what_was_given_up_round_again() {
     let redriven = lesion(&host.url, &["redrive", &failed]).await;
     assert_eq!(text(&redriven.stdout), format!("{failed} pending\n"));
     assert_eq!(host.ended(&failed).await["status"], "completed");
+    let redriven = lesion(&host.url, &["redrive", &undescribed]).await;
+    assert_eq!(text(&redriven.stdout), format!("{undescribed} awaiting_description\n"));
+    let result = host.ended(&undescribed).await;
+    assert_eq!(result["status"], "completed");
+    assert!(result["description"]["text"].is_string(), "{result}");
+    let Some(Record::Job(job)) = store.get(undescribed.parse().unwrap()).await.unwrap() else { panic!() };
+    assert_eq!((job.attempts.inference, job.attempts.enrichment), (0, 1), "only the description was made anew");
     let again = lesion(&host.url, &["redrive", &failed]).await;
     assert_eq!(again.status.code(), Some(1));
     assert!(text(&again.stderr).contains("not_redrivable"), "{}", text(&again.stderr));
