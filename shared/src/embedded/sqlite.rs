@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
@@ -52,16 +53,34 @@ struct Call {
     kept: Kept,
 }
 
-/// A handle to the thread; the thread ends with the last handle.
+/// A handle to the file and its thread, which end with the last handle.
 #[derive(Clone)]
 pub(super) struct Sqlite {
-    calls: Sender<Call>,
     /// Sees what is committed, without a way to the thread and back. In WAL mode it neither waits
-    /// for writers nor holds them up.
+    /// for writers nor holds them up. Closed before the thread's connection, which as the last one
+    /// empties the log and deletes it.
     reader: Arc<Mutex<Connection>>,
+    thread: Arc<Thread>,
     what: &'static str,
     /// Set where the log must be emptied after the next commit.
     scrub: Arc<AtomicBool>,
+}
+
+struct Thread {
+    /// `None` once it is told to end.
+    calls: Option<Sender<Call>>,
+    running: Option<JoinHandle<()>>,
+}
+
+impl Drop for Thread {
+    /// Waits until the file is closed, or the process might end before that.
+    fn drop(&mut self) {
+        self.calls = None;
+        if let Some(running) = self.running.take() {
+            // A panic there has been told to whoever called.
+            let _ = running.join();
+        }
+    }
 }
 
 impl Sqlite {
@@ -74,11 +93,12 @@ impl Sqlite {
         let (calls, inbox) = channel();
         let scrub = Arc::new(AtomicBool::new(true));
         let scrub_due = Arc::clone(&scrub);
-        std::thread::Builder::new()
+        let running = std::thread::Builder::new()
             .name(what.to_owned())
             .spawn(move || serve(connection, &inbox, &scrub_due))
             .map_err(|error| Error::unavailable(what, error))?;
-        Ok(Self { calls, reader, what, scrub })
+        let thread = Arc::new(Thread { calls: Some(calls), running: Some(running) });
+        Ok(Self { reader, thread, what, scrub })
     }
 
     /// Runs `work`, which only reads: what was answered before is seen. It takes microseconds, less
@@ -112,7 +132,10 @@ impl Sqlite {
                 let _ = sender.send(result);
             })
         });
-        self.calls.send(Call { work, kept }).map_err(|_| Error::unavailable(self.what, "its thread has ended"))?;
+        let sent = self.thread.calls.as_ref().is_some_and(|calls| calls.send(Call { work, kept }).is_ok());
+        if !sent {
+            return Err(Error::unavailable(self.what, "its thread has ended"));
+        }
         let unavailable = |cause: String| Error::unavailable(self.what, cause);
         receiver.await.map_err(|_| unavailable("no transaction could be begun".into()))?.map_err(unavailable)
     }
@@ -230,4 +253,29 @@ fn serve_batch(connection: &mut Connection, calls: Vec<Call>) -> Vec<Box<dyn FnO
 
 fn commit(transaction: Transaction<'_>) -> Result<(), String> {
     transaction.commit().map_err(|error| format!("commit failed: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_is_closed_when_its_last_handle_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("numbers.sqlite");
+        let sqlite = Sqlite::open(&path, "the numbers", 1, "CREATE TABLE numbers (number INTEGER) STRICT").unwrap();
+        for kept in [Kept::InFile, Kept::OnDisk, Kept::InFile] {
+            for number in 0..100 {
+                let insert = move |db: &Connection| db.execute("INSERT INTO numbers VALUES (?1)", [number]);
+                sqlite.call_kept(kept, insert).await.unwrap();
+            }
+        }
+        let other = sqlite.clone();
+        drop(sqlite);
+        let count = |db: &Connection| db.query_row("SELECT count(*) FROM numbers", [], |row| row.get::<_, u32>(0));
+        assert_eq!(other.read(count).unwrap(), 300);
+        drop(other);
+        assert!(!folder.path().join("numbers.sqlite-wal").exists(), "what is left in the log");
+        assert_eq!(count(&Connection::open(&path).unwrap()).unwrap(), 300);
+    }
 }
