@@ -12,6 +12,7 @@ mod bombs;
 mod callers;
 mod cli;
 mod docs;
+mod embedded;
 mod faults;
 mod fuzz;
 mod kill;
@@ -20,6 +21,7 @@ mod llm;
 mod models;
 mod mutations;
 mod photos;
+#[path = "../ports.rs"]
 mod ports;
 mod redis;
 mod requests;

@@ -1,20 +1,19 @@
-//! What every implementation of a port must do; each column of the ports runs the same suite.
+//! What every implementation of a port must do: one suite, over the embedded adapters and over
+//! those on AWS.
 
 use chrono::TimeDelta;
 use shared::api::admin::{NewKey, Scope};
 use shared::auth::keys::ApiKey;
-use shared::clock::{Clock, Timestamp, from_millis};
-use shared::embedded::{Changes, DirBlobStore, SqliteCallers, SqliteJobQueue, SqliteJobStore};
+use shared::clock::{Timestamp, from_millis};
 use shared::job::{Job, NewJob, Photo, Policy, Record, Tombstone, Upload, new_id};
-use shared::message::Message;
-use shared::ports::{BlobStore, Callers, Created, Creation, Idempotency, JobQueue, JobStore};
+use shared::ports::{BlobStore, Callers, Created, Creation, Idempotency, JobStore};
 use uuid::Uuid;
 
-fn start() -> Timestamp {
+pub fn start() -> Timestamp {
     from_millis(1_700_000_000_000)
 }
 
-fn new_job(caller: &str, now: Timestamp) -> Job {
+pub fn new_job(caller: &str, now: Timestamp) -> Job {
     let photo = Photo {
         content_type: "image/png".into(),
         width: 1,
@@ -34,11 +33,11 @@ fn new_job(caller: &str, now: Timestamp) -> Job {
     Job::new(new, now, &Policy::default())
 }
 
-fn creation(job: &Job, idempotency: Option<&Idempotency>) -> Creation {
+pub fn creation(job: &Job, idempotency: Option<&Idempotency>) -> Creation {
     Creation { job: job.clone(), idempotency: idempotency.cloned(), upload: None, max_queued_bytes: u64::MAX }
 }
 
-async fn job_store_suite(store: impl JobStore) {
+pub async fn job_store_suite(store: impl JobStore) {
     let now = start();
     let policy = Policy::default();
     let job = new_job("alice", now);
@@ -123,7 +122,7 @@ async fn job_store_suite(store: impl JobStore) {
 }
 
 /// What a caller has queued grows and shrinks with the records, in their own transactions.
-async fn queued_bytes_suite(store: impl JobStore) {
+pub async fn queued_bytes_suite(store: impl JobStore) {
     let (now, policy) = (start(), Policy::default());
     let job_of = |size_bytes: u64| {
         let job = new_job("alice", now);
@@ -194,7 +193,7 @@ async fn queued_bytes_suite(store: impl JobStore) {
     assert!(store.list("alice", None, 10).await.unwrap().iter().all(|job| job.id == fourth.id), "uploads are no jobs");
 }
 
-async fn blob_store_suite(store: impl BlobStore) {
+pub async fn blob_store_suite(store: &impl BlobStore) {
     assert_eq!(store.get("jobs/a/photo").await.unwrap(), None);
     store.put("jobs/a/photo", b"one".to_vec()).await.unwrap();
     store.put("jobs/a/photo", b"two".to_vec()).await.unwrap();
@@ -212,14 +211,7 @@ async fn blob_store_suite(store: impl BlobStore) {
     assert_eq!(store.list("jobs/", None, 10).await.unwrap(), ["b"]);
 }
 
-#[tokio::test]
-async fn the_job_store_keeps_its_contract() {
-    let folder = tempfile::tempdir().unwrap();
-    job_store_suite(SqliteJobStore::open(&folder.path().join("jobs.sqlite")).unwrap()).await;
-    queued_bytes_suite(SqliteJobStore::open(&folder.path().join("queued.sqlite")).unwrap()).await;
-}
-
-async fn callers_suite(callers: impl Callers) {
+pub async fn callers_suite(callers: impl Callers) {
     let now = start();
     let new = |caller: &str| NewKey {
         caller: caller.into(),
@@ -255,132 +247,4 @@ async fn callers_suite(callers: impl Callers) {
     }
     assert_eq!(callers.count_request("bob", 7).await.unwrap(), 1);
     assert_eq!(callers.count_request("alice", 8).await.unwrap(), 1);
-}
-
-#[tokio::test]
-async fn the_key_store_keeps_its_contract() {
-    let folder = tempfile::tempdir().unwrap();
-    callers_suite(SqliteCallers::open(&folder.path().join("callers.sqlite")).unwrap()).await;
-}
-
-#[tokio::test]
-async fn the_blob_store_keeps_its_contract() {
-    let folder = tempfile::tempdir().unwrap();
-    blob_store_suite(DirBlobStore::open(folder.path(), b"secret").unwrap()).await;
-}
-
-#[tokio::test]
-async fn expiry_takes_old_blobs_with_their_folders_and_leaves_a_folder_that_awaits_its_first() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = DirBlobStore::open(folder.path(), b"secret").unwrap();
-    store.put("jobs/old/photo", b"x".to_vec()).await.unwrap();
-    let limit = std::time::SystemTime::now();
-    std::thread::sleep(std::time::Duration::from_millis(20));
-    std::fs::create_dir(folder.path().join("jobs/young")).unwrap();
-    assert_eq!(store.remove_older("jobs/", limit).await.unwrap(), 1);
-    assert_eq!(store.list("jobs/", None, 10).await.unwrap(), ["young"]);
-}
-
-#[tokio::test]
-async fn a_blob_key_cannot_leave_the_store() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = DirBlobStore::open(&folder.path().join("blobs"), b"secret").unwrap();
-    for key in ["../x", "jobs/../../x", "/etc/passwd", "jobs/./x", ".incoming/x"] {
-        assert!(store.put(key, Vec::new()).await.is_err(), "{key}");
-        assert!(store.get(key).await.is_err(), "{key}");
-    }
-}
-
-#[tokio::test]
-async fn the_queue_hides_redelivers_and_buries() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(start());
-    let queue = SqliteJobQueue::open(&folder.path().join("queue.sqlite"), clock.clone(), 3).unwrap();
-    let visibility = TimeDelta::seconds(30);
-    let message = Message::Infer { id: Uuid::from_u128(1) };
-    queue.send(message).await.unwrap();
-
-    // A received message is hidden, and comes back with another receipt.
-    let first = queue.receive(visibility).await.unwrap().unwrap();
-    assert_eq!((Message::decode(&first.body).unwrap(), first.receive_count), (message, 1));
-    assert_eq!(queue.receive(visibility).await.unwrap(), None);
-    clock.advance(visibility);
-    let second = queue.receive(visibility).await.unwrap().unwrap();
-    assert_eq!(second.receive_count, 2);
-    assert_ne!(second.receipt, first.receipt);
-
-    // An old receipt does nothing; the visibility can be changed.
-    queue.acknowledge(&first.receipt).await.unwrap();
-    assert_eq!(queue.depth().await.unwrap(), (1, 0));
-    queue.set_visibility(&second.receipt, 5).await.unwrap();
-    clock.advance(TimeDelta::seconds(5));
-    let third = queue.receive(visibility).await.unwrap().unwrap();
-    assert_eq!(third.receive_count, 3);
-
-    // Received too often: a dead letter.
-    clock.advance(visibility);
-    assert_eq!(queue.receive(visibility).await.unwrap(), None);
-    assert_eq!(queue.depth().await.unwrap(), (0, 1));
-
-    // Dead letters are shown with their history.
-    let dead = queue.dead_letters(10).await.unwrap();
-    assert_eq!((dead.len(), Message::decode(&dead[0].body).unwrap(), dead[0].receive_count), (1, message, 3));
-    assert_eq!((dead[0].sent_at, dead[0].given_up_at), (start(), Some(clock.now())));
-    assert_eq!(queue.dead_letters(0).await.unwrap(), []);
-
-    // Those named go back with a fresh count, or all; others are passed by.
-    assert_eq!(queue.redrive_dead_letters(Some(&["x".to_owned()])).await.unwrap(), 0);
-    assert_eq!(queue.redrive_dead_letters(Some(&[])).await.unwrap(), 0);
-    assert_eq!(queue.depth().await.unwrap(), (0, 1));
-    for ids in [Some(vec![dead[0].id.clone(), "x".to_owned()]), None] {
-        assert_eq!(queue.redrive_dead_letters(ids.as_deref()).await.unwrap(), 1);
-        assert_eq!(queue.redrive_dead_letters(ids.as_deref()).await.unwrap(), 0);
-        assert_eq!(queue.depth().await.unwrap(), (1, 0));
-        for count in 1..=3 {
-            let again = queue.receive(visibility).await.unwrap().unwrap();
-            assert_eq!((Message::decode(&again.body).unwrap(), again.receive_count), (message, count));
-            clock.advance(visibility);
-        }
-        assert_eq!(queue.receive(visibility).await.unwrap(), None);
-        assert_eq!(queue.depth().await.unwrap(), (0, 1));
-    }
-
-    // An acknowledged message is gone.
-    queue.send(message).await.unwrap();
-    let last = queue.receive(visibility).await.unwrap().unwrap();
-    queue.acknowledge(&last.receipt).await.unwrap();
-    assert_eq!(queue.depth().await.unwrap(), (0, 1));
-}
-
-#[tokio::test]
-async fn the_feed_shows_each_write_until_the_cursor_has_passed_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("jobs.sqlite");
-    let store = SqliteJobStore::open(&path).unwrap();
-    let (now, policy) = (start(), Policy::default());
-    let mut waiting = Vec::new();
-    for _ in 0..3 {
-        let job = new_job("alice", now);
-        store.create(creation(&job, None)).await.unwrap();
-        let claimed = job.claim_inference(now, now + policy.lease, &policy).unwrap();
-        let mut marked = claimed.sweep(now + policy.lease, &policy, |_| unreachable!()).unwrap().0;
-        marked.dispatch = Some(shared::job::Dispatch::Enrichment);
-        store.replace(job.fence(), &Record::Job(claimed.clone())).await.unwrap();
-        store.replace(claimed.fence(), &Record::Job(marked)).await.unwrap();
-        waiting.push(job.id);
-    }
-    let Changes { matching: changes, end, .. } = store.changes("enrichment", "enrichment", 2).await.unwrap();
-    assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[..2]);
-    let again = store.changes("enrichment", "enrichment", 2).await.unwrap().matching;
-    assert_eq!(again, changes, "what was not passed is shown again");
-    store.advance("enrichment", end).await.unwrap();
-    drop(store);
-
-    // The cursor is durable.
-    let store = SqliteJobStore::open(&path).unwrap();
-    let Changes { matching: changes, end, .. } = store.changes("enrichment", "enrichment", 10).await.unwrap();
-    assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[2..]);
-    store.advance("enrichment", end).await.unwrap();
-    store.advance("enrichment", 1).await.unwrap();
-    assert_eq!(store.changes("enrichment", "enrichment", 10).await.unwrap().matching, []);
 }
