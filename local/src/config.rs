@@ -39,23 +39,16 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] for the first variable that is not right.
     pub fn from_env(env: &Env) -> Result<Self, ConfigError> {
-        let model_digest = env.text("MODEL_DIGEST")?.map(str::to_ascii_lowercase);
-        if model_digest
-            .as_ref()
-            .is_some_and(|digest| digest.len() != 64 || !digest.bytes().all(|b| b.is_ascii_hexdigit()))
-        {
-            return Err(ConfigError::new("MODEL_DIGEST", "must be 64 hex digits, the SHA-256 of manifest.json"));
-        }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             listen_addr: env.parse("LISTEN_ADDR")?.unwrap_or(([127, 0, 0, 1], 8080).into()),
             data_dir: data_dir(env)?,
             model_dir: env.text("MODEL_DIR")?.unwrap_or("model").into(),
-            model_digest,
-            ort_library: env.text("ORT_DYLIB_PATH")?.map_or_else(beside_executable, PathBuf::from),
+            model_digest: inference::config::model_digest(env)?,
+            ort_library: inference::config::ort_library(env)?,
             temporary_dir: env.text("TMPDIR")?.unwrap_or("/tmp").into(),
             inference_workers: env.number("INFERENCE_WORKERS", cores.min(8), 1, 64)?,
-            max_queued_bytes: env.number("MAX_QUEUED_MB", 4096, 1, 1_000_000)? * 1_000_000,
+            max_queued_bytes: config::max_queued_bytes(env)?,
             sweep_interval: Duration::from_secs(env.number("SWEEP_INTERVAL_SECONDS", 60, 1, 3600)?),
             limits: Limits::from_env(env)?,
             policy: config::policy(env)?,
@@ -85,12 +78,6 @@ pub(crate) fn data_dir(env: &Env) -> Result<PathBuf, ConfigError> {
     let folders = ProjectDirs::from("", "", "lesion");
     let missing = || ConfigError::new("DATA_DIR", "must be set where there is no home folder");
     folders.map(|folders| folders.data_local_dir().to_owned()).ok_or_else(missing)
-}
-
-/// Where a package puts the library.
-fn beside_executable() -> PathBuf {
-    let executable = std::env::current_exe().unwrap_or_default();
-    executable.with_file_name("lib").join("libonnxruntime.so")
 }
 
 #[cfg(test)]

@@ -87,9 +87,7 @@ async fn serve() -> anyhow::Result<()> {
     let env = Env::of_process();
     shared::telemetry::init(&env)?;
     #[cfg(debug_assertions)]
-    if let Some(point) = env.text("CRASH_AT")? {
-        shared::crash::arm(point).map_err(|problem| shared::config::ConfigError::new("CRASH_AT", problem))?;
-    }
+    shared::crash::arm(&env)?;
     let config = Config::from_env(&env)?;
     let host = Host::open(config, &env, Clock::System).await?;
     let (data_dir, model) = (host.config.data_dir.clone(), std::sync::Arc::clone(&host.model));

@@ -7,7 +7,7 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Json, Router};
-use shared::auth::{self, Access};
+use shared::auth::Access;
 use shared::embedded::uploads;
 use shared::error::{Code, Error};
 use shared::http;
@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 
-use crate::{Host, Keys, turns};
+use crate::{Host, turns};
 
 /// The description of the whole API.
 #[must_use]
@@ -47,19 +47,14 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
     let description = openapi();
     let turns = Arc::new(Semaphore::new(turns::TURNS));
     let submit = submit::router(Arc::clone(&host.submit));
-    // What is merged here is authenticated; what is added below is open.
     let protected = Router::new()
         .merge(submit.layer(middleware::from_fn_with_state(turns, turns::in_turn)))
         .merge(result::router(Arc::clone(&host.results)))
-        .merge(admin::router(Arc::clone(&host.admin)))
-        .route_layer(middleware::from_fn_with_state(Arc::clone(&host.access), auth::authenticate::<Keys>));
-    let router = Router::new()
-        .merge(protected)
-        .merge(result::open_router())
+        .merge(admin::router(Arc::clone(&host.admin)));
+    let open = result::open_router()
         .merge(uploads::router(host.blobs.clone(), host.clock.clone()))
-        .route("/openapi.json", get(|| async move { Json(description) }))
-        .fallback(http::no_route)
-        .method_not_allowed_fallback(http::no_method);
+        .route("/openapi.json", get(|| async move { Json(description) }));
+    let router = http::app(protected, open, Arc::clone(&host.access));
     let router = match *host.access {
         Access::Keyless => router.layer(middleware::from_fn(loopback_only)),
         Access::Checked(_) => router,

@@ -8,7 +8,13 @@ use std::time::{Duration, Instant};
 use redis::AsyncCommands;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 
+#[cfg(feature = "aws")]
+use crate::aws::S3BlobStore;
 use crate::config::{ConfigError, Env};
+#[cfg(feature = "aws")]
+use crate::error::Error;
+#[cfg(feature = "aws")]
+use crate::ports::BlobStore;
 
 /// An outage must not slow the pipeline: a cache that takes longer than this is not there.
 const TIMEOUT: Duration = Duration::from_millis(250);
@@ -17,10 +23,15 @@ const MEMORY_CAPACITY: usize = 10_000;
 
 /// Where the outputs are kept.
 pub enum PredictionCache {
+    /// Nowhere.
+    Off,
     /// In this process, until it ends.
     Memory(Mutex<HashMap<String, Entry>>),
     /// Redis or Valkey (`REDIS_URL`).
     Redis(ConnectionManager),
+    /// The stage's bucket, whose lifecycle deletes what is old.
+    #[cfg(feature = "aws")]
+    S3(S3BlobStore),
 }
 
 /// A value and when it ceases to be one.
@@ -54,18 +65,22 @@ impl PredictionCache {
     /// What is kept under `key`; `None` also where the cache cannot be reached.
     pub async fn get(&self, key: &str) -> Option<Vec<u8>> {
         match self {
+            Self::Off => None,
             Self::Memory(entries) => {
                 let entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
                 let entry = entries.get(key).filter(|entry| entry.expires_at > Instant::now())?;
                 Some(entry.value.clone())
             }
-            Self::Redis(manager) => logged("get", manager.clone().get(key).await).flatten(),
+            Self::Redis(manager) => logged("get", manager.clone().get(key).await.map_err(category)).flatten(),
+            #[cfg(feature = "aws")]
+            Self::S3(blobs) => logged("get", in_time(blobs.get(&blob_key(key))).await).flatten(),
         }
     }
 
     /// Keeps `value` for `ttl`.
     pub async fn put(&self, key: &str, value: Vec<u8>, ttl: Duration) {
         match self {
+            Self::Off => {}
             Self::Memory(entries) => {
                 let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
                 if entries.len() >= MEMORY_CAPACITY {
@@ -79,27 +94,47 @@ impl PredictionCache {
             }
             Self::Redis(manager) => {
                 let seconds = ttl.as_secs().max(1);
-                logged::<()>("put", manager.clone().set_ex(key, value, seconds).await);
+                logged::<()>("put", manager.clone().set_ex(key, value, seconds).await.map_err(category));
             }
+            #[cfg(feature = "aws")]
+            Self::S3(blobs) => drop(logged("put", in_time(blobs.put(&blob_key(key), value)).await)),
         }
     }
 
     /// Erases what is kept under `key`; `false` where the cache could not be reached.
     pub async fn remove(&self, key: &str) -> bool {
         match self {
+            Self::Off => true,
             Self::Memory(entries) => {
                 entries.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
                 true
             }
-            Self::Redis(manager) => logged::<()>("remove", manager.clone().del(key).await).is_some(),
+            Self::Redis(manager) => logged::<()>("remove", manager.clone().del(key).await.map_err(category)).is_some(),
+            #[cfg(feature = "aws")]
+            Self::S3(blobs) => {
+                logged("remove", blobs.delete(&blob_key(key)).await.map_err(|error| error.chain())).is_some()
+            }
         }
     }
 }
 
-fn logged<T>(operation: &str, result: redis::RedisResult<T>) -> Option<T> {
+fn logged<T>(operation: &str, result: Result<T, impl std::fmt::Display>) -> Option<T> {
     result
-        .inspect_err(|error| {
-            tracing::warn!(cache.operation = operation, error.kind = error.category(), "cache not reached")
-        })
+        .inspect_err(|error| tracing::warn!(cache.operation = operation, error.kind = %error, "cache not reached"))
         .ok()
+}
+
+fn category(error: redis::RedisError) -> String {
+    error.category().to_owned()
+}
+
+#[cfg(feature = "aws")]
+fn blob_key(key: &str) -> String {
+    format!("cache/{key}")
+}
+
+#[cfg(feature = "aws")]
+async fn in_time<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, String> {
+    let done = tokio::time::timeout(TIMEOUT, work).await;
+    done.map_err(|_| "timeout".to_owned())?.map_err(|error| error.chain())
 }

@@ -130,6 +130,14 @@ pub fn policy(env: &Env) -> Result<Policy, ConfigError> {
     Ok(policy)
 }
 
+/// `MAX_QUEUED_MB`: photos that one caller may have waiting, in bytes.
+///
+/// # Errors
+/// [`ConfigError`] where it is out of range.
+pub fn max_queued_bytes(env: &Env) -> Result<u64, ConfigError> {
+    Ok(env.number("MAX_QUEUED_MB", 4096, 1, 1_000_000)? * 1_000_000)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,6 +7,9 @@ use std::sync::OnceLock;
 #[cfg(debug_assertions)]
 use std::sync::atomic::{AtomicU32, Ordering};
 
+#[cfg(debug_assertions)]
+use crate::config::{ConfigError, Env};
+
 macro_rules! points {
     ($($variant:ident = $name:literal),+ $(,)?) => {
         /// A point between two writes.
@@ -70,17 +73,20 @@ points! {
 #[cfg(debug_assertions)]
 static ARMED: OnceLock<(Point, AtomicU32)> = OnceLock::new();
 
-/// Chooses the point at which this process will die: `name`, or `name:times` for the time at
+/// Chooses the point at which this process will die: `CRASH_AT` is `name`, or `name:times` for the time at
 /// which it is met that often, in the middle of other work.
 ///
 /// # Errors
-/// The name of no point, or a number that is none.
+/// [`ConfigError`] for the name of no point, or a number that is none.
 #[cfg(debug_assertions)]
-pub fn arm(at: &str) -> Result<(), String> {
+pub fn arm(env: &Env) -> Result<(), ConfigError> {
+    let Some(at) = env.text("CRASH_AT")? else { return Ok(()) };
+    let wrong = |problem: String| ConfigError::new("CRASH_AT", problem);
     let (name, times) = at.split_once(':').unwrap_or((at, "1"));
     let point = Point::ALL.iter().find(|point| point.name() == name);
-    let point = point.ok_or_else(|| format!("there is no crash point {name:?}"))?;
-    let times: u32 = times.parse().ok().filter(|&times| times > 0).ok_or(format!("{times:?} is no number of times"))?;
+    let point = point.ok_or_else(|| wrong(format!("there is no crash point {name:?}")))?;
+    let number = times.parse().ok().filter(|&times: &u32| times > 0);
+    let times = number.ok_or_else(|| wrong(format!("{times:?} is no number of times")))?;
     let _ = ARMED.set((*point, AtomicU32::new(times)));
     Ok(())
 }

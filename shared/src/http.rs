@@ -4,20 +4,22 @@
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
 
-use axum::Json;
 use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
-use axum::middleware::Next;
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
 use uuid::Uuid;
 
 use crate::api::admin::Scope;
-use crate::auth::{self, Identity};
+use crate::auth::{self, Access, Identity};
 use crate::error::{Code, Error, ErrorBody, ErrorDetail};
+use crate::ports::Callers;
 
 tokio::task_local! {
     static REQUEST_ID: String;
@@ -105,13 +107,19 @@ fn without_key(path: &str) -> &str {
     path.split_once("lesion").map_or(path, |(before, _)| before)
 }
 
+/// A host's routes: those behind the check of credentials, and those open to everyone.
+pub fn app<C: Callers>(protected: Router, open: Router, access: Arc<Access<C>>) -> Router {
+    let protected = protected.route_layer(middleware::from_fn_with_state(access, auth::authenticate::<C>));
+    Router::new().merge(protected).merge(open).fallback(no_route).method_not_allowed_fallback(no_method)
+}
+
 /// For axum's fallback: no such route.
-pub async fn no_route() -> Error {
+async fn no_route() -> Error {
     Error::new(Code::NotFound, "There is nothing at this address; see /openapi.json.")
 }
 
 /// For axum's method fallback.
-pub async fn no_method() -> Error {
+async fn no_method() -> Error {
     Error::new(Code::MethodNotAllowed, "This address does not take that method; see /openapi.json.")
 }
 

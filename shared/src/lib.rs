@@ -6,6 +6,8 @@
 //! embedded host.
 
 pub mod api;
+#[cfg(feature = "aws")]
+pub mod aws;
 pub mod clock;
 pub mod error;
 pub mod job;

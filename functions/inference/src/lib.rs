@@ -5,6 +5,7 @@
 //! message's visibility. A message may come twice or late: the claim decides, not the message.
 
 pub mod bundle;
+pub mod config;
 pub mod jpeg;
 pub mod manifest;
 pub mod model;
@@ -83,15 +84,16 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
 
     /// Works one message; `false` where it must come back.
     async fn settle(&self, record: &SqsMessage, deadline: Timestamp) -> bool {
-        let message = match Message::decode(record.body.as_deref().unwrap_or("")) {
-            Ok(message) => message,
+        let outcome = match Message::decode(record.body.as_deref().unwrap_or("")) {
+            Ok(message) => self.process(message, deadline).await,
             Err(error) => {
                 let message_id = record.message_id.as_deref().unwrap_or("");
                 tracing::error!(message.id = message_id, error.code = "unreadable_message", error.chain = %error, "message not read");
-                return false;
+                // Soon, and as often as the queue allows: then it is a dead letter, and somebody looks.
+                Outcome::Retry(self.policy.backoff)
             }
         };
-        let delay = match self.process(message, deadline).await {
+        let delay = match outcome {
             Outcome::Acknowledge => None,
             Outcome::Retry(delay) => Some(delay),
             Outcome::Again => Some(self.policy.doubled(self.policy.backoff, receives(record) - 1)),

@@ -33,7 +33,7 @@ pub const GUEST: &str = "guest";
 /// Above what any issuer sends: a longer one is not looked at.
 const MAX_CREDENTIAL_BYTES: usize = 8 * 1024;
 /// How long a window of the request count is.
-const WINDOW_SECONDS: i64 = 60;
+pub(crate) const WINDOW_SECONDS: i64 = 60;
 
 /// Who sent a request, and what for they may.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -67,4 +67,14 @@ impl Llm {
     pub fn from_env(env: &Env) -> Result<Self, ConfigError> {
         Ok(OpenAi::from_env(env)?.map_or(Self::Offline, Self::OpenAi))
     }
+
+    /// With the key of the stage's secret.
+    #[cfg(feature = "aws")]
+    #[must_use]
+    pub fn with_secrets(self, secrets: crate::aws::Secrets) -> Self {
+        match self {
+            Self::Offline => Self::Offline,
+            Self::OpenAi(server) => Self::OpenAi(server.with_secrets(secrets)),
+        }
+    }
 }

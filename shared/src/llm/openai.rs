@@ -5,13 +5,16 @@
 use std::time::{Duration, Instant};
 
 use reqwest::header::{HeaderMap, HeaderValue, RETRY_AFTER};
-use reqwest::{Client, StatusCode};
+use reqwest::{Client, Response, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Answer, LlmError, Prompt};
+#[cfg(feature = "aws")]
+use crate::aws::Secrets;
 use crate::config::{ConfigError, Env};
+use crate::error::Error;
 
 /// An answer larger than this is not read on.
 const MAX_RESPONSE_BYTES: usize = 1024 * 1024;
@@ -25,11 +28,43 @@ pub struct OpenAi {
     client: Client,
     url: reqwest::Url,
     model: String,
-    key: Option<SecretString>,
+    keys: Keys,
     max_tokens: u32,
     temperature: f32,
     /// For one try, from connect to the last byte.
     attempt_timeout: Duration,
+}
+
+/// Where the server's key comes from.
+enum Keys {
+    /// `LLM_API_KEY`, for the life of the process.
+    Fixed(Option<SecretString>),
+    /// The stage's secret; a key that was refused is read again.
+    #[cfg(feature = "aws")]
+    Stage(Secrets),
+}
+
+/// Under which the stage's secret holds the key.
+#[cfg(feature = "aws")]
+const SECRET_NAME: &str = "LLM_API_KEY";
+
+impl Keys {
+    async fn current(&self) -> Result<Option<SecretString>, Error> {
+        match self {
+            Self::Fixed(key) => Ok(key.clone()),
+            #[cfg(feature = "aws")]
+            Self::Stage(secrets) => secrets.get(SECRET_NAME).await,
+        }
+    }
+
+    /// Another key than the one that was refused, where there is one now.
+    async fn renewed(&self, refused: &SecretString) -> Result<Option<SecretString>, Error> {
+        match self {
+            Self::Fixed(_) => Ok(None),
+            #[cfg(feature = "aws")]
+            Self::Stage(secrets) => secrets.renewed(SECRET_NAME, refused).await,
+        }
+    }
 }
 
 impl OpenAi {
@@ -73,7 +108,7 @@ impl OpenAi {
             client,
             url,
             model: model.to_owned(),
-            key,
+            keys: Keys::Fixed(key),
             max_tokens: env.number("LLM_MAX_TOKENS", 500, 1, 100_000)?,
             temperature: env.number("LLM_TEMPERATURE", 0.7, 0.0, 2.0)?,
             attempt_timeout: Duration::from_secs(env.number("LLM_TIMEOUT_SECONDS", 30, 1, 600)?),
@@ -120,12 +155,29 @@ impl OpenAi {
         body
     }
 
-    async fn attempt(&self, body: &Value) -> Result<Answer, LlmError> {
+    async fn send(&self, body: &Value, key: Option<&SecretString>) -> Result<Response, LlmError> {
         let mut request = self.client.post(self.url.clone()).json(body);
-        if let Some(key) = &self.key {
+        if let Some(key) = key {
             request = request.bearer_auth(key.expose_secret());
         }
-        let mut response = request.send().await.map_err(|_| retryable("llm_unavailable"))?;
+        request.send().await.map_err(|_| retryable("llm_unavailable"))
+    }
+
+    /// The key comes from the stage's secret, and is read again where it was refused.
+    #[cfg(feature = "aws")]
+    pub(super) fn with_secrets(self, secrets: Secrets) -> Self {
+        Self { keys: Keys::Stage(secrets), ..self }
+    }
+
+    async fn attempt(&self, body: &Value) -> Result<Answer, LlmError> {
+        let key = self.keys.current().await.map_err(no_key)?;
+        let mut response = self.send(body, key.as_ref()).await?;
+        if response.status() == StatusCode::UNAUTHORIZED
+            && let Some(refused) = key
+            && let Some(renewed) = self.keys.renewed(&refused).await.map_err(no_key)?
+        {
+            response = self.send(body, Some(&renewed)).await?;
+        }
         let status = response.status();
         if !status.is_success() {
             return Err(refusal(status, response.headers()));
@@ -147,6 +199,11 @@ impl OpenAi {
             completion_tokens: usage.completion_tokens,
         })
     }
+}
+
+fn no_key(error: Error) -> LlmError {
+    tracing::warn!(error.code = error.code().as_str(), error.chain = error.chain(), "key of the LLM not read");
+    retryable("llm_unavailable")
 }
 
 fn retryable(code: &'static str) -> LlmError {
