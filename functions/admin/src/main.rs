@@ -1,0 +1,22 @@
+//! admin as a Lambda behind an HTTP API (payload format 2.0).
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::middleware::from_fn;
+use shared::aws::Stage;
+use shared::http;
+
+#[tokio::main]
+async fn main() -> Result<(), lambda_http::Error> {
+    let stage = Stage::open().await?;
+    let admin = admin::Admin {
+        jobs: stage.jobs()?,
+        queue: stage.queue()?,
+        callers: stage.callers()?,
+        clock: stage.clock.clone(),
+        policy: stage.policy,
+    };
+    let app = http::app(admin::router(Arc::new(admin)), Router::new(), stage.access()?);
+    lambda_http::run(app.layer(from_fn(http::trace))).await
+}

@@ -1,0 +1,25 @@
+//! enrichment as a Lambda behind the table's stream.
+
+use aws_lambda_events::event::dynamodb::Event;
+use enrichment::Enrichment;
+use lambda_runtime::{Error, LambdaEvent, service_fn};
+use shared::aws::Stage;
+use shared::clock;
+use shared::llm::Llm;
+
+#[tokio::main]
+async fn main() -> Result<(), Error> {
+    let stage = Stage::open().await?;
+    let enrichment = Enrichment {
+        jobs: stage.jobs()?,
+        llm: Llm::from_env(&stage.env)?.with_secrets(stage.secrets()?),
+        clock: stage.clock.clone(),
+        policy: stage.policy,
+    };
+    let enrichment = &enrichment;
+    lambda_runtime::run(service_fn(async move |event: LambdaEvent<Event>| {
+        let deadline = clock::from_millis(i64::try_from(event.context.deadline)?);
+        Ok::<_, Error>(enrichment.handle(event.payload, deadline).await)
+    }))
+    .await
+}
