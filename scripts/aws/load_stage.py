@@ -1,0 +1,56 @@
+"""Puts what Terraform does not hold into a stage: the model bundle and the secret.
+
+    python load_stage.py BUCKET SECRET_ARN
+
+The secret's cache key is made once and then kept. LLM_API_KEY is put in where the environment has it.
+Credentials, region and AWS_ENDPOINT_URL are those of the AWS SDK.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import sys
+
+import botocore.session
+from botocore.config import Config
+
+MODEL = pathlib.Path(__file__).resolve().parents[2] / "model"
+
+
+def upload_model(s3, bucket):
+    manifest = (MODEL / "manifest.json").read_bytes()
+    prefix = f"models/{hashlib.sha256(manifest).hexdigest()}"
+    network = json.loads(manifest)["network"]["file"]
+    # The manifest last: where it is, the bundle is whole.
+    for name in (network, "manifest.json"):
+        s3.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=(MODEL / name).read_bytes())
+
+
+def fill_secret(manager, arn):
+    try:
+        kept = json.loads(manager.get_secret_value(SecretId=arn).get("SecretString", "{}"))
+    except manager.exceptions.ResourceNotFoundException:
+        kept = {}  # It has no value yet.
+    values = {"CACHE_KEY": secrets.token_hex(32)} | kept
+    if os.environ.get("LLM_API_KEY"):
+        values["LLM_API_KEY"] = os.environ["LLM_API_KEY"]
+    if values != kept:
+        manager.put_secret_value(SecretId=arn, SecretString=json.dumps(values))
+    return "LLM_API_KEY" in values
+
+
+def main():
+    bucket, arn = sys.argv[1:]
+    session = botocore.session.get_session()
+    # An emulator's buckets have no names of their own.
+    style = {"addressing_style": "path" if "AWS_ENDPOINT_URL" in os.environ else "auto"}
+    upload_model(session.create_client("s3", config=Config(s3=style)), bucket)
+    has_llm_key = fill_secret(session.create_client("secretsmanager"), arn)
+    if not has_llm_key:
+        print("The secret has no LLM_API_KEY. Where the stage's LLM wants one, set it so, with the stage's name:")
+        print("  read -rs LLM_API_KEY && export LLM_API_KEY && scripts/deploy STAGE")
+
+
+main()

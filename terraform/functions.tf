@@ -1,0 +1,109 @@
+# Every function in one map: its size, what it is told, what it may do. What calls it is in api.tf
+# and triggers.tf.
+locals {
+  names = jsondecode(file("${path.module}/names.json"))
+
+  # No claim outlives the longest invocation of a function that claims.
+  lease_seconds = max(var.function_timeout_seconds, var.enrichment_timeout_seconds)
+
+  # Of all functions.
+  environment = {
+    STAGE              = var.stage
+    TABLE_NAME         = aws_dynamodb_table.jobs.name
+    LOG_LEVEL          = var.log_level
+    MAX_ATTEMPTS       = var.max_attempts
+    LEASE_SECONDS      = local.lease_seconds
+    REDISPATCH_SECONDS = var.redispatch_seconds
+    BACKOFF_SECONDS    = var.backoff_seconds
+    DEADLINE_HOURS     = var.deadline_hours
+    PHOTO_TTL_DAYS     = var.photo_ttl_days
+    RESULT_TTL_DAYS    = var.result_ttl_days
+  }
+  queue_environment = { QUEUE_URL = aws_sqs_queue.jobs.url }
+  blob_environment = {
+    BUCKET        = aws_s3_bucket.blobs.bucket
+    S3_PATH_STYLE = var.emulator_url == null ? null : "true"
+  }
+  caller_environment = {
+    CALLERS_TABLE_NAME        = aws_dynamodb_table.callers.name
+    ADMIT_GUESTS              = var.admit_guests
+    JWT_ISSUER                = var.jwt_issuer
+    JWT_AUDIENCE              = var.jwt_audience
+    REQUESTS_PER_MINUTE       = var.requests_per_minute
+    GUEST_REQUESTS_PER_MINUTE = var.guest_requests_per_minute
+  }
+  secret_environment = { SECRET_ARN = aws_secretsmanager_secret.functions.arn }
+
+  functions = {
+    submit = {
+      # Shows each photo to a decoder.
+      memory_mb       = 1024
+      timeout_seconds = local.http_timeout_seconds
+      environment = merge(local.queue_environment, local.blob_environment, local.caller_environment, {
+        MAX_QUEUED_MB = var.max_queued_mb
+      })
+      permissions = concat(local.may_submit, local.may_check_callers)
+    }
+    result = {
+      memory_mb       = 256
+      timeout_seconds = local.http_timeout_seconds
+      environment     = merge(local.queue_environment, local.blob_environment, local.caller_environment)
+      permissions     = concat(local.may_answer, local.may_check_callers)
+    }
+    admin = {
+      memory_mb       = 256
+      timeout_seconds = local.http_timeout_seconds
+      environment = merge(local.queue_environment, local.caller_environment, {
+        DEAD_LETTER_QUEUE_URL = aws_sqs_queue.dead_letters.url
+      })
+      permissions = local.may_administer
+    }
+    inference = {
+      # One whole processor, and the 640 MiB of the largest photo beside the model.
+      memory_mb       = 1769
+      timeout_seconds = var.function_timeout_seconds
+      environment = merge(local.queue_environment, local.blob_environment, local.secret_environment, {
+        MODEL_DIGEST = var.model_digest
+        MODEL_URI    = var.model_uri
+        CACHE        = var.cache
+        REDIS_URL    = one(local.redis_urls)
+      })
+      permissions = concat(local.may_infer, local.may_cache, local.may_join_network)
+    }
+    enrichment = {
+      memory_mb       = 256
+      timeout_seconds = var.enrichment_timeout_seconds
+      # Without a server its settings are of no use, and refused.
+      environment = merge(local.secret_environment, var.llm_base_url == null ? {} : {
+        LLM_BASE_URL        = var.llm_base_url
+        LLM_MODEL           = var.llm_model
+        LLM_MAX_TOKENS      = var.llm_max_tokens
+        LLM_TEMPERATURE     = var.llm_temperature
+        LLM_TIMEOUT_SECONDS = var.llm_timeout_seconds
+      })
+      permissions = local.may_enrich
+    }
+    sweep = {
+      memory_mb       = 256
+      timeout_seconds = 60
+      environment     = merge(local.queue_environment, local.blob_environment)
+      permissions     = local.may_sweep
+    }
+  }
+}
+
+module "function" {
+  source   = "./modules/function"
+  for_each = local.functions
+
+  name                 = "${local.name}-${each.key}"
+  package              = "${var.packages_dir}/${each.key}.zip"
+  architecture         = var.architecture
+  memory_mb            = each.value.memory_mb
+  timeout_seconds      = each.value.timeout_seconds
+  environment          = merge(local.environment, each.value.environment)
+  permissions          = concat(each.value.permissions, local.may_use_key)
+  log_retention_days   = var.log_retention_days
+  reserved_concurrency = lookup(var.reserved_concurrency, each.key, null)
+  network              = each.key == "inference" ? one(local.cache_networks) : null
+}

@@ -1,0 +1,44 @@
+output "table_name" {
+  description = "DynamoDB table of the records."
+  value       = aws_dynamodb_table.jobs.name
+}
+
+output "queue_url" {
+  description = "SQS queue in front of inference."
+  value       = aws_sqs_queue.jobs.url
+}
+
+output "dead_letter_queue_url" {
+  description = "Where messages end that were received too often."
+  value       = aws_sqs_queue.dead_letters.url
+}
+
+output "bucket_name" {
+  description = "S3 bucket of photos and models."
+  value       = aws_s3_bucket.blobs.bucket
+}
+
+output "callers_table_name" {
+  description = "DynamoDB table of API keys and request counts."
+  value       = aws_dynamodb_table.callers.name
+}
+
+output "api_url" {
+  description = "Where the API is reached."
+  value       = var.emulator_url == null ? aws_apigatewayv2_api.http.api_endpoint : "${var.emulator_url}/_aws/execute-api/${aws_apigatewayv2_api.http.id}/$default"
+}
+
+output "secret_arn" {
+  description = "Secret with LLM_API_KEY and CACHE_KEY."
+  value       = aws_secretsmanager_secret.functions.arn
+}
+
+output "function_names" {
+  description = "The functions, by what they do."
+  value       = { for key, function in module.function : key => function.name }
+}
+
+output "region" {
+  description = "AWS region of the stage."
+  value       = var.region
+}

@@ -1,0 +1,121 @@
+# What each function may do: every action and every resource by name.
+locals {
+  jobs    = [aws_dynamodb_table.jobs.arn]
+  callers = [aws_dynamodb_table.callers.arn]
+  blobs   = aws_s3_bucket.blobs.arn
+
+  # S3 answers 404 for a missing key only to those who may list, and knows no prefix while reading.
+  may_list_blobs = { actions = ["s3:ListBucket"], resources = [local.blobs] }
+  may_send       = { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.jobs.arn] }
+  may_read_secret = {
+    actions   = ["secretsmanager:GetSecretValue"]
+    resources = [aws_secretsmanager_secret.functions.arn]
+  }
+  # A transaction needs the rights to each of its writes.
+  may_write_jobs = {
+    actions   = ["dynamodb:GetItem", "dynamodb:PutItem", "dynamodb:UpdateItem"]
+    resources = local.jobs
+  }
+
+  may_use_key = [
+    { actions = ["kms:Decrypt", "kms:GenerateDataKey"], resources = [aws_kms_key.data.arn] },
+  ]
+
+  may_check_callers = [
+    { actions = ["dynamodb:GetItem", "dynamodb:UpdateItem"], resources = local.callers },
+  ]
+
+  may_submit = [
+    local.may_write_jobs,
+    local.may_send,
+    local.may_list_blobs,
+    { actions = ["s3:PutObject"], resources = ["${local.blobs}/jobs/*", "${local.blobs}/incoming/*"] },
+    { actions = ["s3:GetObject", "s3:DeleteObject"], resources = ["${local.blobs}/incoming/*"] },
+  ]
+
+  may_answer = [
+    local.may_write_jobs,
+    local.may_send,
+    # The idempotency item of a deleted job.
+    { actions = ["dynamodb:DeleteItem"], resources = local.jobs },
+    { actions = ["dynamodb:Query"], resources = ["${aws_dynamodb_table.jobs.arn}/index/callers"] },
+    { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*"] },
+    {
+      actions   = ["s3:ListBucket"]
+      resources = [local.blobs]
+      condition = { StringLike = { "s3:prefix" = ["jobs/*"] } }
+    },
+  ]
+
+  may_administer = [
+    local.may_write_jobs,
+    local.may_send,
+    {
+      actions   = ["dynamodb:GetItem", "dynamodb:PutItem", "dynamodb:UpdateItem"]
+      resources = local.callers
+    },
+    { actions = ["dynamodb:Query"], resources = ["${aws_dynamodb_table.callers.arn}/index/keys"] },
+    {
+      actions = [
+        "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes",
+      ]
+      resources = [aws_sqs_queue.dead_letters.arn]
+    },
+  ]
+
+  may_infer = [
+    local.may_write_jobs,
+    local.may_list_blobs,
+    local.may_read_secret,
+    { actions = ["s3:GetObject"], resources = ["${local.blobs}/jobs/*", "${local.blobs}/models/*"] },
+    {
+      actions = [
+        "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes",
+      ]
+      resources = [aws_sqs_queue.jobs.arn]
+    },
+  ]
+
+  may_cache = var.cache != "s3" ? [] : [
+    {
+      actions   = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject"]
+      resources = ["${local.blobs}/cache/*"]
+    },
+  ]
+
+  # The network interfaces belong to the service, and have no names when they are asked for:
+  # https://docs.aws.amazon.com/lambda/latest/dg/configuration-vpc.html#configuration-vpc-permissions
+  may_join_network = var.cache != "redis" ? [] : [
+    {
+      actions = [
+        "ec2:CreateNetworkInterface", "ec2:DescribeNetworkInterfaces", "ec2:DescribeSubnets",
+        "ec2:DeleteNetworkInterface", "ec2:AssignPrivateIpAddresses", "ec2:UnassignPrivateIpAddresses",
+      ]
+      resources = ["*"]
+    },
+  ]
+
+  may_enrich = [
+    local.may_write_jobs,
+    local.may_read_secret,
+    {
+      actions   = ["dynamodb:DescribeStream", "dynamodb:GetRecords", "dynamodb:GetShardIterator"]
+      resources = [aws_dynamodb_table.jobs.stream_arn]
+    },
+    # Takes no name of a stream.
+    { actions = ["dynamodb:ListStreams"], resources = ["${aws_dynamodb_table.jobs.arn}/stream/*"] },
+    { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.enrichment_failures.arn] },
+  ]
+
+  may_sweep = [
+    local.may_write_jobs,
+    local.may_send,
+    { actions = ["dynamodb:Query"], resources = ["${aws_dynamodb_table.jobs.arn}/index/due"] },
+    { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*", "${local.blobs}/incoming/*"] },
+    {
+      actions   = ["s3:ListBucket"]
+      resources = [local.blobs]
+      condition = { StringLike = { "s3:prefix" = ["jobs/*", "incoming/*"] } }
+    },
+  ]
+}

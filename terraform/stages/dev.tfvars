@@ -1,0 +1,11 @@
+# To try things out: open to guests within tight limits, and cheap.
+stage              = "dev"
+keep_data          = false
+use_api_keys       = true
+admit_guests       = true
+photo_ttl_days     = 1
+result_ttl_days    = 7
+log_level          = "debug"
+log_retention_days = 7
+cache              = "s3"
+throttle           = { requests_per_second = 20, burst = 40 }

@@ -1,0 +1,6 @@
+# Set who may call before the first plan, which is refused without: jwt_issuer and jwt_audience, or
+# use_api_keys = true. alarm_email and monthly_budget_usd say who hears of trouble, and of its price.
+stage                     = "prod"
+cache                     = "s3"
+max_concurrent_inferences = 50
+log_retention_days        = 90

@@ -1,0 +1,239 @@
+# The rules that a stage must keep, on a plan of each stage. AWS is made up: no account is needed.
+#
+#   scripts/check-terraform
+
+mock_provider "aws" {
+  source          = "./tests/mocks"
+  override_during = plan
+}
+
+variables {
+  stage        = "dev"
+  use_api_keys = true
+  model_digest = "0000000000000000000000000000000000000000000000000000000000000000"
+  packages_dir = "tests/packages"
+}
+
+run "a_message_is_hidden_six_times_as_long_as_an_invocation_may_take" {
+  command = plan
+
+  variables {
+    function_timeout_seconds = 90
+    max_attempts             = 7
+  }
+
+  assert {
+    condition     = aws_sqs_queue.jobs.visibility_timeout_seconds >= 6 * local.functions["inference"].timeout_seconds
+    error_message = "Lambda would hand out messages twice while they are worked."
+  }
+
+  assert {
+    condition     = jsondecode(aws_sqs_queue.jobs.redrive_policy).maxReceiveCount > 7
+    error_message = "The queue would give a job up before its own attempts are used up."
+  }
+
+  assert {
+    condition     = alltrue([for key in ["inference", "enrichment"] : local.environment.LEASE_SECONDS >= local.functions[key].timeout_seconds])
+    error_message = "A claim would run out under a worker."
+  }
+}
+
+run "the_streams_mapping_loses_nothing_and_waits_for_nobody" {
+  command = plan
+
+  assert {
+    condition     = aws_lambda_event_source_mapping.enrichment.starting_position == "TRIM_HORIZON"
+    error_message = "Changes from before the mapping would be lost."
+  }
+
+  assert {
+    condition = (
+      aws_lambda_event_source_mapping.enrichment.batch_size == 10
+      && aws_lambda_event_source_mapping.enrichment.parallelization_factor == 10
+      && aws_lambda_event_source_mapping.enrichment.bisect_batch_on_function_error
+      && aws_lambda_event_source_mapping.enrichment.maximum_retry_attempts > 0
+      && aws_lambda_event_source_mapping.enrichment.maximum_retry_attempts < 10
+      && aws_lambda_event_source_mapping.enrichment.maximum_record_age_in_seconds > 0
+    )
+    error_message = "One bad change would hold up a shard for a day."
+  }
+
+  assert {
+    condition     = aws_lambda_event_source_mapping.enrichment.destination_config[0].on_failure[0].destination_arn != ""
+    error_message = "What is given up would leave no trace."
+  }
+
+  assert {
+    condition     = one(one(aws_lambda_event_source_mapping.enrichment.filter_criteria).filter).pattern == "{\"dynamodb\":{\"NewImage\":{\"dispatch\":{\"S\":[\"enrichment\"]}}}}"
+    error_message = "The filter is not what the code writes."
+  }
+}
+
+run "each_mapping_reports_single_items" {
+  command = plan
+
+  assert {
+    condition = alltrue([
+      for mapping in [aws_lambda_event_source_mapping.inference, aws_lambda_event_source_mapping.enrichment] :
+      contains(mapping.function_response_types, "ReportBatchItemFailures")
+    ])
+    error_message = "One failure would repeat its whole batch."
+  }
+
+  assert {
+    condition     = aws_lambda_event_source_mapping.inference.batch_size == 1
+    error_message = "Inference takes one photo at a time."
+  }
+}
+
+run "every_alarm_has_its_section_in_the_runbook" {
+  command = plan
+
+  assert {
+    condition     = [for section in distinct(values(local.runbook)) : section if !strcontains(file("../docs/RUNBOOK.md"), "\n## ${section}\n")] == []
+    error_message = "Without a section in docs/RUNBOOK.md: ${join(", ", [for section in distinct(values(local.runbook)) : section if !strcontains(file("../docs/RUNBOOK.md"), "\n## ${section}\n")])}."
+  }
+}
+
+run "the_access_log_holds_no_path_query_or_address" {
+  command = plan
+
+  assert {
+    condition     = !can(regex("path|query|body|sourceIp|header|authorizer", aws_apigatewayv2_stage.default.access_log_settings[0].format))
+    error_message = "Ids, addresses or contents would be logged."
+  }
+}
+
+run "blobs_are_private_encrypted_and_expire" {
+  command = plan
+
+  assert {
+    condition = (
+      aws_s3_bucket_public_access_block.blobs.block_public_acls
+      && aws_s3_bucket_public_access_block.blobs.block_public_policy
+      && aws_s3_bucket_public_access_block.blobs.ignore_public_acls
+      && aws_s3_bucket_public_access_block.blobs.restrict_public_buckets
+    )
+    error_message = "Photos could be made public."
+  }
+
+  assert {
+    condition = alltrue([
+      for prefix in ["jobs/", "incoming/", "cache/"] : anytrue([
+        for rule in aws_s3_bucket_lifecycle_configuration.blobs.rule :
+        rule.filter[0].prefix == prefix && rule.expiration[0].days > 0 && rule.expiration[0].days <= var.photo_ttl_days
+      ])
+    ])
+    error_message = "Photos, uploads or outputs would stay for ever."
+  }
+}
+
+run "a_stage_without_redis_has_no_network" {
+  command = plan
+
+  assert {
+    condition     = length(aws_vpc.cache) == 0 && alltrue([for key, it in module.function : length(it.subnet_ids) == 0])
+    error_message = "A network costs money and does nothing here."
+  }
+}
+
+run "with_redis_inference_alone_joins_the_network" {
+  command = plan
+
+  variables {
+    cache = "redis"
+  }
+
+  assert {
+    condition     = [for key, it in module.function : key if length(it.subnet_ids) > 0] == ["inference"]
+    error_message = "The others reach no LLM from inside."
+  }
+
+  assert {
+    condition     = local.functions.inference.environment.REDIS_URL == "rediss://cache.example:6379"
+    error_message = "Inference does not know the cache, or talks to it in clear."
+  }
+}
+
+run "the_bundle_is_pinned" {
+  command = plan
+
+  variables {
+    model_digest = "latest"
+  }
+
+  expect_failures = [var.model_digest]
+}
+
+run "a_stage_that_nobody_could_call_is_refused" {
+  command = plan
+
+  variables {
+    use_api_keys = false
+  }
+
+  expect_failures = [var.use_api_keys]
+}
+
+run "prod_admits_no_guests" {
+  command = plan
+
+  variables {
+    stage        = "prod"
+    admit_guests = true
+  }
+
+  expect_failures = [var.admit_guests]
+}
+
+run "reserving_less_than_the_queue_hands_out_is_refused" {
+  command = plan
+
+  variables {
+    reserved_concurrency = { inference = 5 }
+  }
+
+  expect_failures = [var.reserved_concurrency]
+}
+
+run "photos_that_outlive_results_are_refused" {
+  command = plan
+
+  variables {
+    photo_ttl_days = 31
+  }
+
+  expect_failures = [var.photo_ttl_days]
+}
+
+run "a_budget_that_tells_nobody_is_refused" {
+  command = plan
+
+  variables {
+    monthly_budget_usd = 100
+  }
+
+  expect_failures = [var.monthly_budget_usd]
+}
+
+run "a_budget_counts_its_own_stage_and_mails" {
+  command = plan
+
+  variables {
+    monthly_budget_usd = 100
+    alarm_email        = "oncall@example.com"
+  }
+
+  assert {
+    condition     = one(one(aws_budgets_budget.month[*].cost_filter)).values == tolist(["user:stage$dev"])
+    error_message = "Another stage's costs would set it off."
+  }
+
+  assert {
+    condition = (
+      length(aws_sns_topic_subscription.alarms) == 1
+      && alltrue([for it in aws_cloudwatch_metric_alarm.this : length(it.alarm_actions) == 1])
+    )
+    error_message = "An alarm would go off in silence."
+  }
+}
