@@ -28,7 +28,7 @@ fn every_variable_that_is_read_is_in_the_readme_and_no_other() {
     let mut variables = Vec::new();
     for text in files.iter().map(|file| std::fs::read_to_string(file).unwrap()) {
         // A read is one of these calls with the name as its first argument.
-        for call in [".text(\"", ".parse(\"", ".number(\"", ".secret(\"", ".flag(\"", "env = \""] {
+        for call in [".text(\"", ".parse(\"", ".number(\"", ".secret(\"", ".flag(\"", ".needed(\"", "env = \""] {
             let names = text.split(call).skip(1).filter_map(|rest| rest.split('"').next());
             variables.extend(
                 names

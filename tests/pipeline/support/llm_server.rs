@@ -52,7 +52,12 @@ pub struct LlmServer {
 
 impl LlmServer {
     pub async fn start(script: impl IntoIterator<Item = Behaviour>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_at("127.0.0.1:0", script).await
+    }
+
+    /// At an address that somebody was told before.
+    pub async fn start_at(address: &str, script: impl IntoIterator<Item = Behaviour>) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let inner = Arc::new(Inner { script: Mutex::new(script.into_iter().collect()), ..Inner::default() });
         let router = Router::new().route("/v1/chat/completions", post(answer)).with_state(Arc::clone(&inner));

@@ -1,0 +1,14 @@
+//! Tests of the AWS column, beside an emulator on which Terraform has applied the local stage.
+//!
+//! `scripts/emulator` starts both and gives this binary their names in its environment.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "../pipeline/support/llm_server.rs"]
+#[allow(dead_code, reason = "the pipeline's tests use all of it")]
+mod llm_server;
+mod pipeline;
+#[path = "../ports.rs"]
+mod ports;
+mod stores;
+mod support;

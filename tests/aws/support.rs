@@ -1,0 +1,67 @@
+//! What `scripts/emulator` has made.
+
+use std::sync::OnceLock;
+
+use aws_config::SdkConfig;
+use aws_sdk_dynamodb::types::GlobalSecondaryIndex;
+use shared::config::Env;
+use uuid::Uuid;
+
+use crate::llm_server::LlmServer;
+
+/// A variable that `scripts/emulator` sets.
+pub fn of_stage(name: &str) -> String {
+    let value = Env::of_process().text(name).unwrap().map(str::to_owned);
+    value.unwrap_or_else(|| panic!("{name} is not set: run this through scripts/emulator"))
+}
+
+pub async fn sdk() -> SdkConfig {
+    of_stage("AWS_ENDPOINT_URL");
+    shared::aws::sdk_config().await
+}
+
+/// An empty table with the keys and indexes of the one that Terraform made and a variable names.
+pub async fn fresh_table(sdk: &SdkConfig, of: &str) -> String {
+    let client = aws_sdk_dynamodb::Client::new(sdk);
+    let made = client.describe_table().table_name(of_stage(of)).send().await.unwrap().table.unwrap();
+    let name = format!("copy-{}", Uuid::new_v4());
+    let indexes = made.global_secondary_indexes().iter().map(|index| {
+        GlobalSecondaryIndex::builder()
+            .set_index_name(index.index_name.clone())
+            .set_key_schema(index.key_schema.clone())
+            .set_projection(index.projection.clone())
+            .build()
+            .unwrap()
+    });
+    let create = client
+        .create_table()
+        .table_name(&name)
+        .set_key_schema(made.key_schema.clone())
+        .set_attribute_definitions(made.attribute_definitions.clone())
+        .set_global_secondary_indexes(Some(indexes.collect()))
+        .billing_mode(aws_sdk_dynamodb::types::BillingMode::PayPerRequest);
+    create.send().await.unwrap();
+    name
+}
+
+/// A drawn photo of `model/samples`.
+pub fn sample(name: &str) -> Vec<u8> {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    std::fs::read(root.join("model/samples").join(name)).unwrap()
+}
+
+/// The stand-in of the stage's LLM. One for all tests, on a thread that outlives each of them.
+pub fn llm() -> &'static LlmServer {
+    static LLM: OnceLock<LlmServer> = OnceLock::new();
+    LLM.get_or_init(|| {
+        let (sender, server) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                sender.send(LlmServer::start_at(&of_stage("LLM_ADDRESS"), []).await).unwrap();
+                std::future::pending::<()>().await;
+            });
+        });
+        server.recv().unwrap()
+    })
+}
