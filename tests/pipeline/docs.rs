@@ -76,8 +76,10 @@ fn every_link_between_the_pages_leads_somewhere() {
         let text = read(page);
         let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
         for target in targets.filter(|target| !target.starts_with("http")) {
-            let path = root().join(page).parent().unwrap().join(target);
+            let (file, section) = target.split_once('#').unwrap_or((target, ""));
+            let path = root().join(page).parent().unwrap().join(file);
             assert!(path.exists(), "{page}: {target}");
+            assert!(section.is_empty() || text.lines().any(|line| line == format!("## {section}")), "{page}: {target}");
         }
     }
 }
