@@ -1,10 +1,7 @@
 //! Bundles: what is refused, what is reused, and another network by manifest alone.
 
 use std::collections::HashMap;
-use std::path::Path;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use image::RgbImage;
 use image::codecs::jpeg::JpegEncoder;
 use image::imageops::{self, FilterType};
@@ -15,7 +12,8 @@ use inference::{gate, picture};
 use serde_json::{Value, json};
 use shared::embedded::DirBlobStore;
 
-use crate::support::{mole, ort_library, root, shared_folder};
+use crate::support::reference::{self, Reference};
+use crate::support::{mole, ort_library, root};
 
 fn shipped() -> (Value, Vec<u8>) {
     let manifest = std::fs::read(root().join("model").join(MANIFEST)).unwrap();
@@ -98,67 +96,17 @@ async fn a_bundle_is_fetched_once_and_a_spoilt_copy_is_replaced() {
     assert!(missing.contains("is not in the blob store"), "{missing}");
 }
 
-/// How far a probability may be off. The expected ones were computed on Pillow's decoder, from
-/// which ours differs by 0.24 levels of 255 on average and by 4 at most. This network is that
-/// sensitive: noise of one level on Pillow's own pixels moves its probabilities by up to 0.09.
-const REFERENCE_TOLERANCE: f64 = 0.07;
-/// The same for the median photo.
+/// How far the median photo's may be off.
 const REFERENCE_MEDIAN: f64 = 0.015;
-
-/// A manifest for the reference network, written from its README; the golden vectors are two of its
-/// own expected rows.
-fn reference_manifest(network: &[u8], rows: &[(String, Vec<f64>)], photos: &Path) -> Value {
-    let (shipped, _) = shipped();
-    let pictures: Vec<Value> = rows
-        .iter()
-        .step_by(rows.len() / 2)
-        .map(|(name, probabilities)| {
-            let mut png = std::io::Cursor::new(Vec::new());
-            image::open(photos.join(format!("{name}.jpg")))
-                .unwrap()
-                .write_to(&mut png, image::ImageFormat::Png)
-                .unwrap();
-            json!({"name": name, "png_base64": STANDARD.encode(png.into_inner()), "probabilities": probabilities})
-        })
-        .collect();
-    json!({
-        "format": 1,
-        "name": "reference",
-        "version": "1",
-        "licence": "research only",
-        "network": {"file": "reference.onnx", "sha256": sha256(network), "size_bytes": network.len()},
-        "labels": shipped["labels"],
-        "input": {
-            "name": "input", "layout": "nchw", "type": "float32", "width": 224, "height": 224, "resize": "bilinear",
-            "scale": 1.0 / 127.5, "mean": [1.0, 1.0, 1.0], "std": [1.0, 1.0, 1.0],
-        },
-        "outputs": {"scores": {"name": "probabilities", "kind": "probabilities"}},
-        "temperature": 1.0,
-        "abstention": {"min_probability": 0.0},
-        "quality": shipped["quality"],
-        "golden": {"tolerance": REFERENCE_TOLERANCE, "pictures": pictures},
-    })
-}
 
 #[test]
 fn the_reference_network_works_by_manifest_alone_within_its_tolerance() {
-    let Some(folder) = shared_folder() else { return };
-    let photos = folder.join("data/ham10000/images");
-    let network = std::fs::read(folder.join("models/ham10000_mnv2_linear_fp32.onnx")).unwrap();
-    let table = std::fs::read_to_string(folder.join("models/ham10000_mnv2_linear_fp32.expected.csv")).unwrap();
-    let rows: Vec<(String, Vec<f64>)> = table
-        .lines()
-        .skip(1)
-        .map(|line| {
-            let fields: Vec<_> = line.split(',').collect();
-            (fields[0].to_owned(), fields[2..].iter().map(|field| field.parse().unwrap()).collect())
-        })
-        .collect();
-    assert_eq!(rows.len(), 56);
-    let model = load(&reference_manifest(&network, &rows, &photos), network).unwrap();
+    let Some(reference) = Reference::read() else { return };
+    assert_eq!(reference.expected.len(), 56);
+    let model = load(&reference.manifest(), reference.network.clone()).unwrap();
     let mut differences = Vec::new();
-    for (name, expected) in &rows {
-        let bytes = std::fs::read(photos.join(format!("{name}.jpg"))).unwrap();
+    for (name, expected) in &reference.expected {
+        let bytes = std::fs::read(reference.photo(name)).unwrap();
         let upright = picture::decode(&bytes, 1).unwrap();
         let outputs = model.run(&picture::tensor(&upright, &model.manifest.input).unwrap()).unwrap();
         let predictions = model.read(&outputs).predictions;
@@ -166,10 +114,10 @@ fn the_reference_network_works_by_manifest_alone_within_its_tolerance() {
             model.manifest.labels.iter().zip(expected).map(|(label, p)| (label.code.as_str(), *p)).collect();
         let off = |one: &shared::job::Prediction| (one.probability - expected[one.label.as_str()]).abs();
         let difference = predictions.iter().map(off).fold(0.0, f64::max);
-        assert!(difference <= REFERENCE_TOLERANCE, "{name}: off by {difference}");
+        assert!(difference <= reference::TOLERANCE, "{name}: off by {difference}");
         let best = expected.values().copied().fold(0.0, f64::max);
         assert!(
-            expected[predictions[0].label.as_str()] >= best - REFERENCE_TOLERANCE,
+            expected[predictions[0].label.as_str()] >= best - reference::TOLERANCE,
             "{name}: another class came first"
         );
         differences.push(difference);

@@ -12,12 +12,12 @@ use inference::model::Model;
 use inference::picture;
 
 use crate::host::processor_ms;
-use crate::support::{ort_library, root};
+use crate::support::ort_library;
 
 /// Prints photos per second of `threads` threads over the files of a folder, and the processor time
 /// of each in milliseconds.
-pub fn run(folder: &Path, threads: usize) {
-    let bundle = Bundle::from_directory(&root().join("model"), None).unwrap();
+pub fn run(folder: &Path, model: &Path, threads: usize) {
+    let bundle = Bundle::from_directory(model, None).unwrap();
     let model = Model::load(bundle, &ort_library(), threads).unwrap();
     let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();

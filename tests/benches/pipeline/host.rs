@@ -65,12 +65,14 @@ pub struct Drain {
     pub ends: BTreeMap<String, usize>,
 }
 
-/// Starts the host on a copy of `filled` and waits until every job has ended. Time runs from the
-/// moment at which the host says that it listens to the last record's last write.
-pub async fn drain(filled: &Path) -> Drain {
+/// Starts the host with the bundle in `model` on a copy of `filled` and waits until every job has
+/// ended. Time runs from the moment at which the host says that it listens to the last record's
+/// last write.
+pub async fn drain(filled: &Path, model: &Path) -> Drain {
     let folder = copy(filled);
     let flushes = disk_flushes();
-    let process = Process::start(folder.path(), &SETTINGS).await.unwrap();
+    let settings = [&SETTINGS[..], &[("MODEL_DIR", model.to_str().unwrap())]].concat();
+    let process = Process::start(folder.path(), &settings).await.unwrap();
     let started = Utc::now();
     let records = Connection::open_with_flags(folder.path().join("jobs.sqlite"), OpenFlags::SQLITE_OPEN_READ_ONLY);
     let records = records.unwrap();

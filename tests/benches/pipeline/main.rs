@@ -3,7 +3,8 @@
 //!
 //! `scripts/bench` builds the binary and calls this. Prints one table and a line for each target;
 //! ends with 0 whatever the figures are. Baseline and pipeline take turns within each round, since
-//! the machine may be shared; every figure is the median of its rounds.
+//! the machine may be shared; every figure is the median of its rounds. Photos are read by the
+//! shipped demonstration network, and by the reference classifier where it lies beside the repository.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -20,6 +21,7 @@ use std::process::Command;
 
 use host::{Drain, drain, fill, median, submit_latency};
 use photos::{Photos, Size};
+use support::reference::Reference;
 
 const SHARE_OF_BASELINE: f64 = 0.8;
 const FLAT_WITHIN: f64 = 0.1;
@@ -45,7 +47,9 @@ const QUICK: Extent = Extent { rounds: 1, short_drains: 3, full: 2_000, large: 1
 async fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        ["baseline", folder, threads] => baseline::run(Path::new(folder), threads.parse().unwrap()),
+        ["baseline", folder, model, threads] => {
+            baseline::run(Path::new(folder), Path::new(model), threads.parse().unwrap());
+        }
         arguments => measure(if arguments.contains(&"--quick") { &QUICK } else { &WHOLE }).await,
     }
 }
@@ -60,6 +64,7 @@ struct Baseline {
 /// All drains of one queue, and the baselines beside them.
 #[derive(Default)]
 struct Series {
+    name: String,
     baselines: Vec<Baseline>,
     drains: Vec<Drain>,
 }
@@ -77,6 +82,22 @@ impl Series {
     fn peak_mb(&self) -> f64 {
         self.drains.iter().map(|drain| drain.peak_mb).fold(0.0, f64::max)
     }
+
+    async fn drain(&mut self, queue: &Path, model: &Path) {
+        self.drains.push(drain(queue, model).await);
+    }
+
+    /// A drain between two baselines: what else the machine does falls on all.
+    async fn compare(&mut self, queue: &Path, photos: &Path, model: &Path, threads: usize) {
+        let before = baseline(photos, model, threads);
+        self.drain(queue, model).await;
+        let after = baseline(photos, model, threads);
+        let mean = |of: fn(&Baseline) -> f64| f64::midpoint(of(&before), of(&after));
+        self.baselines.push(Baseline {
+            per_second: mean(|baseline| baseline.per_second),
+            processor_ms: mean(|baseline| baseline.processor_ms),
+        });
+    }
 }
 
 async fn measure(extent: &Extent) {
@@ -86,45 +107,45 @@ async fn measure(extent: &Extent) {
     let huge = Photos::load(Size::Huge, 1);
     print_machine(&small, &large, threads);
 
+    let demonstration = support::root().join("model");
+    // A network of the size that is used; the demonstration's takes about a millisecond.
+    let reference = Reference::read().map(|reference| {
+        let folder = host::scratch();
+        reference.write(folder.path());
+        folder
+    });
     let small_folder = files(&small, extent.full.min(4000));
     let large_folder = files(&large, extent.large);
-    let mut queues = Vec::new();
-    for (photos, count, describe) in
-        [(&small, 1, true), (&small, 100, true), (&small, extent.full, true), (&small, extent.full / 5, false)]
-    {
-        queues.push(fill(photos, count, describe).await);
-    }
-    let [one, hundred, full, undescribed] = &queues[..] else { unreachable!() };
+    let one = fill(&small, 1, true).await;
+    let hundred = fill(&small, 100, true).await;
+    let full = fill(&small, extent.full, true).await;
+    let fifth = fill(&small, extent.full / 5, true).await;
+    let undescribed = fill(&small, extent.full / 5, false).await;
     let large_queue = fill(&large, extent.large, true).await;
     let huge_queue = fill(&huge, extent.huge, true).await;
 
-    let mut series: [Series; 6] = Default::default();
+    let names = ["1", "100", &extent.full.to_string(), "no text", "reference", "12 MP", "50 MP"];
+    let mut series = names.map(|name| Series { name: name.to_owned(), ..Series::default() });
     let (mut idle, mut busy) = (Vec::new(), Vec::new());
     for round in 0..extent.rounds {
         eprintln!("round {} of {}", round + 1, extent.rounds);
+        let [on_one, on_hundred, on_full, on_undescribed, on_reference, on_large, on_huge] = &mut series;
         for _ in 0..extent.short_drains {
-            series[0].drains.push(drain(one.path()).await);
-            series[1].drains.push(drain(hundred.path()).await);
+            on_one.drain(one.path(), &demonstration).await;
+            on_hundred.drain(hundred.path(), &demonstration).await;
         }
-        for (at, photos, queue) in
-            [(2, &small_folder, full), (3, &small_folder, undescribed), (4, &large_folder, &large_queue)]
-        {
-            let before = baseline(photos.path(), threads);
-            series[at].drains.push(drain(queue.path()).await);
-            // Before and after: what else the machine does in between falls on both.
-            let after = baseline(photos.path(), threads);
-            let mean = |of: fn(&Baseline) -> f64| f64::midpoint(of(&before), of(&after));
-            series[at].baselines.push(Baseline {
-                per_second: mean(|baseline| baseline.per_second),
-                processor_ms: mean(|baseline| baseline.processor_ms),
-            });
+        on_full.compare(full.path(), small_folder.path(), &demonstration, threads).await;
+        on_undescribed.compare(undescribed.path(), small_folder.path(), &demonstration, threads).await;
+        if let Some(reference) = &reference {
+            on_reference.compare(fifth.path(), small_folder.path(), reference.path(), threads).await;
         }
-        series[5].drains.push(drain(huge_queue.path()).await);
+        on_large.compare(large_queue.path(), large_folder.path(), &demonstration, threads).await;
+        on_huge.drain(huge_queue.path(), &demonstration).await;
         let first = extent.full * (round + 1);
         idle.push(submit_latency(None, &small, first, extent.submits).await);
         busy.push(submit_latency(Some(full.path()), &small, first, extent.submits).await);
     }
-    print_table(extent, &series);
+    print_table(&series);
     print_latency(extent, &idle, &busy);
     print_targets(extent, &series, median(idle), median(busy));
 }
@@ -136,9 +157,10 @@ fn files(photos: &Photos, count: usize) -> tempfile::TempDir {
     folder
 }
 
-fn baseline(folder: &Path, threads: usize) -> Baseline {
+fn baseline(folder: &Path, model: &Path, threads: usize) -> Baseline {
     let program = std::env::current_exe().unwrap();
-    let output = Command::new(program).arg("baseline").arg(folder).arg(threads.to_string()).output().unwrap();
+    let output =
+        Command::new(program).arg("baseline").arg(folder).arg(model).arg(threads.to_string()).output().unwrap();
     let printed = String::from_utf8(output.stdout).unwrap();
     let figures: Vec<f64> = printed.split_whitespace().map(|figure| figure.parse().unwrap()).collect();
     Baseline { per_second: figures[0], processor_ms: figures[1] }
@@ -159,17 +181,17 @@ fn print_machine(small: &Photos, large: &Photos, threads: usize) {
     println!("host      target/release/local, {threads} workers, described by template, 200x150 unless said otherwise");
 }
 
-fn print_table(extent: &Extent, series: &[Series; 6]) {
-    let names = ["1", "100", &extent.full.to_string(), "no text", "12 MP", "50 MP"].map(str::to_owned);
+fn print_table(series: &[Series]) {
+    let series: Vec<&Series> = series.iter().filter(|series| !series.drains.is_empty()).collect();
     let row = |name: &str, cell: &dyn Fn(&Series) -> Option<f64>, digits: usize| {
-        let cells = series.iter().map(|series| match cell(series) {
-            Some(value) => format!("{value:>9.digits$}"),
-            None => format!("{:>9}", "-"),
+        let cells = series.iter().map(|&series| match cell(series) {
+            Some(value) => format!("{value:>10.digits$}"),
+            None => format!("{:>10}", "-"),
         });
         println!("{name:<28}{}", cells.collect::<String>());
     };
     println!();
-    println!("{:<28}{}", "queued", names.map(|name| format!("{name:>9}")).concat());
+    println!("{:<28}{}", "queued", series.iter().map(|series| format!("{:>10}", series.name)).collect::<String>());
     let over = |series: &Series, value: fn(&Drain) -> f64| Some(median(series.drains.iter().map(value)));
     row("jobs", &|series| Some(series.drains[0].ends.values().sum::<usize>() as f64), 0);
     row("runs", &|series| Some(series.drains.len() as f64), 0);
@@ -195,8 +217,8 @@ fn print_table(extent: &Extent, series: &[Series; 6]) {
     row("peak memory, MB (worst)", &|series| Some(series.peak_mb()), 0);
     row("memory a second later, MB", &|series| over(series, |drain| drain.after_mb), 0);
     println!();
-    for (name, series) in ["1", "100", "full", "no text", "12 MP", "50 MP"].iter().zip(series) {
-        println!("ends, {name}: {:?}", series.drains[0].ends);
+    for series in series {
+        println!("ends, {}: {:?}", series.name, series.drains[0].ends);
     }
 }
 
@@ -214,11 +236,12 @@ fn print_latency(extent: &Extent, idle: &[f64], busy: &[f64]) {
     print(&format!("{} queued and at work", extent.full), busy);
 }
 
-fn print_targets(extent: &Extent, series: &[Series; 6], idle: f64, busy: f64) {
-    let [_, hundred, full, _, large, _] = series;
+fn print_targets(extent: &Extent, series: &[Series; 7], idle: f64, busy: f64) {
+    let [_, hundred, full, _, reference, large, _] = series;
     println!();
     let target = |reached: bool, text: String| println!("{}  {text}", if reached { "reached" } else { "MISSED " });
-    for (name, series) in [("200x150", full), ("12 megapixels", large)] {
+    let shares = [("200x150, reference network", reference), ("200x150", full), ("12 megapixels", large)];
+    for (name, series) in shares.into_iter().filter(|(_, series)| !series.drains.is_empty()) {
         let share = series.share();
         let text = format!("{name}: {share:.2} of decoding and network alone, at least {SHARE_OF_BASELINE}");
         target(share >= SHARE_OF_BASELINE, text);

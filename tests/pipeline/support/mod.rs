@@ -10,6 +10,7 @@ pub mod memory;
 pub mod metadata;
 pub mod process;
 pub mod redis_server;
+pub mod reference;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
