@@ -14,13 +14,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 /// Decoded bytes at work at once: two photos of 12 megapixels. A photo that takes more by itself
 /// waits until it is alone.
 const MEMORY: u32 = 80_000_000;
+/// Photos let in for each thread: while one is worked the next is fetched, and no thread waits for
+/// the disk or the network.
+const PLACES: usize = 2;
 /// Of the threads that work photos; a tenth of the usual share where the processor is wanted
 /// elsewhere (sched(7)).
 const NICE: i32 = 10;
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// Places on the processor and bytes in memory.
+/// Places for photos, fetched or being worked, and bytes in memory.
 pub struct Room {
     places: Arc<Semaphore>,
     memory: Arc<Semaphore>,
@@ -34,23 +37,24 @@ pub struct Held {
 }
 
 impl Room {
-    /// Room for `places` photos on the processor, with a thread for each.
+    /// Room for `threads` photos on the processor, and as many fetched ones.
     ///
     /// # Errors
     /// Where a thread cannot be started.
-    pub fn new(places: usize) -> Result<Self, Error> {
+    pub fn new(threads: usize) -> Result<Self, Error> {
         let (work, inbox) = channel();
         let inbox = Arc::new(Mutex::new(inbox));
-        for _ in 0..places {
+        for _ in 0..threads {
             let inbox = Arc::clone(&inbox);
             let thread = std::thread::Builder::new().name("photo".to_owned());
             thread.spawn(move || serve(&inbox)).map_err(|error| Error::unavailable("a thread", error))?;
         }
-        let (places, memory) = (Arc::new(Semaphore::new(places)), Arc::new(Semaphore::new(MEMORY as usize)));
+        let places = Arc::new(Semaphore::new(threads * PLACES));
+        let memory = Arc::new(Semaphore::new(MEMORY as usize));
         Ok(Self { places, memory, work })
     }
 
-    /// Runs `work` on one of the room's threads, one of which is free for whoever holds a place.
+    /// Runs `work` on one of the room's threads, as soon as one is free.
     ///
     /// # Errors
     /// Where `work` panics.
@@ -65,7 +69,7 @@ impl Room {
         receiver.await.map_err(|_| unavailable("its thread panicked"))
     }
 
-    /// A place on the processor, first come first served.
+    /// A place for a photo, first come first served.
     ///
     /// # Errors
     /// Never, for as long as nobody closes the room.
@@ -117,8 +121,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_more_photos_than_places_are_on_the_processor() {
-        let room = Room::new(2).unwrap();
+    async fn two_photos_are_let_in_for_each_thread() {
+        let room = Room::new(1).unwrap();
         let held = (room.place().await.unwrap(), room.place().await.unwrap());
         assert!(room.place().now_or_never().is_none());
         drop(held);
