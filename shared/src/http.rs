@@ -2,6 +2,7 @@
 //! the one shape of an error.
 
 use std::future::{Future, poll_fn};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::Arc;
@@ -134,12 +135,18 @@ pub fn is_loopback(headers: &HeaderMap) -> bool {
     host.is_some_and(is_loopback_authority) && origin_host.is_none_or(is_loopback_authority)
 }
 
+/// A name or address of this machine and perhaps a port, with nothing behind (RFC 9110, 7.2).
 pub(crate) fn is_loopback_authority(authority: &str) -> bool {
-    let host = match authority.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').map_or("", |(host, _)| host),
-        None => authority.split_once(':').map_or(authority, |(host, _)| host),
+    let (is_loopback, port) = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, port)) => (address.parse::<Ipv6Addr>().is_ok_and(|ip| ip.is_loopback()), port),
+        None => {
+            let (name, port) = authority.split_at(authority.find(':').unwrap_or(authority.len()));
+            let is_address = name.parse::<Ipv4Addr>().is_ok_and(|ip| ip.is_loopback());
+            (is_address || name.eq_ignore_ascii_case("localhost"), port)
+        }
     };
-    host.eq_ignore_ascii_case("localhost") || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    let is_port = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_digit());
+    is_loopback && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port))
 }
 
 #[cfg(test)]
@@ -164,6 +171,11 @@ mod tests {
             ("attacker.example:8080", None),
             ("127.0.0.1.attacker.example", None),
             ("localhost.attacker.example", None),
+            ("localhost:80.attacker.example", None),
+            ("[::1].attacker.example", None),
+            ("[::1", None),
+            ("[::1]80", None),
+            ("[127.0.0.1]", None),
             ("192.168.0.7:8080", None),
             ("localhost:8080", Some("https://attacker.example")),
             ("localhost:8080", Some("null")),

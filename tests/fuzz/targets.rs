@@ -3,10 +3,11 @@
 //! Each hands the bytes to the product where they would come from outside, and holds what comes
 //! back against what was promised. It panics where a promise is broken. Reads and writes nothing.
 
+use std::net::IpAddr;
 use std::sync::LazyLock;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderValue, Request, header};
+use axum::http::{HeaderMap, HeaderValue, Request, Uri, header};
 use enrichment::guard;
 use inference::manifest::{Element, Input, Layout, Manifest, Resize};
 use inference::quality::Thresholds;
@@ -222,9 +223,9 @@ pub fn address(data: &[u8]) {
         let text = value.to_str().expect("a loopback name is ASCII").to_ascii_lowercase();
         let origin = text.split_once("://").filter(|_| name == header::ORIGIN);
         let host = origin.map_or(text.as_str(), |(_, host)| host);
-        assert!(
-            ["localhost", "127.", "[::1]", "[0", "::1", "[::ffff:127."].iter().any(|own| host.starts_with(own)),
-            "{text:?}"
-        );
+        let uri: Uri = format!("http://{host}/").parse().expect("a loopback name is an authority");
+        let name = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let is_own = name == "localhost" || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+        assert!(is_own, "{text:?}");
     }
 }
