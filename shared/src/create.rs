@@ -4,6 +4,7 @@ use crate::crash::{self, Point};
 use crate::error::Error;
 use crate::message::Message;
 use crate::ports::{Created, Creation, JobQueue, JobStore};
+use crate::telemetry;
 
 /// Writes a job with what belongs to it, then sends its message. A message that cannot be sent is
 /// no error: the record is due, and sweep sends it.
@@ -15,14 +16,12 @@ pub async fn create_job(jobs: &impl JobStore, queue: &impl JobQueue, creation: C
     let created = jobs.create(creation).await?;
     if created == Created::New {
         crash::here(Point::SubmitRecordWritten);
+        telemetry::about_job(id, &trace_id);
         match queue.send(Message::Infer { id }).await {
             Ok(()) => crash::here(Point::SubmitMessageSent),
-            Err(error) => tracing::warn!(
-                job.id = %id,
-                trace.id = trace_id,
-                error.chain = error.chain(),
-                "message not sent; sweep will send it"
-            ),
+            Err(error) => {
+                tracing::warn!(error.chain = error.chain(), "message not sent; sweep will send it");
+            }
         }
     }
     Ok(created)

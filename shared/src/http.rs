@@ -15,6 +15,8 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
+use tracing::Instrument;
+use tracing::field::Empty;
 use uuid::Uuid;
 
 use crate::api::admin::Scope;
@@ -76,21 +78,24 @@ fn answer(error: &Error, request_id: String) -> Response {
     response
 }
 
-/// Gives the exchange an id, answers it in `x-request-id`, and logs one line without query or body.
+/// Gives the exchange an id, which every line of it carries, answers it in `x-request-id`, and logs one
+/// line without query or body.
 /// A panic behind it is answered 500; its place was logged where it happened.
 pub async fn trace(request: Request, next: Next) -> Response {
     let id = Uuid::new_v4().to_string();
     let started = Instant::now();
     let (method, path) = (request.method().clone(), without_key(request.uri().path()).to_owned());
-    let mut work = pin!(REQUEST_ID.scope(id.clone(), next.run(request)));
+    // A handler that finds out which job it is about says so (`telemetry::about_job`).
+    let span = tracing::error_span!("request", request.id = id, job.id = Empty, trace.id = Empty);
+    let mut work = pin!(REQUEST_ID.scope(id.clone(), next.run(request)).instrument(span.clone()));
     // What a handler leaves behind in a panic is dropped with it; what outlives it is behind ports.
     let caught = poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
         Ok(poll) => poll.map(Some),
         Err(_) => Poll::Ready(None),
     });
     let mut response = caught.await.unwrap_or_else(|| answer(&Error::internal("panic"), id.clone()));
+    let _entered = span.entered();
     tracing::info!(
-        request.id = id,
         http.method = %method,
         http.path = path,
         http.status = response.status().as_u16(),

@@ -319,6 +319,9 @@ pub struct Job {
 pub struct Tombstone {
     pub id: Uuid,
     pub caller: String,
+    /// The job's; absent in tombstones of earlier builds.
+    #[serde(default)]
+    pub trace_id: String,
     pub version: u64,
     /// Where the cache may still hold the outputs; absent once they are erased for good.
     pub cache_key: Option<String>,

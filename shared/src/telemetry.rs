@@ -1,12 +1,14 @@
 //! JSON logs on standard error. Nothing leaves the process; photos, prompts, completions and keys
 //! are never logged: not by us, not by the libraries below us, and not by a panic.
 
+use tracing::field::display;
 use tracing::level_filters::LevelFilter;
-use tracing::{Level, Metadata};
+use tracing::{Level, Metadata, Span};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
+use uuid::Uuid;
 
 use crate::config::{ConfigError, Env};
 
@@ -31,7 +33,10 @@ pub fn init(env: &Env) -> Result<(), ConfigError> {
         .with_current_span(true)
         .with_span_list(false)
         .with_writer(std::io::stderr)
-        .with_filter(filter.and(filter_fn(may_speak).with_max_level_hint(LevelFilter::TRACE)));
+        // Our spans say whose line it is, which no `LOG_LEVEL` is to take away.
+        .with_filter(
+            filter.or(filter_fn(is_own_span)).and(filter_fn(may_speak).with_max_level_hint(LevelFilter::TRACE)),
+        );
     // A second call, as in tests, keeps the first subscriber.
     let _ = tracing_subscriber::registry().with(lines).try_init();
     std::panic::set_hook(Box::new(|panic| {
@@ -42,8 +47,26 @@ pub fn init(env: &Env) -> Result<(), ConfigError> {
 }
 
 fn may_speak(line: &Metadata<'_>) -> bool {
-    let name = line.target().split("::").next().unwrap_or_default();
-    OWN_CRATES.contains(&name) || *line.level() <= LIBRARIES
+    is_own(line) || *line.level() <= LIBRARIES
+}
+
+fn is_own(line: &Metadata<'_>) -> bool {
+    OWN_CRATES.contains(&line.target().split("::").next().unwrap_or_default())
+}
+
+fn is_own_span(line: &Metadata<'_>) -> bool {
+    line.is_span() && is_own(line)
+}
+
+/// The work on one job: every line in it carries the job's id and that of its trace.
+#[must_use]
+pub fn job_span(id: Uuid, trace_id: &str) -> Span {
+    tracing::error_span!("job", job.id = %id, trace.id = trace_id)
+}
+
+/// The request at hand is about this job, and every line of it from here on says so.
+pub fn about_job(id: Uuid, trace_id: &str) {
+    Span::current().record("job.id", display(id)).record("trace.id", trace_id);
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod fuzz;
 mod kill;
 mod leaks;
 mod llm;
+mod logs;
 mod models;
 mod mutations;
 mod photos;

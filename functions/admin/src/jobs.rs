@@ -16,6 +16,7 @@ use shared::error::{Code, Error, ErrorBody};
 use shared::job::{Record, Refused, Status};
 use shared::message::Message;
 use shared::ports::{Callers, JobQueue, JobStore};
+use shared::telemetry;
 use shared::transition::{NotMoved, transition};
 use uuid::Uuid;
 
@@ -47,6 +48,7 @@ pub(crate) async fn redrive_job<J: JobStore, Q: JobQueue, C: Callers>(
     let Path(request_id) = request_id.map_err(|_| Error::not_found())?;
     let id = Uuid::parse_str(&request_id).map_err(|_| Error::not_found())?;
     let job = admin.jobs.get(id).await?.and_then(Record::into_job).ok_or_else(Error::not_found)?;
+    telemetry::about_job(job.id, &job.trace_id);
     let now = admin.clock.now();
     let moved = transition(&admin.jobs, &job, |job| Ok((job.redrive(now, &admin.policy)?, ()))).await;
     let (job, ()) = moved.map_err(|not_moved| match not_moved {
@@ -60,12 +62,7 @@ pub(crate) async fn redrive_job<J: JobStore, Q: JobQueue, C: Callers>(
     if job.status == Status::Pending {
         match admin.queue.send(Message::Infer { id: job.id }).await {
             Ok(()) => crash::here(Point::AdminMessageSent),
-            Err(error) => tracing::warn!(
-                job.id = %job.id,
-                trace.id = job.trace_id,
-                error.chain = error.chain(),
-                "message not sent; sweep will send it"
-            ),
+            Err(error) => tracing::warn!(error.chain = error.chain(), "message not sent; sweep will send it"),
         }
     }
     Ok((StatusCode::ACCEPTED, Json(RedrivenJob { request_id: job.id, status: job.status })))

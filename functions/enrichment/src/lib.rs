@@ -20,7 +20,9 @@ use shared::crash::{self, Point};
 use shared::job::{Description, DescriptionSource, Job, LlmCall, Policy, Reading, Record, Refused};
 use shared::llm::{Answer, Llm, LlmError, Prompt, template};
 use shared::ports::JobStore;
+use shared::telemetry;
 use shared::transition::{NotMoved, transition};
+use tracing::Instrument;
 use uuid::Uuid;
 
 const PROMPT: &str = include_str!("../prompts/describe-v1.txt");
@@ -75,11 +77,8 @@ impl<J: JobStore> Enrichment<J> {
         };
         match self.process(id, deadline).await {
             Ok(()) => true,
-            Err(error) => {
-                tracing::error!(job.id = %id, error.code = error.code().as_str(), error.chain = error.chain(), "job not described");
-                // A record that this build cannot read would hold the feed up for ever.
-                !error.is_retryable()
-            }
+            // A record that this build cannot read would hold the feed up for ever.
+            Err(error) => !error.is_retryable(),
         }
     }
 
@@ -88,10 +87,17 @@ impl<J: JobStore> Enrichment<J> {
     /// # Errors
     /// Where the store cannot be reached.
     pub async fn process(&self, id: Uuid, lease_until: Timestamp) -> Result<(), Error> {
-        let Some(Record::Job(job)) = self.jobs.get(id).await? else { return Ok(()) };
+        let found = self.jobs.get(id).await.inspect_err(not_described)?;
+        let Some(Record::Job(job)) = found else { return Ok(()) };
+        let span = telemetry::job_span(job.id, &job.trace_id);
+        let work = async { self.work(&job, lease_until).await.inspect_err(not_described) };
+        work.instrument(span).await
+    }
+
+    async fn work(&self, job: &Job, lease_until: Timestamp) -> Result<(), Error> {
         let now = self.clock.now();
         let claim = |job: &Job| Ok((job.claim_enrichment(now, lease_until, &self.policy)?, ()));
-        let job = match transition(&self.jobs, &job, claim).await {
+        let job = match transition(&self.jobs, job, claim).await {
             Ok((job, ())) => job,
             // A second delivery, a job that has moved on, or one that sweep must end.
             Err(NotMoved::Refused(_) | NotMoved::Gone) => return Ok(()),
@@ -152,8 +158,6 @@ impl<J: JobStore> Enrichment<J> {
             }
         };
         tracing::info!(
-            job.id = %job.id,
-            trace.id = job.trace_id,
             llm.outcome = call.outcome,
             llm.latency_ms = call.latency_ms,
             llm.prompt_tokens = call.prompt_tokens,
@@ -207,15 +211,19 @@ impl<J: JobStore> Enrichment<J> {
     }
 }
 
+fn not_described(error: &Error) {
+    tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "job not described");
+}
+
 fn settled(job: &Job, moved: Result<(), NotMoved>) -> Result<(), Error> {
     match moved {
         Ok(()) => {
-            tracing::info!(job.id = %job.id, trace.id = job.trace_id, "description settled");
+            tracing::info!("description settled");
             Ok(())
         }
         Err(NotMoved::Gone) => Ok(()),
         Err(NotMoved::Refused(refused)) => {
-            tracing::warn!(job.id = %job.id, trace.id = job.trace_id, job.claim = job.claim, error.code = "claim_lost", error.chain = %refused, "claim lost");
+            tracing::warn!(job.claim = job.claim, error.code = "claim_lost", error.chain = %refused, "claim lost");
             Ok(())
         }
         Err(NotMoved::Store(error)) => Err(error),

@@ -28,7 +28,9 @@ use shared::crash::{self, Point};
 use shared::job::{self, FailureCode, InferenceOutcome, Job, Policy, Quality, Record, Refused, Status, Timings};
 use shared::message::Message;
 use shared::ports::{BlobStore, JobQueue, JobStore};
+use shared::telemetry;
 use shared::transition::{NotMoved, transition};
+use tracing::{Instrument, Span};
 
 use crate::model::{Model, RawOutputs};
 use crate::picture::Picture;
@@ -119,17 +121,21 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             Message::Infer { id } => self.infer(id, lease_until).await,
             Message::Forget { id } => self.forget(id).await,
         };
-        result.unwrap_or_else(|error| {
-            tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "message not worked");
-            Outcome::Again
-        })
+        result.unwrap_or_else(not_worked)
     }
 
     async fn infer(&self, id: uuid::Uuid, lease_until: Timestamp) -> Result<Outcome, Error> {
         let Some(Record::Job(job)) = self.jobs.get(id).await? else { return Ok(Outcome::Acknowledge) };
+        let span = telemetry::job_span(job.id, &job.trace_id);
+        let infer = async { self.infer_job(&job, lease_until).await.unwrap_or_else(not_worked) };
+        // Boxed: with every store's futures inside, the compiler finds the hosts' nested too deep.
+        Ok(Box::pin(infer).instrument(span).await)
+    }
+
+    async fn infer_job(&self, job: &Job, lease_until: Timestamp) -> Result<Outcome, Error> {
         let now = self.clock.now();
         let claim = |job: &Job| Ok((job.claim_inference(now, lease_until, &self.policy)?, ()));
-        let job = match transition(&self.jobs, &job, claim).await {
+        let job = match transition(&self.jobs, job, claim).await {
             Ok((job, ())) => job,
             // Worked already, being worked, or sweep's to end: this message has nothing to add.
             Err(NotMoved::Refused(_) | NotMoved::Gone) => return Ok(Outcome::Acknowledge),
@@ -164,20 +170,12 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             self.cache.put(key, serde_json::to_vec(outputs).map_err(Error::internal)?, ttl).await;
         }
         crash::here(Point::InferenceCached);
-        tracing::info!(
-            job.id = %done.id,
-            trace.id = done.trace_id,
-            job.status = done.status.as_str(),
-            job.attempts = done.attempts.inference,
-            "photo read"
-        );
+        tracing::info!(job.status = done.status.as_str(), job.attempts = done.attempts.inference, "photo read");
         Ok(Outcome::Acknowledge)
     }
 
     async fn release(&self, job: &Job, cause: &Error) -> Result<Outcome, Error> {
         tracing::warn!(
-            job.id = %job.id,
-            trace.id = job.trace_id,
             error.code = cause.code().as_str(),
             error.chain = cause.chain(),
             job.attempts = job.attempts.inference,
@@ -230,9 +228,11 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         let cached = self.cache.get(&key).await.and_then(|value| serde_json::from_slice(&value).ok());
         let (model, orientation) = (Arc::clone(&self.model), job.photo.orientation);
         let memory = self.room.memory(picture::decoding_bytes(&job.photo, &bytes)).await?;
+        let span = Span::current();
         let work = move || {
             // Given back by the thread that works: it outlives a caller that has gone.
             let _held = (place, memory);
+            let _entered = span.entered();
             read_photo(&model, &bytes, orientation, cached, key, timings)
         };
         self.room.run(work).await
@@ -250,6 +250,11 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
     }
 }
 
+fn not_worked(error: Error) -> Outcome {
+    tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "message not worked");
+    Outcome::Again
+}
+
 /// How often a message was received, this time included.
 fn receives(record: &SqsMessage) -> u32 {
     let count = record.attributes.get("ApproximateReceiveCount").and_then(|count| count.parse().ok());
@@ -258,7 +263,7 @@ fn receives(record: &SqsMessage) -> u32 {
 
 /// Another worker or sweep has moved the job on: nothing was written, nothing is left to do.
 fn lost(job: &Job, refused: Refused) -> Outcome {
-    tracing::warn!(job.id = %job.id, trace.id = job.trace_id, job.claim = job.claim, error.code = "claim_lost", error.chain = %refused, "claim lost");
+    tracing::warn!(job.claim = job.claim, error.code = "claim_lost", error.chain = %refused, "claim lost");
     Outcome::Acknowledge
 }
 

@@ -24,6 +24,7 @@ use shared::http::Caller;
 use shared::job::{self, Job, Policy, Record};
 use shared::message::Message;
 use shared::ports::{BlobStore, JobQueue, JobStore};
+use shared::telemetry;
 use utoipa::OpenApi;
 use uuid::Uuid;
 
@@ -259,6 +260,11 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
         // What is no id is the id of nothing.
         let id = Uuid::parse_str(request_id).map_err(|_| Error::not_found())?;
         let record = self.jobs.get(id).await?.ok_or_else(Error::not_found)?;
+        match &record {
+            Record::Job(job) => telemetry::about_job(job.id, &job.trace_id),
+            Record::Tombstone(tombstone) => telemetry::about_job(tombstone.id, &tombstone.trace_id),
+            Record::Upload(_) => {}
+        }
         if record.caller() == caller.0 { Ok(record) } else { Err(Error::not_found()) }
     }
 
@@ -279,7 +285,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
                     let tombstone = job.tombstone(self.clock.now(), &self.policy);
                     let (id, cache_key) = (tombstone.id, tombstone.cache_key.clone());
                     if self.jobs.bury(&job, &tombstone).await? {
-                        tracing::info!(job.id = %id, trace.id = job.trace_id, "job deleted");
+                        tracing::info!("job deleted");
                         break (id, cache_key);
                     }
                     // A worker wrote in between: read again.

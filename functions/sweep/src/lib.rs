@@ -18,7 +18,9 @@ use shared::job::{self, Job, Policy, Record, SweepAction, Tombstone, Upload};
 use shared::llm::template;
 use shared::message::Message;
 use shared::ports::{BlobStore, JobQueue, JobStore};
+use shared::telemetry;
 use shared::transition::{NotMoved, transition};
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 /// Records read at once.
@@ -87,10 +89,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
             let failed = report.failed;
             let due = self.jobs.due(now, PAGE).await?;
             for record in &due {
-                if let Err(error) = self.sweep_record(record, now, report).await {
-                    report.failed += 1;
-                    tracing::error!(job.id = %record.id(), error.code = error.code().as_str(), error.chain = error.chain(), "record not swept");
-                }
+                self.sweep_record(record, now, report).instrument(span(record)).await;
             }
             worked += PAGE;
             // What failed is still first in line; going on would only meet it again.
@@ -101,11 +100,15 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         Ok(())
     }
 
-    async fn sweep_record(&self, record: &Record, now: Timestamp, report: &mut Report) -> Result<(), Error> {
-        match record {
+    async fn sweep_record(&self, record: &Record, now: Timestamp, report: &mut Report) {
+        let swept = match record {
             Record::Job(job) => self.sweep_job(job, now, report).await,
             Record::Tombstone(tombstone) => self.sweep_tombstone(tombstone, now, report).await,
             Record::Upload(upload) => self.sweep_upload(upload, report).await,
+        };
+        if let Err(error) = swept {
+            report.failed += 1;
+            tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "record not swept");
         }
     }
 
@@ -120,8 +123,6 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         };
         crash::here(Point::SweepWritten);
         tracing::warn!(
-            job.id = %job.id,
-            trace.id = job.trace_id,
             job.status = job.status.as_str(),
             job.redispatches = job.redispatches,
             sweep.action = ?action,
@@ -202,6 +203,14 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
             }
         }
         Ok(false)
+    }
+}
+
+fn span(record: &Record) -> Span {
+    match record {
+        Record::Job(job) => telemetry::job_span(job.id, &job.trace_id),
+        Record::Tombstone(tombstone) => telemetry::job_span(tombstone.id, &tombstone.trace_id),
+        Record::Upload(upload) => tracing::error_span!("upload", upload.id = %upload.id),
     }
 }
 

@@ -408,6 +408,7 @@ impl Job {
         Tombstone {
             id: self.id,
             caller: self.caller.clone(),
+            trace_id: self.trace_id.clone(),
             version: self.version + 1,
             cache_key: self.cache_key.clone(),
             erase_after: now + policy.lease,
