@@ -1,7 +1,7 @@
 # Each alarm has its own section, of the same name, in docs/RUNBOOK.md; tests/rules.tftest.hcl checks.
 locals {
   of_queue = { namespace = "AWS/SQS", statistic = "Maximum" }
-  of_code  = { namespace = "Lesion", dimensions = { STAGE = var.stage } }
+  of_code  = { namespace = local.names.metric_namespace, dimensions = { (local.names.metric_dimension) = var.stage } }
   lambdas  = { for key, function in module.function : key => { FunctionName = function.name } }
 
   alarms = merge(
@@ -32,8 +32,8 @@ locals {
         dimensions = { ApiId = aws_apigatewayv2_api.http.id }, above = 5
       }
       # Jobs that sweep found past their deadline or out of attempts.
-      stuck-jobs   = merge(local.of_code, { metric = "StuckJobs", statistic = "Maximum", above = 0 })
-      llm-failures = merge(local.of_code, { metric = "LlmFailures", statistic = "Sum", above = 5 })
+      stuck-jobs   = merge(local.of_code, { metric = local.names.metrics.stuck_jobs, statistic = "Maximum", above = 0 })
+      llm-failures = merge(local.of_code, { metric = local.names.metrics.llm_failures, statistic = "Sum", above = 5 })
     },
     {
       for key, dimensions in local.lambdas : "function-errors-${key}" => {

@@ -32,6 +32,8 @@ locals {
     REQUESTS_PER_MINUTE       = var.requests_per_minute
     GUEST_REQUESTS_PER_MINUTE = var.guest_requests_per_minute
   }
+  # Made by scripts/package --with-model.
+  other_packages     = var.model_uri == "package" ? { inference = "inference-with-model" } : {}
   secret_environment = { SECRET_ARN = aws_secretsmanager_secret.functions.arn }
 
   functions = {
@@ -75,11 +77,13 @@ locals {
       timeout_seconds = var.enrichment_timeout_seconds
       # Without a server its settings are of no use, and refused.
       environment = merge(local.secret_environment, var.llm_base_url == null ? {} : {
-        LLM_BASE_URL        = var.llm_base_url
-        LLM_MODEL           = var.llm_model
-        LLM_MAX_TOKENS      = var.llm_max_tokens
-        LLM_TEMPERATURE     = var.llm_temperature
-        LLM_TIMEOUT_SECONDS = var.llm_timeout_seconds
+        LLM_BASE_URL                   = var.llm_base_url
+        LLM_MODEL                      = var.llm_model
+        LLM_MAX_TOKENS                 = var.llm_max_tokens
+        LLM_TEMPERATURE                = var.llm_temperature
+        LLM_TIMEOUT_SECONDS            = var.llm_timeout_seconds
+        LLM_PROMPT_USD_PER_MILLION     = var.llm_prompt_usd_per_million
+        LLM_COMPLETION_USD_PER_MILLION = var.llm_completion_usd_per_million
       })
       permissions = local.may_enrich
     }
@@ -97,7 +101,7 @@ module "function" {
   for_each = local.functions
 
   name                 = "${local.name}-${each.key}"
-  package              = "${var.packages_dir}/${each.key}.zip"
+  package              = "${var.packages_dir}/${lookup(local.other_packages, each.key, each.key)}.zip"
   architecture         = var.architecture
   memory_mb            = each.value.memory_mb
   timeout_seconds      = each.value.timeout_seconds

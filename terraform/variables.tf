@@ -284,6 +284,23 @@ variable "llm_timeout_seconds" {
   default     = 30
 }
 
+variable "llm_prompt_usd_per_million" {
+  description = "What a million tokens of prompts cost; null counts no money (LLM_PROMPT_USD_PER_MILLION)."
+  type        = number
+  default     = null
+
+  validation {
+    condition     = (var.llm_prompt_usd_per_million == null) == (var.llm_completion_usd_per_million == null)
+    error_message = "Prices of prompts and of completions are set together."
+  }
+}
+
+variable "llm_completion_usd_per_million" {
+  description = "The same of completions (LLM_COMPLETION_USD_PER_MILLION)."
+  type        = number
+  default     = null
+}
+
 # Watching.
 
 variable "log_level" {

@@ -200,6 +200,8 @@ pub struct LlmCall {
     pub finish_reason: Option<String>,
     pub prompt_tokens: Option<u64>,
     pub completion_tokens: Option<u64>,
+    /// By the prices that were set; absent where none are.
+    pub cost_usd: Option<f64>,
 }
 
 /// How a job ended badly.

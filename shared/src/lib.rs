@@ -30,6 +30,8 @@ pub mod http;
 #[cfg(feature = "server")]
 pub mod llm;
 #[cfg(feature = "server")]
+pub mod metrics;
+#[cfg(feature = "server")]
 pub mod photo;
 #[cfg(feature = "server")]
 pub mod ports;

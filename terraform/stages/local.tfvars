@@ -10,3 +10,7 @@ redispatch_seconds         = 5
 function_timeout_seconds   = 20
 enrichment_timeout_seconds = 20
 llm_timeout_seconds        = 5
+
+# Made up.
+llm_prompt_usd_per_million     = 1
+llm_completion_usd_per_million = 4

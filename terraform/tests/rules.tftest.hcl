@@ -95,6 +95,27 @@ run "every_alarm_has_its_section_in_the_runbook" {
   }
 }
 
+run "every_alarm_on_the_codes_metrics_names_one_that_the_code_emits" {
+  command = plan
+
+  assert {
+    condition = [
+      for key, it in aws_cloudwatch_metric_alarm.this : key
+      if !startswith(it.namespace, "AWS/") && (
+        it.namespace != local.names.metric_namespace
+        || !contains(values(local.names.metrics), it.metric_name)
+        || it.dimensions != tomap({ STAGE = "dev" })
+      )
+    ] == []
+    error_message = "The alarm would wait for a metric that nobody writes."
+  }
+
+  assert {
+    condition     = aws_cloudwatch_metric_alarm.this["stuck-jobs"].metric_name == "StuckJobs" && aws_cloudwatch_metric_alarm.this["llm-failures"].metric_name == "LlmFailures"
+    error_message = "Two alarms have changed their metrics."
+  }
+}
+
 run "the_access_log_holds_no_path_query_or_address" {
   command = plan
 
@@ -163,6 +184,19 @@ run "the_bundle_is_pinned" {
   }
 
   expect_failures = [var.model_digest]
+}
+
+run "a_bundle_in_the_package_comes_with_the_package_that_has_one" {
+  command = plan
+
+  variables {
+    model_uri = "package"
+  }
+
+  assert {
+    condition     = module.function["inference"].package == "tests/packages/inference-with-model.zip" && module.function["submit"].package == "tests/packages/submit.zip"
+    error_message = "Inference would start without its model, or the others with it."
+  }
 }
 
 run "a_stage_that_nobody_could_call_is_refused" {

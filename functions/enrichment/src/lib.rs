@@ -19,6 +19,7 @@ use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::job::{Description, DescriptionSource, Job, LlmCall, Policy, Reading, Record, Refused};
 use shared::llm::{Answer, Llm, LlmError, Prompt, template};
+use shared::metrics;
 use shared::ports::JobStore;
 use shared::telemetry;
 use shared::transition::{NotMoved, transition};
@@ -140,12 +141,15 @@ impl<J: JobStore> Enrichment<J> {
             finish_reason: None,
             prompt_tokens: None,
             completion_tokens: None,
+            cost_usd: None,
         };
+        let failed = answer.is_err();
         let described = match answer {
             Ok(answer) => {
                 call.finish_reason.clone_from(&answer.finish_reason);
                 call.prompt_tokens = answer.prompt_tokens;
                 call.completion_tokens = answer.completion_tokens;
+                call.cost_usd = server.cost_usd(&answer);
                 Ok(description(reading, &answer).unwrap_or_else(|code| {
                     call.outcome = code.to_owned();
                     template::describe(reading, Some(code))
@@ -164,6 +168,7 @@ impl<J: JobStore> Enrichment<J> {
             llm.completion_tokens = call.completion_tokens,
             "llm called"
         );
+        metrics::llm_called(&call, failed);
         (described, Some(call))
     }
 
@@ -183,6 +188,9 @@ impl<J: JobStore> Enrichment<J> {
         };
         let finished = transition(&self.jobs, job, finish).await;
         crash::here(Point::EnrichmentFinished);
+        if let Ok((done, ())) = &finished {
+            metrics::described(done);
+        }
         settled(job, finished.map(|_| ()))
     }
 

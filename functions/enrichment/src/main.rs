@@ -9,17 +9,19 @@ use shared::llm::Llm;
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
-    let stage = Stage::open().await?;
+    let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
     let enrichment = Enrichment {
         jobs: stage.jobs()?,
         llm: Llm::from_env(&stage.env)?.with_secrets(stage.secrets()?),
         clock: stage.clock.clone(),
         policy: stage.policy,
     };
-    let enrichment = &enrichment;
+    let (enrichment, metrics) = (&enrichment, &stage.metrics);
     lambda_runtime::run(service_fn(async move |event: LambdaEvent<Event>| {
         let deadline = clock::from_millis(i64::try_from(event.context.deadline)?);
-        Ok::<_, Error>(enrichment.handle(event.payload, deadline).await)
+        let response = enrichment.handle(event.payload, deadline).await;
+        metrics.flush();
+        Ok::<_, Error>(response)
     }))
     .await
 }

@@ -27,6 +27,7 @@ use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::job::{self, FailureCode, InferenceOutcome, Job, Policy, Quality, Record, Refused, Status, Timings};
 use shared::message::Message;
+use shared::metrics;
 use shared::ports::{BlobStore, JobQueue, JobStore};
 use shared::telemetry;
 use shared::transition::{NotMoved, transition};
@@ -170,6 +171,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             self.cache.put(key, serde_json::to_vec(outputs).map_err(Error::internal)?, ttl).await;
         }
         crash::here(Point::InferenceCached);
+        metrics::photo_read(&done);
         tracing::info!(job.status = done.status.as_str(), job.attempts = done.attempts.inference, "photo read");
         Ok(Outcome::Acknowledge)
     }

@@ -22,7 +22,7 @@ const AT_ONCE: usize = 1;
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
-    let stage = Stage::open().await?;
+    let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
     let cache = stage.cache()?;
     let cache_secret = match cache {
         // What it keys is then written nowhere but into records, where it must tell nothing.
@@ -40,10 +40,12 @@ async fn main() -> Result<(), Error> {
         clock: stage.clock.clone(),
         policy: stage.policy,
     };
-    let inference = &inference;
+    let (inference, metrics) = (&inference, &stage.metrics);
     lambda_runtime::run(service_fn(async move |event: LambdaEvent<SqsEvent>| {
         let deadline = clock::from_millis(i64::try_from(event.context.deadline)?);
-        Ok::<_, Error>(inference.handle(event.payload, deadline).await)
+        let response = inference.handle(event.payload, deadline).await;
+        metrics.flush();
+        Ok::<_, Error>(response)
     }))
     .await
 }

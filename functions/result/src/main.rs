@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use axum::middleware::from_fn;
-use shared::aws::Stage;
+use axum::middleware::{from_fn, from_fn_with_state};
+use shared::aws::{Stage, flush_after};
 use shared::http;
 
 #[tokio::main]
 async fn main() -> Result<(), lambda_http::Error> {
-    let stage = Stage::open().await?;
+    let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
     let results = result::Results {
         jobs: stage.jobs()?,
         queue: stage.queue()?,
@@ -17,5 +17,6 @@ async fn main() -> Result<(), lambda_http::Error> {
         policy: stage.policy,
     };
     let app = http::app(result::router(Arc::new(results)), result::open_router(), stage.access()?);
-    lambda_http::run(app.layer(from_fn(http::trace))).await
+    let app = app.layer(from_fn(http::trace)).layer(from_fn_with_state(stage.metrics, flush_after));
+    lambda_http::run(app).await
 }

@@ -17,6 +17,7 @@ use shared::crash::{self, Point};
 use shared::job::{self, Job, Policy, Record, SweepAction, Tombstone, Upload};
 use shared::llm::template;
 use shared::message::Message;
+use shared::metrics;
 use shared::ports::{BlobStore, JobQueue, JobStore};
 use shared::telemetry;
 use shared::transition::{NotMoved, transition};
@@ -65,7 +66,9 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
     /// Where the due records cannot be read; a single record that fails is counted and stays due.
     pub async fn handle(&self, _: EventBridgeEvent) -> Result<Report, Error> {
         let mut report = Report::default();
-        self.sweep_records(&mut report).await?;
+        let swept = self.sweep_records(&mut report).await;
+        metrics::jobs_given_up(report.ended);
+        swept?;
         self.sweep_orphans(&mut report).await?;
         if report != Report::default() {
             tracing::info!(

@@ -7,11 +7,13 @@ use sweep::Sweep;
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
-    let stage = Stage::open().await?;
+    let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
     let sweep = Sweep::new(stage.jobs()?, stage.queue()?, stage.blobs()?, stage.clock.clone(), stage.policy);
-    let sweep = &sweep;
+    let (sweep, metrics) = (&sweep, &stage.metrics);
     lambda_runtime::run(service_fn(async move |event: LambdaEvent<EventBridgeEvent>| {
-        Ok::<_, Error>(sweep.handle(event.payload).await?)
+        let report = sweep.handle(event.payload).await;
+        metrics.flush();
+        Ok::<_, Error>(report?)
     }))
     .await
 }

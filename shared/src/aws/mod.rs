@@ -4,6 +4,7 @@
 
 mod callers;
 mod dynamodb;
+mod emf;
 mod s3;
 mod secrets;
 mod sqs;
@@ -15,6 +16,7 @@ use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 
 pub use callers::DynamoCallers;
 pub use dynamodb::DynamoJobStore;
+pub use emf::{Emf, flush_after};
 pub use s3::S3BlobStore;
 pub use secrets::Secrets;
 pub use sqs::SqsJobQueue;

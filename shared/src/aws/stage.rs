@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use aws_config::SdkConfig;
 
-use super::{DynamoCallers, DynamoJobStore, S3BlobStore, Secrets, SqsJobQueue, sdk_config};
+use super::{DynamoCallers, DynamoJobStore, Emf, S3BlobStore, Secrets, SqsJobQueue, sdk_config};
 use crate::auth::{Access, Checks, Limits, Tokens};
 use crate::cache::PredictionCache;
 use crate::clock::Clock;
@@ -16,15 +16,17 @@ pub struct Stage {
     pub env: Env,
     pub clock: Clock,
     pub policy: Policy,
+    pub metrics: Emf,
     sdk: SdkConfig,
 }
 
 impl Stage {
-    /// Reads the environment, and starts logging.
+    /// Reads the environment, starts logging, and counts the start of `function`. `STAGE` is the stage
+    /// whose metrics these are.
     ///
     /// # Errors
     /// [`ConfigError`] for the first variable that is not right.
-    pub async fn open() -> Result<Self, ConfigError> {
+    pub async fn open(function: &'static str) -> Result<Self, ConfigError> {
         let env = Env::of_process();
         crate::telemetry::init(&env)?;
         #[cfg(debug_assertions)]
@@ -32,7 +34,10 @@ impl Stage {
         // Whoever speaks TLS beside the SDK takes the process's provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let policy = config::policy(&env)?;
-        Ok(Self { env, clock: Clock::System, policy, sdk: sdk_config().await })
+        let name = env.text("STAGE")?.ok_or_else(|| ConfigError::new("STAGE", "is not set; Terraform sets it"))?;
+        let metrics = Emf::start(name)?;
+        crate::metrics::cold_start(function);
+        Ok(Self { env, clock: Clock::System, policy, metrics, sdk: sdk_config().await })
     }
 
     /// `TABLE_NAME`.

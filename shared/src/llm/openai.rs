@@ -33,6 +33,14 @@ pub struct OpenAi {
     temperature: f32,
     /// For one try, from connect to the last byte.
     attempt_timeout: Duration,
+    prices: Option<Prices>,
+}
+
+/// What a million tokens cost, in USD.
+#[derive(Debug, Clone, Copy)]
+struct Prices {
+    prompt: f64,
+    completion: f64,
 }
 
 /// Where the server's key comes from.
@@ -71,13 +79,22 @@ impl Keys {
 
 impl OpenAi {
     /// `LLM_BASE_URL` (such as `https://api.openai.com/v1`), `LLM_MODEL`, `LLM_API_KEY`,
-    /// `LLM_MAX_TOKENS`, `LLM_TEMPERATURE`, `LLM_TIMEOUT_SECONDS`; `None` where there is no base URL.
+    /// `LLM_MAX_TOKENS`, `LLM_TEMPERATURE`, `LLM_TIMEOUT_SECONDS`, and the prices of tokens; `None` where
+    /// there is no base URL.
     ///
     /// # Errors
     /// [`ConfigError`] where one does not parse, or the model is missing.
     pub fn from_env(env: &Env) -> Result<Option<Self>, ConfigError> {
         let Some(base) = env.text("LLM_BASE_URL")? else {
-            for name in ["LLM_MODEL", "LLM_API_KEY", "LLM_MAX_TOKENS", "LLM_TEMPERATURE", "LLM_TIMEOUT_SECONDS"] {
+            for name in [
+                "LLM_MODEL",
+                "LLM_API_KEY",
+                "LLM_MAX_TOKENS",
+                "LLM_TEMPERATURE",
+                "LLM_TIMEOUT_SECONDS",
+                "LLM_PROMPT_USD_PER_MILLION",
+                "LLM_COMPLETION_USD_PER_MILLION",
+            ] {
                 if env.text(name)?.is_some() {
                     return Err(ConfigError::new(name, "is of no use without LLM_BASE_URL"));
                 }
@@ -114,7 +131,16 @@ impl OpenAi {
             max_tokens: env.number("LLM_MAX_TOKENS", 500, 1, 100_000)?,
             temperature: env.number("LLM_TEMPERATURE", 0.7, 0.0, 2.0)?,
             attempt_timeout: Duration::from_secs(env.number("LLM_TIMEOUT_SECONDS", 30, 1, 600)?),
+            prices: prices(env)?,
         }))
+    }
+
+    /// What an answer cost, where prices are set and the server says what it has used.
+    #[must_use]
+    pub fn cost_usd(&self, answer: &Answer) -> Option<f64> {
+        let prices = self.prices?;
+        let (prompt, completion) = (answer.prompt_tokens? as f64, answer.completion_tokens? as f64);
+        Some((prompt * prices.prompt + completion * prices.completion) / 1e6)
     }
 
     /// Asks, and asks again where that may help, until `deadline`. Gives the answer, or the error
@@ -200,6 +226,23 @@ impl OpenAi {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
         })
+    }
+}
+
+/// `LLM_PROMPT_USD_PER_MILLION` and `LLM_COMPLETION_USD_PER_MILLION`; without them nobody counts money.
+fn prices(env: &Env) -> Result<Option<Prices>, ConfigError> {
+    let (prompt, completion) = ("LLM_PROMPT_USD_PER_MILLION", "LLM_COMPLETION_USD_PER_MILLION");
+    let prices = (env.parse("LLM_PROMPT_USD_PER_MILLION")?, env.parse("LLM_COMPLETION_USD_PER_MILLION")?);
+    let in_bounds = |name: &str, price: f64| {
+        // Written so that NaN is refused as well.
+        let wrong = || ConfigError::new(name, "must lie between 0 and 10000");
+        (0.0..=10_000.0).contains(&price).then_some(price).ok_or_else(wrong)
+    };
+    match prices {
+        (None, None) => Ok(None),
+        (Some(a), Some(b)) => Ok(Some(Prices { prompt: in_bounds(prompt, a)?, completion: in_bounds(completion, b)? })),
+        (Some(_), None) => Err(ConfigError::new(completion, format!("is needed with {prompt}"))),
+        (None, Some(_)) => Err(ConfigError::new(prompt, format!("is needed with {completion}"))),
     }
 }
 

@@ -22,3 +22,8 @@ output "subnet_ids" {
   description = "Where the function joins a network."
   value       = var.network == null ? [] : var.network.subnet_ids
 }
+
+output "package" {
+  description = "The zip that it was made of."
+  value       = aws_lambda_function.this.filename
+}
