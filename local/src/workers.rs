@@ -4,7 +4,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use aws_lambda_events::event::dynamodb;
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use aws_lambda_events::event::sqs::{SqsEvent, SqsMessage};
 use chrono::TimeDelta;
@@ -141,7 +140,7 @@ async fn feed(host: &Host) -> Result<Fed, Error> {
         }
         return Ok(Fed::None);
     }
-    let event: dynamodb::Event = serde_json::from_value(feed_event(&changes.matching)).map_err(Error::internal)?;
+    let event: enrichment::Event = serde_json::from_value(feed_event(&changes.matching)).map_err(Error::internal)?;
     let deadline = host.clock.now() + host.config.policy.lease;
     let response = host.enrichment.handle(event, deadline).await;
     let failed =

@@ -4,11 +4,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod events;
 #[path = "../pipeline/support/llm_server.rs"]
 #[allow(dead_code, reason = "the pipeline's tests use all of it")]
 mod llm_server;
+mod metrics;
+mod packages;
 mod pipeline;
 #[path = "../ports.rs"]
 mod ports;
+mod runtime;
 mod stores;
 mod support;

@@ -8,7 +8,6 @@ use base64::engine::general_purpose::STANDARD;
 use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use shared::api::admin::{NewKey, Scope};
 use shared::auth::keys::ApiKey;
 use shared::aws::{DynamoCallers, DynamoJobStore, S3BlobStore, SqsJobQueue};
@@ -19,10 +18,7 @@ use shared::ports::{BlobStore, Callers, JobQueue, JobStore};
 use tokio::sync::RwLock;
 
 use crate::llm_server::{Behaviour, HONEST, explanation};
-use crate::support::{llm, of_stage, sample, sdk};
-
-/// Sweep comes every minute, and what it sends needs its time.
-const PATIENCE: Duration = Duration::from_secs(180);
+use crate::support::{PATIENCE, hex_sha256, llm, of_stage, sample, sdk, within};
 
 /// Somebody with a key of their own.
 struct User {
@@ -81,15 +77,6 @@ async fn record(id: &str) -> Option<Record> {
 
 async fn job(id: &str) -> Job {
     record(id).await.and_then(Record::into_job).unwrap()
-}
-
-/// Looks again and again until `holds`.
-async fn within(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let started = Instant::now();
-    while !holds().await {
-        assert!(started.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
 }
 
 #[tokio::test]
@@ -230,8 +217,7 @@ async fn an_upload_takes_what_was_announced_and_becomes_a_job() {
     let user = User::new("ivan").await;
     let photo = sample("mole-drawn.png");
     let announce = async |size: usize| {
-        let digest: String = Sha256::digest(&photo).iter().map(|byte| format!("{byte:02x}")).collect();
-        let body = json!({"content_type": "image/png", "size_bytes": size, "sha256": digest});
+        let body = json!({"content_type": "image/png", "size_bytes": size, "sha256": hex_sha256(&photo)});
         user.request(Method::POST, "/uploads").json(&body).send().await.unwrap()
     };
     assert_eq!(announce(26 * 1024 * 1024).await.status(), StatusCode::PAYLOAD_TOO_LARGE);
@@ -254,6 +240,20 @@ async fn an_upload_takes_what_was_announced_and_becomes_a_job() {
     assert_eq!(result["status"], "completed", "{result}");
     let blobs = S3BlobStore::new(&sdk().await, of_stage("BUCKET"), true, Clock::System);
     assert_eq!(blobs.get(permit["image_key"].as_str().unwrap()).await.unwrap(), None, "the upload is erased");
+}
+
+#[tokio::test]
+async fn anybody_may_read_the_description_of_the_api() {
+    let user = User::new("quinn").await;
+    let answer = user.http.get(format!("{}/openapi.json", user.url)).send().await.unwrap();
+    assert_eq!(
+        (answer.status(), &answer.headers()["content-type"]),
+        (StatusCode::OK, &"application/json".parse().unwrap())
+    );
+    let description: Value = answer.json().await.unwrap();
+    for path in ["/submit", "/uploads", "/result/{request_id}", "/admin/keys"] {
+        assert!(description["paths"][path].is_object(), "{path}");
+    }
 }
 
 /// The deployment writes the first key by a script of its own; the functions must know it as theirs.

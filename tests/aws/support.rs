@@ -1,13 +1,19 @@
 //! What `scripts/emulator` has made.
 
+use std::path::Path;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::GlobalSecondaryIndex;
+use sha2::{Digest, Sha256};
 use shared::config::Env;
 use uuid::Uuid;
 
 use crate::llm_server::LlmServer;
+
+/// Sweep comes every minute, and what it sends needs its time.
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// A variable that `scripts/emulator` sets.
 pub fn of_stage(name: &str) -> String {
@@ -44,10 +50,28 @@ pub async fn fresh_table(sdk: &SdkConfig, of: &str) -> String {
     name
 }
 
+/// The repository's root.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
 /// A drawn photo of `model/samples`.
 pub fn sample(name: &str) -> Vec<u8> {
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    std::fs::read(root.join("model/samples").join(name)).unwrap()
+    std::fs::read(root().join("model/samples").join(name)).unwrap()
+}
+
+/// SHA-256 in lower-case hex.
+pub fn hex_sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Looks again and again until `holds`.
+pub async fn within(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let started = Instant::now();
+    while !holds().await {
+        assert!(started.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
 }
 
 /// The stand-in of the stage's LLM. One for all tests, on a thread that outlives each of them.

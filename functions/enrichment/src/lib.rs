@@ -9,7 +9,6 @@ pub mod guard;
 
 use std::time::{Duration, Instant};
 
-use aws_lambda_events::event::dynamodb::{Event, EventRecord};
 use aws_lambda_events::event::streams::{DynamoDbBatchItemFailure, DynamoDbEventResponse};
 use futures_util::future::join_all;
 use serde::Deserialize;
@@ -37,6 +36,31 @@ pub struct Enrichment<J> {
     pub llm: Llm,
     pub clock: Clock,
     pub policy: Policy,
+}
+
+/// A batch of the table's stream, as far as it is read here. DynamoDB's reference calls every field of
+/// a record optional, where the type in `aws_lambda_events` demands some: one record without would
+/// fail the batch.
+#[derive(Debug, Deserialize)]
+pub struct Event {
+    #[serde(rename = "Records")]
+    records: Vec<EventRecord>,
+}
+
+#[derive(Debug, Deserialize)]
+struct EventRecord {
+    #[serde(rename = "eventID")]
+    event_id: Option<String>,
+    #[serde(rename = "dynamodb", default)]
+    change: Change,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Change {
+    #[serde(rename = "Keys", default)]
+    keys: serde_dynamo::Item,
+    #[serde(rename = "SequenceNumber")]
+    sequence_number: Option<String>,
 }
 
 /// The key of a record in the feed.

@@ -1,7 +1,6 @@
 //! enrichment as a Lambda behind the table's stream.
 
-use aws_lambda_events::event::dynamodb::Event;
-use enrichment::Enrichment;
+use enrichment::{Enrichment, Event};
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use shared::aws::Stage;
 use shared::clock;
