@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use utoipa::openapi::OpenApi;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use uuid::Uuid;
 
 use crate::clock::Timestamp;
@@ -95,6 +97,30 @@ pub struct UploadPermit {
     /// Until when the upload may begin.
     #[schema(value_type = String, format = DateTime)]
     pub expires_at: Timestamp,
+}
+
+/// The description of the whole API, put together of its functions' parts.
+#[must_use]
+pub fn describe(parts: impl IntoIterator<Item = OpenApi>) -> OpenApi {
+    #[derive(utoipa::OpenApi)]
+    #[openapi(info(
+        title = "Skin-lesion pipeline",
+        description = "Photo in, calibrated class probabilities and a plain-language description out. \
+            Research demonstration, not a medical device.",
+        license(name = "Apache-2.0 OR MIT"),
+    ))]
+    struct Whole;
+    let mut whole = <Whole as utoipa::OpenApi>::openapi();
+    parts.into_iter().for_each(|part| whole.merge(part));
+    let bearer = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some("An API key, or a token of the host's issuer. A host without keys asks for neither."));
+    let components = whole.components.get_or_insert_default();
+    components.add_security_scheme("bearer", SecurityScheme::Http(bearer.build()));
+    // Either: a host without keys, or with guests, takes requests without.
+    whole.security =
+        Some(vec![SecurityRequirement::default(), SecurityRequirement::new("bearer", Vec::<String>::new())]);
+    whole
 }
 
 /// `describe` where a request does not say.

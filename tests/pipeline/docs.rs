@@ -68,12 +68,6 @@ fn every_error_and_failure_code_is_in_the_api_page() {
     }
 }
 
-/// `target/debug/local openapi > docs/openapi.json` writes it anew.
-#[test]
-fn the_description_that_is_served_is_that_of_the_code() {
-    assert_eq!(read("docs/openapi.json").trim_end(), local::openapi().to_pretty_json().unwrap());
-}
-
 #[test]
 fn every_metric_is_in_the_architecture_page_with_its_unit() {
     let page = read("docs/ARCHITECTURE.md");

@@ -1,4 +1,5 @@
-//! `GET /result/{request_id}`, `GET /results`, `DELETE /result/{request_id}`, `GET /healthz`.
+//! `GET /result/{request_id}`, `GET /results`, `DELETE /result/{request_id}`, `GET /healthz`,
+//! `GET /openapi.json`.
 //!
 //! Triggered by HTTP. Reads the records. A delete writes, in this order: the tombstone, then it
 //! erases the blobs, then it sends the order to erase the cache; sweep does the last two once more
@@ -54,9 +55,9 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(results: Arc<Results<J, Q,
         .with_state(results)
 }
 
-/// This function's routes that need no credentials.
-pub fn open_router() -> Router {
-    Router::new().route("/healthz", get(healthz))
+/// This function's routes that need no credentials. `description` is that of the whole API.
+pub fn open_router(description: utoipa::openapi::OpenApi) -> Router {
+    Router::new().route("/healthz", get(healthz)).route("/openapi.json", get(|| async move { Json(description) }))
 }
 
 #[derive(Deserialize)]
