@@ -68,6 +68,19 @@ fn every_error_and_failure_code_is_in_the_api_page() {
     }
 }
 
+/// From what was measured, Terraform's sizes and a list of prices.
+#[test]
+fn the_costs_in_the_readme_are_what_the_script_computes() {
+    let output = std::process::Command::new(root().join("scripts/cost")).output().expect("python3 is missing");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let tables: Vec<_> = printed.trim().split("\n\n").collect();
+    assert_eq!(tables.len(), 2);
+    for table in tables {
+        assert!(read("README.md").contains(table), "scripts/cost computes, and README.md does not say:\n{table}");
+    }
+}
+
 #[test]
 fn every_metric_is_in_the_architecture_page_with_its_unit() {
     let page = read("docs/ARCHITECTURE.md");
