@@ -66,6 +66,8 @@ points! {
     AdminKeyRevoked = "admin.key_revoked",
     AdminJobRedriven = "admin.job_redriven",
     AdminMessageSent = "admin.message_sent",
+    AdminLettersReceived = "admin.letters_received",
+    AdminLetterSent = "admin.letter_sent",
     AdminDeadLettersMoved = "admin.dead_letters_moved",
 }
 
@@ -96,6 +98,8 @@ pub fn arm(env: &Env) -> Result<(), ConfigError> {
 pub fn here(point: Point) {
     let Some((armed, left)) = ARMED.get() else { return };
     if *armed == point && left.fetch_sub(1, Ordering::SeqCst) == 1 {
+        // A Lambda's end is seen in its log alone.
+        eprintln!("killed at {}", point.name());
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         loop {
             std::thread::park();

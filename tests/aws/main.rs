@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod events;
+mod kill;
+mod lambda;
 #[path = "../pipeline/support/llm_server.rs"]
 #[allow(dead_code, reason = "the pipeline's tests use all of it")]
 mod llm_server;
@@ -13,6 +15,7 @@ mod packages;
 mod pipeline;
 #[path = "../ports.rs"]
 mod ports;
+mod redis;
 mod runtime;
 mod stores;
 mod support;

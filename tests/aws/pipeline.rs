@@ -17,18 +17,19 @@ use shared::message::Message;
 use shared::ports::{BlobStore, Callers, JobQueue, JobStore};
 use tokio::sync::RwLock;
 
+use crate::lambda::Lambda;
 use crate::llm_server::{Behaviour, HONEST, explanation};
 use crate::support::{PATIENCE, hex_sha256, llm, of_stage, sample, sdk, within};
 
 /// Somebody with a key of their own.
-struct User {
-    http: Client,
+pub struct User {
+    pub http: Client,
     url: String,
     key: String,
 }
 
 impl User {
-    async fn new(caller: &str) -> Self {
+    pub async fn new(caller: &str) -> Self {
         let callers = DynamoCallers::new(&sdk().await, of_stage("CALLERS_TABLE_NAME"));
         let scopes = vec![Scope::Jobs, Scope::Admin];
         let new = NewKey { caller: caller.into(), name: String::new(), scopes, expires_at: None };
@@ -39,11 +40,11 @@ impl User {
         Self { http, url: of_stage("API_URL"), key: text.expose_secret().to_owned() }
     }
 
-    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.url)).bearer_auth(&self.key)
     }
 
-    async fn submit(&self, query: &str, photo: Vec<u8>) -> String {
+    pub async fn submit(&self, query: &str, photo: Vec<u8>) -> String {
         let answer =
             self.request(Method::POST, &format!("/submit{query}")).header("content-type", "image/png").body(photo);
         let answer = answer.send().await.unwrap();
@@ -53,7 +54,7 @@ impl User {
     }
 
     /// The result once the job has ended.
-    async fn ended(&self, id: &str) -> Value {
+    pub async fn ended(&self, id: &str) -> Value {
         let started = Instant::now();
         loop {
             let answer = self.request(Method::GET, &format!("/result/{id}?wait=10")).send().await.unwrap();
@@ -71,7 +72,7 @@ impl User {
 /// The stage has one LLM. Who lets it fail is alone with it.
 static LLM_TURN: RwLock<()> = RwLock::const_new(());
 
-async fn record(id: &str) -> Option<Record> {
+pub async fn record(id: &str) -> Option<Record> {
     DynamoJobStore::new(&sdk().await, of_stage("TABLE_NAME")).get(id.parse().unwrap()).await.unwrap()
 }
 
@@ -289,9 +290,17 @@ async fn no_log_line_holds_a_photo_a_prompt_a_completion_or_a_key() {
     let asked = llm().requests();
     let key = asked.last().unwrap().0["authorization"].to_str().unwrap().trim_start_matches("Bearer ").to_owned();
     let prompt = asked.last().unwrap().1["messages"][0]["content"].as_str().unwrap().to_owned();
-    let log = std::fs::read(of_stage("EMULATOR_LOG")).unwrap();
+    let mut log = std::fs::read(of_stage("EMULATOR_LOG")).unwrap();
+    let about = |log: &[u8]| log.windows(id.len()).any(|window| window == id.as_bytes());
+    assert!(about(&log), "the log is that of these functions");
+    // What answers HTTP is logged by the emulator's CloudWatch alone.
+    let lambda = Lambda::new();
+    for function in ["submit", "result", "admin"] {
+        let lines = lambda.log(function).await.join("\n");
+        assert!(about(lines.as_bytes()) || function == "admin", "{function} has logged nothing of the job");
+        log.extend(lines.as_bytes());
+    }
     let holds = |what: &[u8]| log.windows(what.len()).any(|window| window == what);
-    assert!(holds(id.as_bytes()), "the log is that of these functions");
     let (user_key, user_secret) = (user.key.as_bytes(), user.key.rsplit('_').next().unwrap().as_bytes());
     assert!(!key.is_empty() && !holds(key.as_bytes()), "the LLM's key");
     assert!(!holds(user_key) && !holds(user_secret), "the caller's key");

@@ -47,6 +47,8 @@ pub(super) const START: &[Point] = &[Point::StartLeaseEnded, Point::StartMessage
 pub(super) const ADMIN_KEYS: &[Point] = &[Point::AdminKeyWritten, Point::AdminKeyRevoked];
 pub(super) const ADMIN_JOB: &[Point] = &[Point::AdminJobRedriven, Point::AdminMessageSent];
 pub(super) const ADMIN_DEAD_LETTERS: &[Point] = &[Point::AdminDeadLettersMoved];
+/// Between two requests to SQS, where the embedded queue has one transaction: `tests/aws/kill.rs`.
+pub(super) const AWS_ALONE: &[Point] = &[Point::AdminLettersReceived, Point::AdminLetterSent];
 
 #[test]
 fn every_crash_point_is_in_a_scenario() {
@@ -66,6 +68,7 @@ fn every_crash_point_is_in_a_scenario() {
         ADMIN_KEYS,
         ADMIN_JOB,
         ADMIN_DEAD_LETTERS,
+        AWS_ALONE,
     ];
     let mut tested: Vec<_> = scenarios.concat().iter().map(|point| point.name()).collect();
     let mut all: Vec<_> = Point::ALL.iter().map(|point| point.name()).collect();

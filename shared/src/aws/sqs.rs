@@ -10,6 +10,7 @@ use aws_sdk_sqs::operation::change_message_visibility::ChangeMessageVisibilityEr
 use aws_sdk_sqs::types::{Message as SqsMessage, MessageSystemAttributeName};
 
 use crate::clock::from_millis;
+use crate::crash::{self, Point};
 use crate::error::Error;
 use crate::message::Message;
 use crate::ports::{DeadLetter, JobQueue};
@@ -50,6 +51,7 @@ impl SqsJobQueue {
             .message_system_attribute_names(MessageSystemAttributeName::SentTimestamp)
             .message_system_attribute_names(MessageSystemAttributeName::ApproximateReceiveCount);
         let received = receive.send().await.map_err(unavailable)?.messages.unwrap_or_default();
+        crash::here(Point::AdminLettersReceived);
         let with_id = received.into_iter().filter_map(|message| {
             let receipt = message.receipt_handle.clone()?;
             Some((message.message_id.clone()?, Received { message, receipt }))
@@ -61,6 +63,7 @@ impl SqsJobQueue {
         // Sent first: a message in both queues is worked once more, one in neither is lost.
         let body = letter.message.body.unwrap_or_default();
         self.client.send_message().queue_url(&self.url).message_body(body).send().await.map_err(unavailable)?;
+        crash::here(Point::AdminLetterSent);
         let delete = self.client.delete_message().queue_url(self.dead_letters_url()?);
         delete.receipt_handle(letter.receipt).send().await.map(|_| ()).map_err(unavailable)
     }
