@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use admin::Admin;
 use anyhow::Context;
+use chat::Chat;
 use enrichment::Enrichment;
 use inference::Inference;
 use inference::bundle::Bundle;
@@ -67,6 +68,7 @@ pub struct Host {
     pub results: Arc<Results<Store, Queue, Blobs>>,
     pub sweep: Sweep<Store, Queue, Blobs>,
     pub admin: Arc<Admin<Store, Queue, Keys>>,
+    pub chat: Arc<Chat>,
     pub access: Arc<Access<Keys>>,
     pub model: Arc<Model>,
     /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
@@ -119,7 +121,8 @@ impl Host {
             clock: clock.clone(),
             policy,
         };
-        let enrichment = Enrichment { jobs: store.clone(), llm: Llm::from_env(env)?, clock: clock.clone(), policy };
+        let llm = Arc::new(Llm::from_env(env)?);
+        let enrichment = Enrichment { jobs: store.clone(), llm: Arc::clone(&llm), clock: clock.clone(), policy };
         let sweep = Sweep::new(store.clone(), queue.clone(), blobs.clone(), clock.clone(), policy);
         let admin =
             Admin { jobs: store.clone(), queue: queue.clone(), callers, clock: clock.clone(), policy: config.policy };
@@ -135,6 +138,7 @@ impl Host {
             results: Arc::new(results),
             sweep,
             admin: Arc::new(admin),
+            chat: Arc::new(Chat { llm }),
             access: Arc::new(access),
             model,
             _lock: lock,

@@ -19,7 +19,7 @@ use crate::{Host, turns};
 /// The description of the whole API.
 #[must_use]
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    describe([submit::Api::openapi(), result::Api::openapi(), admin::Api::openapi()])
+    describe([submit::Api::openapi(), result::Api::openapi(), admin::Api::openapi(), chat::Api::openapi()])
 }
 
 pub(crate) fn router(host: &Arc<Host>) -> Router {
@@ -28,7 +28,8 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
     let protected = Router::new()
         .merge(submit.layer(middleware::from_fn_with_state(turns, turns::in_turn)))
         .merge(result::router(Arc::clone(&host.results)))
-        .merge(admin::router(Arc::clone(&host.admin)));
+        .merge(admin::router(Arc::clone(&host.admin)))
+        .merge(chat::router(Arc::clone(&host.chat)));
     let open = result::open_router(openapi()).merge(uploads::router(host.blobs.clone(), host.clock.clone()));
     let router = http::app(protected, open, Arc::clone(&host.access));
     let router = match *host.access {

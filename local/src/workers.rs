@@ -131,7 +131,7 @@ enum Fed {
 }
 
 async fn feed(host: &Host) -> Result<Fed, Error> {
-    let batch = if matches!(host.enrichment.llm, Llm::Offline) { OFFLINE_FEED_BATCH } else { FEED_BATCH };
+    let batch = if matches!(*host.enrichment.llm, Llm::Offline) { OFFLINE_FEED_BATCH } else { FEED_BATCH };
     let changes = host.store.changes("enrichment", Dispatch::Enrichment.as_str(), batch).await?;
     let end = changes.end;
     if changes.matching.is_empty() {

@@ -1,6 +1,7 @@
 //! The bodies of the HTTP API, as the functions write them and the CLI reads them.
 
 pub mod admin;
+pub mod chat;
 
 use std::collections::BTreeMap;
 

@@ -24,6 +24,12 @@ pub enum Code {
     PhotoUnreadable,
     TooManyRequests,
     Internal,
+    LlmNotConfigured,
+    LlmRefused,
+    LlmRateLimited,
+    LlmUnavailable,
+    LlmInvalidResponse,
+    LlmTimeout,
     Unavailable,
 }
 
@@ -35,7 +41,7 @@ impl Code {
             Self::InvalidRequest => 400,
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
-            Self::NotFound => 404,
+            Self::NotFound | Self::LlmNotConfigured => 404,
             Self::MethodNotAllowed => 405,
             Self::IdempotencyConflict | Self::NotRedrivable => 409,
             Self::PayloadTooLarge => 413,
@@ -43,7 +49,9 @@ impl Code {
             Self::PhotoUnreadable => 422,
             Self::TooManyRequests => 429,
             Self::Internal => 500,
+            Self::LlmRefused | Self::LlmRateLimited | Self::LlmUnavailable | Self::LlmInvalidResponse => 502,
             Self::Unavailable => 503,
+            Self::LlmTimeout => 504,
         }
     }
 
@@ -64,6 +72,12 @@ impl Code {
             Self::PhotoUnreadable => "photo_unreadable",
             Self::TooManyRequests => "too_many_requests",
             Self::Internal => "internal",
+            Self::LlmNotConfigured => "llm_not_configured",
+            Self::LlmRefused => "llm_refused",
+            Self::LlmRateLimited => "llm_rate_limited",
+            Self::LlmUnavailable => "llm_unavailable",
+            Self::LlmInvalidResponse => "llm_invalid_response",
+            Self::LlmTimeout => "llm_timeout",
             Self::Unavailable => "unavailable",
         }
     }

@@ -207,7 +207,13 @@ mod tests {
             (HeicNotSupported, 415),
             (PhotoUnreadable, 422),
             (TooManyRequests, 429),
+            (LlmNotConfigured, 404),
             (Internal, 500),
+            (LlmRefused, 502),
+            (LlmRateLimited, 502),
+            (LlmUnavailable, 502),
+            (LlmInvalidResponse, 502),
+            (LlmTimeout, 504),
             (Unavailable, 503),
         ];
         for (code, status) in table {

@@ -297,6 +297,7 @@ async fn every_described_operation_answers_and_every_answer_is_described() {
         "POST /admin/dead-letters/redrive",
         "POST /admin/jobs/{request_id}/redrive",
         "POST /admin/keys",
+        "POST /chat",
         "POST /submit",
         "POST /uploads",
     ];

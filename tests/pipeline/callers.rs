@@ -320,7 +320,7 @@ async fn a_caller_beyond_its_limit_waits_for_the_next_minute_and_holds_up_no_oth
 
 #[tokio::test]
 async fn guests_submit_and_read_by_id_under_a_limit_of_their_own_and_never_list() {
-    let host = Keyed::start(&[("ADMIT_GUESTS", "true"), ("GUEST_REQUESTS_PER_MINUTE", "6")]).await;
+    let host = Keyed::start(&[("ADMIT_GUESTS", "true"), ("GUEST_REQUESTS_PER_MINUTE", "7")]).await;
     let ward = host.key_of("ward").await;
     let hidden = id_of(host.submit(&ward).await).await;
     host.clock.advance(TimeDelta::minutes(1));
@@ -329,9 +329,10 @@ async fn guests_submit_and_read_by_id_under_a_limit_of_their_own_and_never_list(
     assert_eq!(host.status(Method::GET, &format!("/result/{hidden}"), "").await, 404);
     assert_eq!(host.status(Method::GET, "/results", "").await, 403);
     assert_eq!(host.status(Method::GET, "/admin/keys", "").await, 403);
+    assert_eq!(host.status(Method::POST, "/chat", "").await, 403, "an LLM costs money");
     assert_eq!(host.status(Method::DELETE, &format!("/result/{id}"), "").await, 204);
     let refused = host.get(&format!("/result/{id}"), "").await;
-    assert_eq!(refused.status().as_u16(), 429, "all guests together have six");
+    assert_eq!(refused.status().as_u16(), 429, "all guests together have seven");
     assert!(refused.headers().contains_key("retry-after"));
     assert_eq!(host.get("/results", &ward).await.status().as_u16(), 200);
     host.clock.advance(TimeDelta::minutes(1));

@@ -10,6 +10,7 @@ mod admin;
 mod api;
 mod bombs;
 mod callers;
+mod chat;
 mod cli;
 mod docs;
 mod embedded;

@@ -7,6 +7,7 @@
 
 pub mod guard;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_lambda_events::event::streams::{DynamoDbBatchItemFailure, DynamoDbEventResponse};
@@ -14,10 +15,11 @@ use futures_util::future::join_all;
 use serde::Deserialize;
 use serde_json::json;
 use shared::Error;
+use shared::api::chat::Role;
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::job::{Description, DescriptionSource, Job, LlmCall, Policy, Reading, Record, Refused};
-use shared::llm::{Answer, Llm, LlmError, Prompt, template};
+use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt, template};
 use shared::metrics;
 use shared::ports::JobStore;
 use shared::telemetry;
@@ -33,7 +35,7 @@ const MARGIN: Duration = Duration::from_secs(3);
 /// What enrichment works with.
 pub struct Enrichment<J> {
     pub jobs: J,
-    pub llm: Llm,
+    pub llm: Arc<Llm>,
     pub clock: Clock,
     pub policy: Policy,
 }
@@ -150,7 +152,7 @@ impl<J: JobStore> Enrichment<J> {
         reading: &Reading,
         lease_until: Timestamp,
     ) -> (Result<Description, LlmError>, Option<LlmCall>) {
-        let Llm::OpenAi(server) = &self.llm else { return (Ok(template::describe(reading, None)), None) };
+        let Llm::OpenAi(server) = &*self.llm else { return (Ok(template::describe(reading, None)), None) };
         let at = self.clock.now();
         let lease = (lease_until - at).to_std().unwrap_or(Duration::ZERO);
         let started = Instant::now();
@@ -274,10 +276,12 @@ fn prompt(reading: &Reading) -> Prompt {
         "required": ["explanation"],
         "additionalProperties": false,
     });
+    let (system, user) = (PROMPT.to_owned(), json!({"classes": classes}).to_string());
     Prompt {
-        system: PROMPT.to_owned(),
-        user: json!({"classes": classes}).to_string(),
-        schema: Some(("explanation", schema)),
+        messages: vec![Message { role: Role::System, content: system }, Message { role: Role::User, content: user }],
+        max_tokens: None,
+        temperature: None,
+        format: Format::Schema { name: "explanation", schema },
     }
 }
 

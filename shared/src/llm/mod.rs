@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use chrono::TimeDelta;
 
+use crate::api::chat::Role;
 use crate::config::{ConfigError, Env};
 
 pub use openai::OpenAi;
@@ -24,15 +25,39 @@ pub enum Llm {
 /// One request, as every provider understands it.
 #[derive(Debug, Clone)]
 pub struct Prompt {
-    pub system: String,
-    pub user: String,
-    /// A JSON schema (name and schema) that the answer must satisfy.
-    pub schema: Option<(&'static str, serde_json::Value)>,
+    /// Oldest first.
+    pub messages: Vec<Message>,
+    /// 1–100,000; `None` takes `LLM_MAX_TOKENS`.
+    pub max_tokens: Option<u32>,
+    /// 0–2; `None` takes `LLM_TEMPERATURE`.
+    pub temperature: Option<f32>,
+    pub format: Format,
+}
+
+/// What somebody said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    pub role: Role,
+    pub content: String,
+}
+
+/// What the answer must look like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Format {
+    Text,
+    /// JSON that satisfies a schema.
+    Schema {
+        name: &'static str,
+        schema: serde_json::Value,
+    },
 }
 
 /// A complete answer.
 #[derive(Debug, Clone)]
 pub struct Answer {
+    /// The completion's id and the model's name, where the server gives them.
+    pub id: Option<String>,
+    pub model: Option<String>,
     pub text: String,
     pub finish_reason: Option<String>,
     pub prompt_tokens: Option<u64>,

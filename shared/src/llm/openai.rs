@@ -10,7 +10,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Answer, LlmError, Prompt};
+use super::{Answer, Format, LlmError, Prompt};
 #[cfg(feature = "aws")]
 use crate::aws::Secrets;
 use crate::config::{ConfigError, Env};
@@ -143,6 +143,12 @@ impl OpenAi {
         Some((prompt * prices.prompt + completion * prices.completion) / 1e6)
     }
 
+    /// `LLM_MODEL`.
+    #[must_use]
+    pub fn model(&self) -> &str {
+        &self.model
+    }
+
     /// Asks, and asks again where that may help, until `deadline`. Gives the answer, or the error
     /// of the last try, and how many tries it took.
     pub async fn complete(&self, prompt: &Prompt, deadline: Instant) -> (Result<Answer, LlmError>, u32) {
@@ -167,16 +173,14 @@ impl OpenAi {
     }
 
     fn body(&self, prompt: &Prompt) -> Value {
+        let messages = prompt.messages.iter().map(|message| json!({"role": message.role, "content": message.content}));
         let mut body = json!({
             "model": self.model,
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "messages": [
-                {"role": "system", "content": prompt.system},
-                {"role": "user", "content": prompt.user},
-            ],
+            "max_tokens": prompt.max_tokens.unwrap_or(self.max_tokens),
+            "temperature": prompt.temperature.unwrap_or(self.temperature),
+            "messages": messages.collect::<Vec<_>>(),
         });
-        if let Some((name, schema)) = &prompt.schema {
+        if let Format::Schema { name, schema } = &prompt.format {
             body["response_format"] =
                 json!({"type": "json_schema", "json_schema": {"name": name, "strict": true, "schema": schema}});
         }
@@ -221,6 +225,8 @@ impl OpenAi {
         let usage = completion.usage.unwrap_or_default();
         let choice = completion.choices.into_iter().next().ok_or(finally("llm_invalid_response"))?;
         Ok(Answer {
+            id: completion.id,
+            model: completion.model,
             text: choice.message.content.unwrap_or_default(),
             finish_reason: choice.finish_reason,
             prompt_tokens: usage.prompt_tokens,
@@ -275,6 +281,8 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 #[derive(Deserialize)]
 struct Completion {
+    id: Option<String>,
+    model: Option<String>,
     choices: Vec<Choice>,
     usage: Option<Usage>,
 }

@@ -84,7 +84,7 @@ impl Bench {
         };
         let env = Env::of([("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")]);
         let enrichment =
-            Enrichment { jobs: jobs.clone(), llm: Llm::from_env(&env).unwrap(), clock: clock.clone(), policy };
+            Enrichment { jobs: jobs.clone(), llm: Llm::from_env(&env).unwrap().into(), clock: clock.clone(), policy };
         let sweep = Sweep::new(jobs, queue, blobs, clock, policy);
         Self { host, interrupt, inference, enrichment, sweep, photos: 0 }
     }

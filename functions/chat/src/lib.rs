@@ -1,0 +1,115 @@
+//! `POST /chat`: one answer of the LLM to a conversation.
+//!
+//! Triggered by HTTP. Reads and writes nothing: the conversation goes to the LLM and its answer to
+//! the caller. A caller who leaves ends the call.
+
+mod body;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::extract::{Request, State};
+use axum::routing::post;
+use axum::{Json, Router};
+use shared::api::chat::{ChatAnswer, ChatBody, TokenUsage};
+use shared::error::{Code, Error, ErrorBody};
+use shared::http::{self, Caller};
+use shared::llm::{Answer, Llm, LlmError, Prompt};
+use utoipa::OpenApi;
+use uuid::Uuid;
+
+/// The longest that a request is held open, tries and pauses included.
+const TIME: Duration = Duration::from_secs(120);
+
+/// What chat works with.
+pub struct Chat {
+    pub llm: Arc<Llm>,
+}
+
+/// This function's part of the API's description.
+#[derive(OpenApi)]
+#[openapi(paths(chat), components(schemas(ChatBody, ChatAnswer, ErrorBody)))]
+pub struct Api;
+
+/// This function's routes.
+pub fn router(chat: Arc<Chat>) -> Router {
+    Router::new().route("/chat", post(self::chat)).with_state(chat)
+}
+
+/// Ask the LLM
+///
+/// Sends the conversation to the server in `LLM_BASE_URL` and answers what it says, whole. Nothing
+/// of it is stored or logged. The answer is the LLM's own: unlike a description it is held against
+/// no prediction, so show it as what it is.
+#[utoipa::path(
+    post,
+    path = "/chat",
+    tag = "llm",
+    request_body = ChatBody,
+    responses(
+        (status = 200, description = "The answer.", body = ChatAnswer),
+        (status = 400, description = "The body is not valid.", body = ErrorBody),
+        (status = 401, description = "No credentials.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs, or a guest; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 404, description = "This host has no LLM.", body = ErrorBody),
+        (status = 413, description = "More than 1 MiB.", body = ErrorBody),
+        (status = 415, description = "Not JSON.", body = ErrorBody),
+        (status = 429, description = "Too many requests.", body = ErrorBody),
+        (status = 502, description = "The LLM refused, is not reachable, or answered something else than a completion.", body = ErrorBody),
+        (status = 503, description = "A store is not available.", body = ErrorBody),
+        (status = 504, description = "The LLM took too long.", body = ErrorBody),
+    )
+)]
+async fn chat(State(chat): State<Arc<Chat>>, caller: Caller, request: Request) -> Result<Json<ChatAnswer>, Error> {
+    if caller.is_guest() {
+        return Err(Error::new(Code::Forbidden, "The LLM answers to callers with credentials."));
+    }
+    chat.answer(body::read(request).await?).await.map(Json)
+}
+
+impl Chat {
+    async fn answer(&self, prompt: Prompt) -> Result<ChatAnswer, Error> {
+        let Llm::OpenAi(server) = &*self.llm else {
+            return Err(Error::new(Code::LlmNotConfigured, "This host has no LLM; its operator sets LLM_BASE_URL."));
+        };
+        let started = Instant::now();
+        let (answer, tries) = server.complete(&prompt, started + TIME).await;
+        let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let tokens = |of: fn(&Answer) -> Option<u64>| answer.as_ref().ok().and_then(of);
+        tracing::info!(
+            request.id = http::request_id(),
+            llm.outcome = answer.as_ref().map_or_else(|error| error.code, |_| "ok"),
+            llm.latency_ms = latency_ms,
+            llm.tries = tries,
+            llm.prompt_tokens = tokens(|answer| answer.prompt_tokens),
+            llm.completion_tokens = tokens(|answer| answer.completion_tokens),
+            "llm called"
+        );
+        let answer = answer.map_err(trouble)?;
+        Ok(ChatAnswer {
+            id: answer.id.unwrap_or_else(|| format!("chatcmpl-{}", Uuid::new_v4().simple())),
+            model: answer.model.unwrap_or_else(|| server.model().to_owned()),
+            content: answer.text,
+            finish_reason: answer.finish_reason,
+            usage: TokenUsage { prompt_tokens: answer.prompt_tokens, completion_tokens: answer.completion_tokens },
+            latency_ms,
+            request_id: http::request_id(),
+        })
+    }
+}
+
+/// What the caller is told of an LLM that gave no answer.
+fn trouble(error: LlmError) -> Error {
+    let (code, message) = match error.code {
+        "llm_timeout" => (Code::LlmTimeout, "The LLM took too long. Ask for less, or try again."),
+        "llm_rate_limited" => (Code::LlmRateLimited, "The LLM takes no more requests at the moment. Try again."),
+        "llm_refused" => (Code::LlmRefused, "The LLM refused the request."),
+        "llm_invalid_response" => (Code::LlmInvalidResponse, "The LLM answered something that is no completion."),
+        _ => (Code::LlmUnavailable, "The LLM is not available at the moment. Try again."),
+    };
+    let told = Error::new(code, message);
+    match error.retry_after {
+        Some(wait) => told.retry_after(u32::try_from(wait.as_secs()).unwrap_or(u32::MAX)),
+        None => told,
+    }
+}
