@@ -12,7 +12,6 @@ WORKDIR /lesion
 COPY Cargo.toml Cargo.lock ./
 COPY scripts scripts
 COPY model model
-COPY docs docs
 COPY shared shared
 COPY functions functions
 COPY local local

@@ -77,7 +77,6 @@ impl Chat {
         let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let tokens = |of: fn(&Answer) -> Option<u64>| answer.as_ref().ok().and_then(of);
         tracing::info!(
-            request.id = http::request_id(),
             llm.outcome = answer.as_ref().map_or_else(|error| error.code, |_| "ok"),
             llm.latency_ms = latency_ms,
             llm.tries = tries,
