@@ -15,7 +15,7 @@ use crate::config::{ConfigError, Env};
 pub use openai::OpenAi;
 
 /// Who writes descriptions.
-#[expect(clippy::large_enum_variant, reason = "there is one of them in a process")]
+#[allow(clippy::large_enum_variant, reason = "there is one of them in a process")]
 pub enum Llm {
     /// Nobody: the template does.
     Offline,
