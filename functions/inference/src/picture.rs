@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 use std::io::Cursor;
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
 use ndarray::Array4;
@@ -177,11 +178,14 @@ fn arranged<T>(pixels: &[u8], input: &Input, value: impl Fn(usize, u8) -> T) -> 
     Array4::from_shape_vec(shape, values).map_err(|error| Unreadable(error.to_string()))
 }
 
+/// By the type of the pixels: what chooses it at run time brings the code for all others along.
 fn resize(picture: &RgbImage, width: u32, height: u32, filter: FilterType) -> Result<Vec<u8>, Unreadable> {
-    let source = ImageRef::new(picture.width(), picture.height(), picture.as_raw(), PixelType::U8x3);
+    let source = TypedImageRef::<U8x3>::from_buffer(picture.width(), picture.height(), picture.as_raw());
     let source = source.map_err(|error| Unreadable(error.to_string()))?;
-    let mut target = Image::new(width, height, PixelType::U8x3);
+    let mut resized = vec![0; width as usize * height as usize * 3];
+    let target = TypedImage::<U8x3>::from_buffer(width, height, &mut resized);
+    let mut target = target.map_err(|error| Unreadable(error.to_string()))?;
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
-    Resizer::new().resize(&source, &mut target, &options).map_err(|error| Unreadable(error.to_string()))?;
-    Ok(target.into_vec())
+    Resizer::new().resize_typed(&source, &mut target, &options).map_err(|error| Unreadable(error.to_string()))?;
+    Ok(resized)
 }
