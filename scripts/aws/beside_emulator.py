@@ -106,7 +106,7 @@ def apply_stage(scratch, url, llm_address):
     terraform = ["terraform", f"-chdir={folder}"]
     hint = "terraform init (the AWS provider is downloaded, or found where TF_CLI_CONFIG_FILE says)"
     quietly([*terraform, "init", "-input=false", "-no-color"], hint)
-    variables = {"llm_base_url": f"http://{llm_address}/v1", "llm_model": "stub"}
+    variables = {"llm_base_url": f"http://{llm_address}/v1", "llm_model": "stand-in"}
     variables |= {"emulator_url": url, "packages_dir": packages, "model_digest": hashlib.sha256(manifest).hexdigest()}
     command = [*terraform, "apply", "-input=false", "-auto-approve", "-no-color", "-var-file=stages/local.tfvars"]
     # Those of the environment come before a file's and would lose against it.

@@ -121,7 +121,7 @@ impl Error {
         Self::new(Code::NotFound, "There is no such request.")
     }
 
-    /// The caller has had its share for now.
+    /// The caller has used up its share of requests or of room.
     #[must_use]
     pub fn too_many_requests(message: impl Into<String>, retry_after_seconds: u32) -> Self {
         Self::new(Code::TooManyRequests, message).retry_after(retry_after_seconds)

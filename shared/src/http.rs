@@ -1,6 +1,8 @@
 //! What every HTTP function needs around its routes: who is calling, the id of the exchange, and
 //! the one shape of an error.
 
+pub mod body;
+
 use std::future::{Future, poll_fn};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::panic::{AssertUnwindSafe, catch_unwind};

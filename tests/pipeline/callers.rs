@@ -257,7 +257,7 @@ async fn what_is_no_proper_key_is_not_made() {
     let text = host.request(Method::POST, "/admin/keys", &host.admin).body("{\"caller\": \"w\"}").send().await.unwrap();
     assert_eq!(text.status().as_u16(), 415);
     let long = host.request(Method::POST, "/admin/keys", &host.admin).json(&json!({"caller": "x".repeat(200_000)}));
-    assert_eq!(long.send().await.unwrap().status().as_u16(), 400);
+    assert_eq!(long.send().await.unwrap().status().as_u16(), 413);
     let keys: Value = host.get("/admin/keys", &host.admin).await.json().await.unwrap();
     assert_eq!(keys["keys"].as_array().unwrap().len(), 1);
 }

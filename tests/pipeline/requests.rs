@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::memory::{MIB, alone, peak};
 use crate::support::process::Process;
-use crate::support::{client, mole, submit};
+use crate::support::{Running, client, mole, submit};
 
 /// What the host may hold while it serves requests like these; docs/ARCHITECTURE.md names it.
 const HOST_CAP: u64 = 512 * MIB;
@@ -224,4 +224,35 @@ async fn panicking_host() {
     assert_eq!(body["error"]["request_id"], id.as_str());
     let works = client().get(format!("{url}/works")).send().await.unwrap();
     assert_eq!(works.text().await.unwrap(), "yes");
+}
+
+#[tokio::test]
+async fn every_route_reads_json_by_the_same_rules() {
+    let host = Running::start(&[]).await;
+    let kib = 1024;
+    for (path, limit) in [
+        ("/submit", 5600 * kib),
+        ("/uploads", 4 * kib),
+        ("/chat", 1024 * kib),
+        ("/admin/keys", 128 * kib),
+        ("/admin/dead-letters/redrive", 128 * kib),
+    ] {
+        let long = format!("{{\"{}\": 0}}", "x".repeat(limit));
+        for (content_type, body, status) in [
+            ("application/jsonx", "{\"x\": 0}", 415),
+            ("text/plain", "{\"x\": 0}", 415),
+            ("Application/JSON; charset=utf-8", "{\"x\": 0}", 400),
+            ("application/json", "[]", 400),
+            ("application/json", "", 400),
+            ("application/json", "{\"x\": ", 400),
+            ("application/json", &long, 413),
+        ] {
+            let request = host.http.post(format!("{}{path}", host.url)).header("content-type", content_type);
+            let response = request.body(body.to_owned()).send().await.unwrap();
+            let shown = (path, content_type, &body[..body.len().min(20)]);
+            assert_eq!(response.status(), status, "{shown:?}");
+            let text = response.text().await.unwrap();
+            assert!(path == "/submit" || !text.contains("photo is larger"), "{shown:?}: {text}");
+        }
+    }
 }

@@ -10,10 +10,11 @@ use shared::api::admin::{DeadLetterInfo, DeadLetterList, RedriveDeadLetters, Red
 use shared::auth::Admin as Allowed;
 use shared::crash::{self, Point};
 use shared::error::{Code, Error, ErrorBody};
+use shared::http::body;
 use shared::message::Message;
 use shared::ports::{Callers, DeadLetter, JobQueue, JobStore};
 
-use crate::{Admin, body, log};
+use crate::{Admin, MAX_BODY_BYTES, log};
 
 /// Dead letters shown at once.
 const SHOWN: u32 = 100;
@@ -75,6 +76,7 @@ fn shown(letter: DeadLetter) -> DeadLetterInfo {
         (status = 400, description = "The body is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
         (status = 403, description = "Without the scope admin; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 413, description = "More than 128 KiB.", body = ErrorBody),
         (status = 415, description = "No JSON.", body = ErrorBody),
         (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
         (status = 503, description = "The queue is not available.", body = ErrorBody),
@@ -85,7 +87,7 @@ pub(crate) async fn redrive_dead_letters<J: JobStore, Q: JobQueue, C: Callers>(
     Allowed(who): Allowed,
     request: Request,
 ) -> Result<Json<RedrivenDeadLetters>, Error> {
-    let chosen: RedriveDeadLetters = body(request, r#"{"ids": ["…"]}, or {} for all"#).await?;
+    let chosen: RedriveDeadLetters = body::json(request, MAX_BODY_BYTES, r#"{"ids": ["…"]}, or {} for all"#).await?;
     if chosen.ids.as_ref().is_some_and(|ids| ids.len() > MAX_IDS) {
         return Err(Error::new(Code::InvalidRequest, "At most 1000 ids in one call."));
     }

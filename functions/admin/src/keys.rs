@@ -13,9 +13,10 @@ use shared::auth::Admin as Allowed;
 use shared::auth::keys::ApiKey;
 use shared::crash::{self, Point};
 use shared::error::{Code, Error, ErrorBody};
+use shared::http::body;
 use shared::ports::{Callers, JobQueue, JobStore};
 
-use crate::{Admin, body, log};
+use crate::{Admin, MAX_BODY_BYTES, log};
 
 /// Make an API key
 ///
@@ -31,6 +32,7 @@ use crate::{Admin, body, log};
         (status = 400, description = "A field is missing or not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
         (status = 403, description = "Without the scope admin; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 413, description = "More than 128 KiB.", body = ErrorBody),
         (status = 415, description = "No JSON.", body = ErrorBody),
         (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
         (status = 503, description = "The key store is not available.", body = ErrorBody),
@@ -42,7 +44,7 @@ pub(crate) async fn create_key<J: JobStore, Q: JobQueue, C: Callers>(
     request: Request,
 ) -> Result<Response, Error> {
     let shape = r#"{"caller", "name", "scopes": ["jobs", "admin"], "expires_at"}, all but the first optional"#;
-    let new: NewKey = body(request, shape).await?;
+    let new: NewKey = body::json(request, MAX_BODY_BYTES, shape).await?;
     let (key, text) = ApiKey::make(new, admin.clock.now())?;
     if !admin.callers.create_key(&key).await? {
         return Err(Error::unavailable("the key store", "the id is taken"));

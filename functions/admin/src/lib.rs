@@ -11,18 +11,13 @@ mod keys;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::body::to_bytes;
-use axum::extract::Request;
-use axum::http::header;
 use axum::routing::{delete, get, post};
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
 use shared::api::admin::{
     CreatedKey, DeadLetterList, KeyList, NewKey, RedriveDeadLetters, RedrivenDeadLetters, RedrivenJob,
 };
 use shared::auth::Identity;
 use shared::clock::Clock;
-use shared::error::{Code, Error, ErrorBody};
+use shared::error::ErrorBody;
 use shared::job::Policy;
 use shared::ports::{Callers, JobQueue, JobStore};
 use utoipa::OpenApi;
@@ -72,23 +67,6 @@ pub fn router<J: JobStore, Q: JobQueue, C: Callers>(admin: Arc<Admin<J, Q, C>>) 
         .route("/admin/dead-letters/redrive", post(dead_letters::redrive_dead_letters::<J, Q, C>))
         .route("/admin/jobs/{request_id}/redrive", post(jobs::redrive_job::<J, Q, C>))
         .with_state(admin)
-}
-
-/// A JSON body; `shape` tells the caller what is expected.
-async fn body<T: DeserializeOwned>(request: Request, shape: &str) -> Result<T, Error> {
-    let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let media_type = content_type.unwrap_or("").split(';').next().unwrap_or("").trim();
-    if !media_type.eq_ignore_ascii_case("application/json") {
-        return Err(Error::new(Code::UnsupportedMediaType, "Send the body as application/json."));
-    }
-    let invalid = |what: &str| Error::new(Code::InvalidRequest, format!("{what} Expected: {shape}."));
-    let bytes = to_bytes(request.into_body(), MAX_BODY_BYTES);
-    let bytes = bytes.await.map_err(|_| invalid("The body is longer than 128 KiB or ended early."))?;
-    // An object first: serde takes an array for a struct as well, and [] would stand for "all".
-    let object: Map<String, Value> =
-        serde_json::from_slice(&bytes).map_err(|_| invalid("The body is no JSON object."))?;
-    // serde's own message may repeat a value.
-    T::deserialize(Value::Object(object)).map_err(|_| invalid("A field is missing, unknown or not valid."))
 }
 
 /// One line for what an admin has done. `subject` is an id or a number, never a key.

@@ -1,15 +1,15 @@
 //! The ways in which a photo arrives: JSON, a raw body, a form, or the key of an upload in JSON.
 
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::multipart::{Field, MultipartError};
 use axum::extract::{FromRequest, Multipart, Query, Request};
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use shared::api::{MAX_PHOTO_BYTES, MAX_UPLOAD_BYTES, yes};
 use shared::error::{Code, Error};
+use shared::http::body::{bytes, invalid, media_type, object};
 
 /// A form's boundaries and part headers are small as well.
 pub(crate) const MAX_FORM_BYTES: usize = MAX_PHOTO_BYTES + 64 * 1024;
@@ -56,11 +56,9 @@ struct Parameters {
 /// # Errors
 /// What is wrong with the body: 400, 413 or 415.
 pub async fn read(request: Request) -> Result<Asked, Error> {
-    let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let content_type = content_type.unwrap_or("").to_ascii_lowercase();
-    let media_type = content_type.split(';').next().unwrap_or("").trim();
+    let media_type = media_type(request.headers());
     let has_query = request.uri().query().is_some_and(|query| !query.is_empty());
-    match media_type {
+    match media_type.as_str() {
         "application/json" | "multipart/form-data" if has_query => {
             Err(invalid("Only raw bodies take query parameters; put \"describe\" into the body."))
         }
@@ -76,7 +74,7 @@ pub async fn read(request: Request) -> Result<Asked, Error> {
 }
 
 async fn from_json(body: Body) -> Result<Asked, Error> {
-    let body: Json = json(body, MAX_JSON_BYTES, r#"{"image": base64, "describe": bool}"#).await?;
+    let body: Json = object(&bytes(body, MAX_JSON_BYTES, too_large).await?, r#"{"image": base64, "describe": bool}"#)?;
     let image = match (body.image, body.image_key) {
         (Some(image), None) => image,
         (None, Some(image_key)) => return Ok(Asked::Upload { image_key, describe: body.describe }),
@@ -90,24 +88,10 @@ async fn from_json(body: Body) -> Result<Asked, Error> {
     checked(image, body.describe).map(Asked::Photo)
 }
 
-/// A JSON object of at most `limit` bytes; `shape` tells the client what was expected.
-pub(crate) async fn json<T: DeserializeOwned>(body: Body, limit: usize, shape: &str) -> Result<T, Error> {
-    let bytes = limited(body, limit).await?;
-    // serde takes an array of a struct's fields for the struct.
-    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
-        return Err(invalid(format!("The body is not {shape}: it is an array.")));
-    }
-    serde_json::from_slice(&bytes).map_err(|error| {
-        // serde's own message may repeat a value.
-        let place = format!("line {}, column {}", error.line(), error.column());
-        invalid(format!("The body is not {shape}: {:?} error at {place}.", error.classify()))
-    })
-}
-
 async fn from_raw(request: Request) -> Result<Submission, Error> {
     let parameters = Query::<Parameters>::try_from_uri(request.uri());
     let Query(parameters) = parameters.map_err(|_| invalid("The only query parameter is describe=true|false."))?;
-    let image = limited(request.into_body(), MAX_PHOTO_BYTES).await?;
+    let image = bytes(request.into_body(), MAX_PHOTO_BYTES, too_large).await?;
     checked(image.to_vec(), parameters.describe)
 }
 
@@ -151,20 +135,6 @@ fn broken_form(error: MultipartError) -> Error {
     }
 }
 
-async fn limited(body: Body, limit: usize) -> Result<axum::body::Bytes, Error> {
-    to_bytes(body, limit).await.map_err(|error| {
-        // axum wraps the limit's error; the type below it is http-body-util's, which is not public here.
-        let mut cause: Option<&dyn std::error::Error> = Some(&error);
-        while let Some(error) = cause {
-            if error.to_string() == "length limit exceeded" {
-                return too_large();
-            }
-            cause = error.source();
-        }
-        invalid("The body ended early.")
-    })
-}
-
 fn checked(image: Vec<u8>, describe: bool) -> Result<Submission, Error> {
     if image.is_empty() {
         return Err(invalid("The photo is empty."));
@@ -185,8 +155,4 @@ fn too_large() -> Error {
              POST /uploads takes up to {upload_mib} MiB and answers an image_key to submit."
         ),
     )
-}
-
-pub(crate) fn invalid(message: impl Into<String>) -> Error {
-    Error::new(Code::InvalidRequest, message)
 }

@@ -16,13 +16,13 @@ use sha2::{Digest, Sha256};
 use shared::api::{MAX_UPLOAD_BYTES, UploadBody, UploadPermit};
 use shared::crash::{self, Point};
 use shared::error::{Code, Error, ErrorBody};
-use shared::http::Caller;
+use shared::http::{Caller, body};
 use shared::job::{self, Record, Upload};
 use shared::photo::Format;
 use shared::ports::{BlobStore, JobQueue, JobStore, PutTerms};
 use uuid::Uuid;
 
-use crate::{Draft, Submit, body, idempotency_item, queue_full, same_content};
+use crate::{Draft, Submit, idempotency_item, queue_full, same_content};
 
 /// How long a client has to begin its upload.
 const PERMIT_TTL: TimeDelta = TimeDelta::minutes(15);
@@ -57,13 +57,8 @@ pub(crate) async fn create_upload<J: JobStore, Q: JobQueue, B: BlobStore>(
     caller: Caller,
     request: Request,
 ) -> Result<(StatusCode, Json<UploadPermit>), Error> {
-    let is_json =
-        request.headers().get("content-type").is_some_and(|value| value.as_bytes().starts_with(b"application/json"));
-    if !is_json {
-        return Err(Error::new(Code::UnsupportedMediaType, "Send the description of the photo as application/json."));
-    }
     let shape = r#"{"content_type": "image/jpeg", "size_bytes": number, "sha256": hex}"#;
-    let body = body::json(request.into_body(), MAX_BODY_BYTES, shape).await?;
+    let body = body::json(request, MAX_BODY_BYTES, shape).await?;
     submit.permit(&caller, &body).await.map(|permit| (StatusCode::CREATED, Json(permit)))
 }
 

@@ -66,7 +66,7 @@ def llm():
     text = "A melanocytic naevus is a growth made of pigment cells. It is often round or oval with an even colour."
     message = {"role": "assistant", "content": json.dumps({"explanation": text})}
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-    completion = {"model": "stub", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
+    completion = {"model": "stand-in", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
