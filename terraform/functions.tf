@@ -35,6 +35,16 @@ locals {
   # Made by scripts/package --with-model.
   other_packages     = var.model_uri == "package" ? { inference = "inference-with-model" } : {}
   secret_environment = { SECRET_ARN = aws_secretsmanager_secret.functions.arn }
+  # Without a server its settings are of no use, and refused.
+  llm_environment = var.llm_base_url == null ? {} : {
+    LLM_BASE_URL                   = var.llm_base_url
+    LLM_MODEL                      = var.llm_model
+    LLM_MAX_TOKENS                 = var.llm_max_tokens
+    LLM_TEMPERATURE                = var.llm_temperature
+    LLM_TIMEOUT_SECONDS            = var.llm_timeout_seconds
+    LLM_PROMPT_USD_PER_MILLION     = var.llm_prompt_usd_per_million
+    LLM_COMPLETION_USD_PER_MILLION = var.llm_completion_usd_per_million
+  }
 
   functions = {
     submit = {
@@ -75,17 +85,15 @@ locals {
     enrichment = {
       memory_mb       = 256
       timeout_seconds = var.enrichment_timeout_seconds
-      # Without a server its settings are of no use, and refused.
-      environment = merge(local.secret_environment, var.llm_base_url == null ? {} : {
-        LLM_BASE_URL                   = var.llm_base_url
-        LLM_MODEL                      = var.llm_model
-        LLM_MAX_TOKENS                 = var.llm_max_tokens
-        LLM_TEMPERATURE                = var.llm_temperature
-        LLM_TIMEOUT_SECONDS            = var.llm_timeout_seconds
-        LLM_PROMPT_USD_PER_MILLION     = var.llm_prompt_usd_per_million
-        LLM_COMPLETION_USD_PER_MILLION = var.llm_completion_usd_per_million
-      })
-      permissions = local.may_enrich
+      environment     = merge(local.secret_environment, local.llm_environment)
+      permissions     = local.may_enrich
+    }
+    chat = {
+      memory_mb = 256
+      # Lambda's longest: an LLM takes its time, and says when it is over.
+      timeout_seconds = 900
+      environment     = merge(local.secret_environment, local.llm_environment, local.caller_environment)
+      permissions     = concat(local.may_chat, local.may_check_callers)
     }
     sweep = {
       memory_mb       = 256

@@ -28,6 +28,11 @@ output "api_url" {
   value       = var.emulator_url == null ? aws_apigatewayv2_api.http.api_endpoint : "${var.emulator_url}/_aws/execute-api/${aws_apigatewayv2_api.http.id}/$default"
 }
 
+output "chat_url" {
+  description = "Where chat is reached: no API in front of it, which would not wait."
+  value       = var.emulator_url == null ? trimsuffix(aws_lambda_function_url.chat.function_url, "/") : "${var.emulator_url}/_aws/lambda-url/${aws_lambda_function_url.chat.url_id}"
+}
+
 output "secret_arn" {
   description = "Secret with LLM_API_KEY and CACHE_KEY."
   value       = aws_secretsmanager_secret.functions.arn

@@ -107,6 +107,8 @@ locals {
     { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.enrichment_failures.arn] },
   ]
 
+  may_chat = [local.may_read_secret]
+
   may_sweep = [
     local.may_write_jobs,
     local.may_send,

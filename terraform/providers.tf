@@ -14,6 +14,7 @@ provider "aws" {
     content {
       apigatewayv2   = endpoints.value
       budgets        = endpoints.value
+      cloudformation = endpoints.value
       cloudwatch     = endpoints.value
       dynamodb       = endpoints.value
       ec2            = endpoints.value

@@ -20,6 +20,7 @@ HERE = ROOT / "scripts" / "aws"
 STALLED_SECONDS = 300
 NAMES = {
     "API_URL": "api_url",
+    "CHAT_URL": "chat_url",
     "TABLE_NAME": "table_name",
     "CALLERS_TABLE_NAME": "callers_table_name",
     "QUEUE_URL": "queue_url",

@@ -55,13 +55,18 @@ run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
   command = plan
 
   assert {
-    condition     = [for key, it in module.function : key if can(regex("GetSecretValue", it.policy))] == ["enrichment", "inference"]
+    condition     = [for key, it in module.function : key if can(regex("GetSecretValue", it.policy))] == ["chat", "enrichment", "inference"]
     error_message = "Those that need no secret cannot read it."
   }
 
   assert {
     condition     = [for key, it in module.function : key if can(regex("s3:GetObject", it.policy))] == ["inference", "submit"]
     error_message = "Photos are read by those two alone."
+  }
+
+  assert {
+    condition     = !can(regex("s3:|sqs:", module.function["chat"].policy))
+    error_message = "Conversations have nothing to do with photos or jobs."
   }
 
   assert {

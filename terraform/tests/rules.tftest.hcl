@@ -176,6 +176,29 @@ run "with_redis_inference_alone_joins_the_network" {
   }
 }
 
+run "chat_is_open_through_its_address_alone" {
+  command = plan
+
+  assert {
+    condition = (
+      aws_lambda_permission.chat_url.action == "lambda:InvokeFunctionUrl"
+      && aws_lambda_permission.chat_url.function_url_auth_type == "NONE"
+      && jsondecode(aws_cloudformation_stack.chat_url.template_body).Resources.Invoke.Properties.InvokedViaFunctionUrl
+    )
+    error_message = "Anybody could invoke the function past its address."
+  }
+
+  assert {
+    condition     = [for key, it in aws_lambda_permission.api : key if it.principal == "*"] == []
+    error_message = "A function is open to everybody."
+  }
+
+  assert {
+    condition     = aws_lambda_function_url.chat.invoke_mode == "RESPONSE_STREAM" && !contains(values(local.routes), "chat")
+    error_message = "An answer would be held back, or cut off after 30 seconds."
+  }
+}
+
 run "the_bundle_is_pinned" {
   command = plan
 

@@ -25,7 +25,7 @@ use crate::support::{PATIENCE, hex_sha256, llm, of_stage, sample, sdk, within};
 pub struct User {
     pub http: Client,
     url: String,
-    key: String,
+    pub key: String,
 }
 
 impl User {
@@ -70,7 +70,7 @@ impl User {
 }
 
 /// The stage has one LLM. Who lets it fail is alone with it.
-static LLM_TURN: RwLock<()> = RwLock::const_new(());
+pub static LLM_TURN: RwLock<()> = RwLock::const_new(());
 
 pub async fn record(id: &str) -> Option<Record> {
     DynamoJobStore::new(&sdk().await, of_stage("TABLE_NAME")).get(id.parse().unwrap()).await.unwrap()
