@@ -5,7 +5,7 @@ use chrono::TimeDelta;
 use shared::api::admin::{NewKey, Scope};
 use shared::auth::keys::ApiKey;
 use shared::clock::{Timestamp, from_millis};
-use shared::job::{Job, NewJob, Photo, Policy, Record, Tombstone, Upload, new_id};
+use shared::job::{Input, Job, NewJob, Photo, Policy, Record, Tombstone, Upload, new_id};
 use shared::ports::{BlobStore, Callers, Created, Creation, Idempotency, JobStore};
 use uuid::Uuid;
 
@@ -28,7 +28,7 @@ pub fn new_job(caller: &str, now: Timestamp) -> Job {
         trace_id: String::new(),
         describe: true,
         idempotency_key: None,
-        photo,
+        input: Input::Photo(photo),
     };
     Job::new(new, now, &Policy::default())
 }
@@ -126,7 +126,8 @@ pub async fn queued_bytes_suite(store: impl JobStore) {
     let (now, policy) = (start(), Policy::default());
     let job_of = |size_bytes: u64| {
         let job = new_job("alice", now);
-        Job { photo: Photo { size_bytes, ..job.photo.clone() }, ..job }
+        let Input::Photo(photo) = job.input.clone() else { panic!() };
+        Job { input: Input::Photo(Photo { size_bytes, ..photo }), ..job }
     };
     let limited = |job: &Job, upload: Option<&Upload>| Creation {
         upload: upload.cloned(),

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use shared::api::admin::{
     CreatedKey, DeadLetterList, KeyList, NewKey, RedriveDeadLetters, RedrivenDeadLetters, RedrivenJob,
 };
+use shared::api::prompt::PromptBody;
 use shared::api::{
     ImageKeyBody, JobPage, JobResult, MAX_PHOTO_BYTES, MAX_WAIT_SECONDS, PAGE_MAX, Submitted, UploadBody, UploadPermit,
 };
@@ -103,6 +104,13 @@ impl Client {
                 .header("idempotency-key", &key)
                 .body(photo.clone())
         };
+        self.submitted(build).await
+    }
+
+    /// Submits a prompt, under a key of its own as well.
+    pub(crate) async fn submit_prompt(&self, prompt: &PromptBody) -> Result<Uuid, Problem> {
+        let key = Uuid::new_v4().to_string();
+        let build = || self.request(Method::POST, "/submit").header("idempotency-key", &key).json(prompt);
         self.submitted(build).await
     }
 

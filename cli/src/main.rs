@@ -1,5 +1,6 @@
-//! `lesion`: submits photos to the pipeline and looks results up, over the HTTP API.
+//! `lesion`: submits photos and prompts to the pipeline and looks results up, over the HTTP API.
 
+mod ask;
 mod client;
 mod keys;
 mod redrive;
@@ -19,7 +20,7 @@ use uuid::Uuid;
 use crate::client::{Client, Problem};
 use crate::show::Progress;
 
-/// Submit photos of skin lesions and look results up.
+/// Submit photos of skin lesions, ask the LLM, and look results up.
 ///
 /// Research demonstration, not a medical device.
 #[derive(Parser)]
@@ -31,6 +32,7 @@ use crate::show::Progress;
   lesion result ID --wait                    wait for a job submitted before
   lesion list --limit 5                      your newest jobs
   lesion delete ID                           erase photo and result
+  lesion ask 'What is a naevus?'             ask the LLM of the host, however long it takes
 
 Where the host asks for a key, set LESION_API_KEY. With an admin's key:
   lesion keys create --caller ward-3         a key for somebody; shown once
@@ -78,6 +80,8 @@ enum Command {
         #[command(flatten)]
         wait: Wait,
     },
+    /// Ask the LLM of the host and print its answer, which may take minutes.
+    Ask(ask::Ask),
     /// List your jobs, newest first.
     List {
         /// How many, at most.
@@ -129,6 +133,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
     match arguments.command {
         Command::Submit { photos, no_describe, wait } => submit(&client, &photos, !no_describe, &wait, json).await,
         Command::Result { id, wait } => result(&client, id, &wait, json).await,
+        Command::Ask(ask) => ask::run(&client, ask, json).await,
         Command::List { limit } => {
             for result in client.list(limit).await? {
                 if json { show::json(None, &result)? } else { show::line(&result) }

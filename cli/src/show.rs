@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 
-use shared::api::JobResult;
+use shared::api::{JobResult, Outcome, PhotoOutcome, PromptOutcome};
 use shared::job::{AbstainReason, DescriptionSource, RetakeReason, Status};
 
 const BAR_CELLS: f64 = 20.0;
@@ -41,7 +41,7 @@ impl Progress {
     }
 }
 
-/// One object a line.
+/// One object a line; `photo` is the file that was submitted.
 pub(crate) fn json(photo: Option<&str>, result: &JobResult) -> serde_json::Result<()> {
     let mut value = serde_json::to_value(result)?;
     if let Some(photo) = photo {
@@ -57,15 +57,39 @@ pub(crate) fn line(result: &JobResult) {
     println!("{} {created} {:<20} {}", result.request_id, result.status.as_str(), summary(result));
 }
 
-/// A job with its bars, description and timings.
+/// A job with its bars, description and timings, or with its answer.
 pub(crate) fn table(name: &str, result: &JobResult) {
     println!("{name}");
     println!("  state        {}", result.status.as_str());
     println!("  id           {}", result.request_id);
-    if result.predictions.is_empty() {
+    match &result.outcome {
+        Outcome::Photo(outcome) => photo(result, outcome),
+        Outcome::Prompt(outcome) => prompt(result, outcome),
+    }
+    println!("  timings      {}\n", timings(result));
+}
+
+fn prompt(result: &JobResult, outcome: &PromptOutcome) {
+    let Some(content) = &outcome.content else { return println!("  outcome      {}", summary(result)) };
+    // As it is: line breaks and code are the LLM's.
+    for (row, line) in content.lines().enumerate() {
+        println!("  {:<12} {line}", if row == 0 { "answer" } else { "" });
+    }
+    println!("  ended by     {}", outcome.finish_reason.as_deref().unwrap_or("unknown"));
+    let count = |tokens: Option<u64>| tokens.map_or("unknown".to_owned(), |tokens| tokens.to_string());
+    if let Some(usage) = &outcome.token_usage {
+        println!("  tokens       {} in, {} out", count(usage.prompt_tokens), count(usage.completion_tokens));
+    }
+    if let Some(cost) = outcome.cost_usd {
+        println!("  cost         ${cost:.6}");
+    }
+}
+
+fn photo(result: &JobResult, outcome: &PhotoOutcome) {
+    if outcome.predictions.is_empty() {
         println!("  outcome      {}", summary(result));
     }
-    let shown = result.predictions.iter().filter(|prediction| prediction.probability >= 0.05);
+    let shown = outcome.predictions.iter().filter(|prediction| prediction.probability >= 0.05);
     for (row, prediction) in shown.enumerate() {
         let title = if row == 0 { "prediction" } else { "" };
         println!(
@@ -75,7 +99,7 @@ pub(crate) fn table(name: &str, result: &JobResult) {
             prediction.name
         );
     }
-    if let Some(description) = &result.description {
+    if let Some(description) = &outcome.description {
         let title = match description.source {
             DescriptionSource::Llm => "by the LLM",
             DescriptionSource::Template => "by template",
@@ -84,11 +108,18 @@ pub(crate) fn table(name: &str, result: &JobResult) {
             println!("  {:<12} {text}", if row == 0 { title } else { "" });
         }
     }
-    println!("  timings      {}\n", timings(result));
 }
 
 fn summary(result: &JobResult) -> String {
-    if let Some(abstained) = result.abstained {
+    if let Some(error) = &result.error {
+        return error.message.clone();
+    }
+    let outcome = match &result.outcome {
+        Outcome::Photo(outcome) => outcome,
+        Outcome::Prompt(_) if result.status == Status::Completed => return "answered".to_owned(),
+        Outcome::Prompt(_) => return "not answered yet".to_owned(),
+    };
+    if let Some(abstained) = outcome.abstained {
         return match abstained.reason {
             AbstainReason::LowConfidence => "no label: the model is not sure enough".to_owned(),
             AbstainReason::OutOfDistribution => {
@@ -96,10 +127,7 @@ fn summary(result: &JobResult) -> String {
             }
         };
     }
-    if let Some(error) = &result.error {
-        return error.message.clone();
-    }
-    match (result.status, &result.quality, result.predictions.first()) {
+    match (result.status, &outcome.quality, outcome.predictions.first()) {
         (Status::NeedsRetake, Some(quality), _) => {
             let reasons: Vec<_> = quality.reasons.iter().map(|reason| advice(*reason)).collect();
             format!("take the photo again: {}", reasons.join("; "))

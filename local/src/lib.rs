@@ -5,6 +5,7 @@
 
 pub mod config;
 mod data;
+mod feed;
 mod init;
 mod routes;
 mod turns;
@@ -64,7 +65,7 @@ pub struct Host {
     pub blobs: Blobs,
     pub submit: Arc<Submit<Store, Queue, Blobs>>,
     pub inference: Inference<Store, Queue, Blobs>,
-    pub enrichment: Enrichment<Store>,
+    pub enrichment: Enrichment<Store, Blobs>,
     pub results: Arc<Results<Store, Queue, Blobs>>,
     pub sweep: Sweep<Store, Queue, Blobs>,
     pub admin: Arc<Admin<Store, Queue, Keys>>,
@@ -99,6 +100,7 @@ impl Host {
         let (library, sessions) = (config.ort_library.clone(), config.inference_workers);
         let model = Arc::new(tokio::task::spawn_blocking(move || Model::load(bundle, &library, sessions)).await??);
 
+        let llm = Arc::new(Llm::from_env(env)?);
         let submit = Submit {
             jobs: store.clone(),
             queue: queue.clone(),
@@ -106,6 +108,7 @@ impl Host {
             clock: clock.clone(),
             policy,
             max_queued_bytes: config.max_queued_bytes,
+            has_llm: matches!(*llm, Llm::OpenAi(_)),
             upload_turns: Semaphore::new(UPLOAD_TURNS),
         };
         let results =
@@ -121,8 +124,13 @@ impl Host {
             clock: clock.clone(),
             policy,
         };
-        let llm = Arc::new(Llm::from_env(env)?);
-        let enrichment = Enrichment { jobs: store.clone(), llm: Arc::clone(&llm), clock: clock.clone(), policy };
+        let enrichment = Enrichment {
+            jobs: store.clone(),
+            blobs: blobs.clone(),
+            llm: Arc::clone(&llm),
+            clock: clock.clone(),
+            policy,
+        };
         let sweep = Sweep::new(store.clone(), queue.clone(), blobs.clone(), clock.clone(), policy);
         let admin =
             Admin { jobs: store.clone(), queue: queue.clone(), callers, clock: clock.clone(), policy: config.policy };
@@ -169,7 +177,7 @@ impl Host {
         for _ in 0..host.config.inference_workers * workers::AHEAD {
             tasks.spawn(workers::inference(Arc::clone(&host), stopped.clone()));
         }
-        tasks.spawn(workers::enrichment(Arc::clone(&host), stopped.clone()));
+        tasks.spawn(feed::enrichment(Arc::clone(&host), stopped.clone()));
         tasks.spawn(workers::sweep(Arc::clone(&host), stopped.clone()));
         tasks.spawn(workers::housekeeping(Arc::clone(&host), stopped.clone()));
         let mut server_stopped = stopped;

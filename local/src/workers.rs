@@ -1,5 +1,5 @@
-//! What AWS does between the functions: receives messages, reads the feed, keeps the schedule,
-//! expires what is old. Each loop ends after the item in hand once `stopped` turns true.
+//! What AWS does between the functions: receives messages, keeps the schedule, expires what is old
+//! (`feed.rs` reads the feed). Each loop ends after the item in hand once `stopped` turns true.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,27 +8,19 @@ use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use aws_lambda_events::event::sqs::{SqsEvent, SqsMessage};
 use chrono::TimeDelta;
 use futures_util::future::join_all;
-use serde_json::json;
 use shared::Error;
 use shared::crash::{self, Point};
-use shared::embedded::{Change, Delivery};
-use shared::job::{Dispatch, Job};
-use shared::llm::Llm;
+use shared::embedded::Delivery;
+use shared::job::Job;
 use shared::transition::{NotMoved, transition};
 use tokio::sync::watch::Receiver;
 
 use crate::Host;
 
 /// How often a loop looks without being rung: messages become visible in silence.
-const POLL: Duration = Duration::from_millis(500);
+pub(crate) const POLL: Duration = Duration::from_millis(500);
 /// The pause after a failure of a store.
-const PAUSE: Duration = Duration::from_secs(1);
-/// Records that enrichment works at once; a slow LLM answer holds up the next batch.
-const FEED_BATCH: u32 = 10;
-/// The same where nobody is asked: the template answers at once, and commits are shared.
-const OFFLINE_FEED_BATCH: u32 = 64;
-/// Changes that concern nobody are passed by together: each move of the cursor is a write.
-const PASSED_BY: i64 = 100;
+pub(crate) const PAUSE: Duration = Duration::from_secs(1);
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(3600);
 const LATE_UPLOAD_TTL: TimeDelta = TimeDelta::days(1);
 /// Messages under way for each photo on the processor: while one is worked, others are received,
@@ -38,7 +30,7 @@ pub(crate) const AHEAD: usize = 16;
 const VISIBILITY_MARGIN: TimeDelta = TimeDelta::seconds(10);
 
 /// Waits for `rung`, for the next look, or for the stop.
-async fn idle(rung: impl Future<Output = ()>, at_most: Duration, stopped: &mut Receiver<bool>) {
+pub(crate) async fn idle(rung: impl Future<Output = ()>, at_most: Duration, stopped: &mut Receiver<bool>) {
     tokio::select! {
         () = rung => {}
         () = tokio::time::sleep(at_most) => {}
@@ -106,74 +98,6 @@ fn sqs_event(delivery: &Delivery) -> SqsEvent {
     let mut event = SqsEvent::default();
     event.records.push(message);
     event
-}
-
-pub(crate) async fn enrichment(host: Arc<Host>, mut stopped: Receiver<bool>) {
-    while !*stopped.borrow() {
-        match feed(&host).await {
-            Ok(Fed::Some) => {}
-            Ok(Fed::None) => idle(host.store.changed(), POLL, &mut stopped).await,
-            Ok(Fed::Failed) => idle(std::future::pending(), PAUSE, &mut stopped).await,
-            Err(error) => {
-                failed("feed not read", &error);
-                idle(std::future::pending(), PAUSE, &mut stopped).await;
-            }
-        }
-    }
-}
-
-/// What one look at the feed came to.
-enum Fed {
-    Some,
-    None,
-    /// A record failed and comes again.
-    Failed,
-}
-
-async fn feed(host: &Host) -> Result<Fed, Error> {
-    let batch = if matches!(*host.enrichment.llm, Llm::Offline) { OFFLINE_FEED_BATCH } else { FEED_BATCH };
-    let changes = host.store.changes("enrichment", Dispatch::Enrichment.as_str(), batch).await?;
-    let end = changes.end;
-    if changes.matching.is_empty() {
-        if end - changes.cursor >= PASSED_BY {
-            host.store.advance("enrichment", end).await?;
-        }
-        return Ok(Fed::None);
-    }
-    let event: enrichment::Event = serde_json::from_value(feed_event(&changes.matching)).map_err(Error::internal)?;
-    let deadline = host.clock.now() + host.config.policy.lease;
-    let response = host.enrichment.handle(event, deadline).await;
-    let failed =
-        response.batch_item_failures.iter().filter_map(|failure| failure.item_identifier.as_ref()?.parse().ok()).min();
-    crash::here(Point::FeedBeforeCursor);
-    // As a stream does: everything before the first failure is done, everything from it comes again.
-    host.store.advance("enrichment", failed.map_or(end, |seq: i64| seq - 1)).await?;
-    Ok(if failed.is_some() { Fed::Failed } else { Fed::Some })
-}
-
-/// The feed's records in the shape of DynamoDB Streams.
-fn feed_event(changes: &[Change]) -> serde_json::Value {
-    let records: Vec<_> = changes
-        .iter()
-        .map(|change| {
-            json!({
-                "eventID": change.seq.to_string(),
-                "eventName": "MODIFY",
-                "eventSource": "aws:dynamodb",
-                "eventVersion": "1.1",
-                "awsRegion": "local",
-                "dynamodb": {
-                    "ApproximateCreationDateTime": 0,
-                    "Keys": {"id": {"S": change.id}},
-                    "NewImage": {"id": {"S": change.id}, "dispatch": {"S": change.dispatch}},
-                    "SequenceNumber": change.seq.to_string(),
-                    "SizeBytes": 0,
-                    "StreamViewType": "NEW_IMAGE",
-                },
-            })
-        })
-        .collect();
-    json!({"Records": records})
 }
 
 pub(crate) async fn sweep(host: Arc<Host>, mut stopped: Receiver<bool>) {

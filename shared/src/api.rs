@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod chat;
+pub mod prompt;
 
 use std::collections::BTreeMap;
 
@@ -13,6 +14,8 @@ use uuid::Uuid;
 
 use crate::clock::Timestamp;
 use crate::job::{Abstention, Description, FailureCode, Job, Prediction, Quality, Stage, Status, Timings};
+use chat::TokenUsage;
+use prompt::{ConversationBody, PromptBody};
 
 /// The largest photo that a request may carry, in bytes: what is left of Lambda's 6 MB after base64.
 pub const MAX_PHOTO_BYTES: usize = 4 * 1024 * 1024;
@@ -29,12 +32,14 @@ pub const PAGE_MAX: u32 = 100;
 pub const DISCLAIMER: &str = "Research demonstration, not a medical device: this is no diagnosis and no substitute \
 for one. Have any lesion that is new, changing, bleeding or that worries you seen by a doctor, whatever is written here.";
 
-/// `POST /submit` as JSON: the photo itself, or where it was uploaded to.
+/// `POST /submit` as JSON: the photo itself, where it was uploaded to, or what the LLM is to answer.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub enum SubmitBody {
     Photo(PhotoBody),
     Upload(ImageKeyBody),
+    Prompt(PromptBody),
+    Conversation(ConversationBody),
 }
 
 /// A photo in the request.
@@ -156,6 +161,24 @@ pub struct JobResult {
     pub created_at: Timestamp,
     #[schema(value_type = String, format = DateTime)]
     pub updated_at: Timestamp,
+    #[serde(flatten)]
+    pub outcome: Outcome,
+    pub timings_ms: Timings,
+    pub error: Option<ResultError>,
+    pub disclaimer: String,
+}
+
+/// What came of a job, by what it works on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Outcome {
+    Photo(PhotoOutcome),
+    Prompt(PromptOutcome),
+}
+
+/// What the model said of a photo.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PhotoOutcome {
     /// Highest first; empty until the model has run, and where it abstained.
     pub predictions: Vec<Prediction>,
     /// Set where the model gives no label for this photo.
@@ -164,24 +187,67 @@ pub struct JobResult {
     /// SHA-256 of the model bundle's manifest.
     pub model_digest: Option<String>,
     pub description: Option<Description>,
-    pub timings_ms: Timings,
-    pub error: Option<ResultError>,
-    pub disclaimer: String,
 }
 
-impl From<&Job> for JobResult {
-    fn from(job: &Job) -> Self {
+/// What the LLM answered to a prompt; all null until the job is completed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PromptOutcome {
+    /// What the LLM said. No prediction and no diagnosis. Null in lists.
+    pub content: Option<String>,
+    /// Why it ended, in the LLM's words: `stop`, `length` where `max_tokens` cut it off.
+    pub finish_reason: Option<String>,
+    pub token_usage: Option<TokenUsage>,
+    /// From the request to the whole answer, tries that failed included.
+    pub latency_ms: Option<u64>,
+    /// By the prices that the operator has set; null where there are none.
+    pub cost_usd: Option<f64>,
+}
+
+impl Outcome {
+    fn of(job: &Job) -> Self {
+        if job.is_prompt() {
+            let answer = job.answer.as_ref();
+            return Self::Prompt(PromptOutcome {
+                content: None,
+                finish_reason: answer.and_then(|answer| answer.finish_reason.clone()),
+                token_usage: answer.map(|answer| TokenUsage {
+                    prompt_tokens: answer.prompt_tokens,
+                    completion_tokens: answer.completion_tokens,
+                }),
+                latency_ms: answer.map(|answer| answer.latency_ms),
+                cost_usd: answer.and_then(|answer| answer.cost_usd),
+            });
+        }
         let reading = job.reading.as_ref();
-        Self {
-            request_id: job.id,
-            status: job.status,
-            created_at: job.created_at,
-            updated_at: job.updated_at,
+        Self::Photo(PhotoOutcome {
             predictions: reading.map(|reading| reading.predictions.clone()).unwrap_or_default(),
             abstained: reading.and_then(|reading| reading.abstained),
             quality: job.quality.clone(),
             model_digest: reading.map(|reading| reading.model_digest.clone()),
             description: job.description.clone(),
+        })
+    }
+}
+
+impl JobResult {
+    /// With the text of a prompt's answer, which may be too large for a list.
+    #[must_use]
+    pub fn with_content(mut self, text: Option<String>) -> Self {
+        if let Outcome::Prompt(outcome) = &mut self.outcome {
+            outcome.content = text;
+        }
+        self
+    }
+}
+
+impl From<&Job> for JobResult {
+    fn from(job: &Job) -> Self {
+        Self {
+            request_id: job.id,
+            status: job.status,
+            created_at: job.created_at,
+            updated_at: job.updated_at,
+            outcome: Outcome::of(job),
             timings_ms: job.timings_ms.clone(),
             error: job.failure.as_ref().map(|failure| ResultError {
                 code: failure.code,

@@ -102,7 +102,7 @@ impl Env {
     }
 }
 
-/// `MAX_ATTEMPTS`, `LEASE_SECONDS`, `REDISPATCH_SECONDS`, `BACKOFF_SECONDS`, `DEADLINE_HOURS`,
+/// `MAX_ATTEMPTS`, `LEASE_SECONDS`, `PROMPT_LEASE_SECONDS`, `REDISPATCH_SECONDS`, `BACKOFF_SECONDS`, `DEADLINE_HOURS`,
 /// `PHOTO_TTL_DAYS`, `RESULT_TTL_DAYS`.
 ///
 /// # Errors
@@ -111,6 +111,7 @@ pub fn policy(env: &Env) -> Result<Policy, ConfigError> {
     let policy = Policy {
         max_attempts: env.number("MAX_ATTEMPTS", 5, 1, 100)?,
         lease: TimeDelta::seconds(env.number("LEASE_SECONDS", 120, 1, 900)?),
+        prompt_lease: TimeDelta::seconds(env.number("PROMPT_LEASE_SECONDS", 600, 1, 900)?),
         redispatch: TimeDelta::seconds(env.number("REDISPATCH_SECONDS", 120, 1, 3600)?),
         backoff: TimeDelta::seconds(env.number("BACKOFF_SECONDS", 5, 1, 3600)?),
         deadline: TimeDelta::hours(env.number("DEADLINE_HOURS", 24, 1, 168)?),
@@ -130,12 +131,20 @@ pub fn policy(env: &Env) -> Result<Policy, ConfigError> {
     Ok(policy)
 }
 
-/// `MAX_QUEUED_MB`: photos that one caller may have waiting, in bytes.
+/// `MAX_QUEUED_MB`: photos and prompts that one caller may have waiting, in bytes.
 ///
 /// # Errors
 /// [`ConfigError`] where it is out of range.
 pub fn max_queued_bytes(env: &Env) -> Result<u64, ConfigError> {
     Ok(env.number("MAX_QUEUED_MB", 4096, 1, 1_000_000)? * 1_000_000)
+}
+
+/// Whether `LLM_BASE_URL` is set, for a function that does not call the LLM itself.
+///
+/// # Errors
+/// [`ConfigError`] where it is not UTF-8.
+pub fn has_llm(env: &Env) -> Result<bool, ConfigError> {
+    Ok(env.text("LLM_BASE_URL")?.is_some())
 }
 
 #[cfg(test)]

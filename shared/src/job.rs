@@ -11,8 +11,11 @@
 //!    └─release/expire──┘ └──────▶ needs_retake
 //! any open state ─▶ failed {retryable} ─redrive─▶ pending | awaiting_description
 //! ```
+//!
+//! A photo starts as `pending`, a prompt as `awaiting_description`.
 
 mod machine;
+mod prompt;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -21,6 +24,7 @@ use uuid::Uuid;
 use crate::clock::{Timestamp, from_millis};
 
 pub use machine::{InferenceOutcome, Policy, Refused, SweepAction};
+pub use prompt::{AnswerContent, LlmAnswer, LlmTrouble, StoredPrompt, answer_key, prompt_key};
 
 /// Where a job stands. The names are part of the API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -100,6 +104,37 @@ pub struct Photo {
     pub size_bytes: u64,
     /// When the bytes may be gone; a redrive after it is refused.
     pub expires_at: Timestamp,
+}
+
+/// What a job works on. Its name is that of a field of the record, as in records of builds that
+/// knew photos alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Input {
+    /// Read by the model, then described.
+    Photo(Photo),
+    /// Answered by the LLM.
+    Prompt(StoredPrompt),
+}
+
+impl Input {
+    /// What it counts against its caller's queued bytes while the job is open.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        match self {
+            Self::Photo(photo) => photo.size_bytes,
+            Self::Prompt(prompt) => prompt.size_bytes,
+        }
+    }
+
+    /// When its bytes may be gone; a redrive after it is refused.
+    #[must_use]
+    pub fn expires_at(&self) -> Timestamp {
+        match self {
+            Self::Photo(photo) => photo.expires_at,
+            Self::Prompt(prompt) => prompt.expires_at,
+        }
+    }
 }
 
 /// Why a new photo is asked for.
@@ -227,6 +262,22 @@ pub enum FailureCode {
     AttemptsExhausted,
     /// The job was open for longer than its deadline.
     DeadlineExceeded,
+    /// The stored prompt is gone.
+    PromptMissing,
+    /// The host has no LLM any more.
+    LlmNotConfigured,
+    /// The LLM refused the request.
+    LlmRefused,
+    /// What the LLM's server answered is no completion.
+    LlmInvalidResponse,
+    /// JSON was asked for, and the answer is none.
+    LlmInvalidJson,
+    /// The LLM takes no more requests, `MAX_ATTEMPTS` times.
+    LlmRateLimited,
+    /// The LLM took too long, `MAX_ATTEMPTS` times.
+    LlmTimeout,
+    /// The LLM could not be reached or failed, `MAX_ATTEMPTS` times.
+    LlmUnavailable,
 }
 
 impl FailureCode {
@@ -237,8 +288,16 @@ impl FailureCode {
             Self::PhotoUnreadable => "The photo is damaged and cannot be decoded. Send it again.",
             Self::PhotoMissing => "The stored photo is gone. Send it again.",
             Self::ModelError => "The model gave no usable answer for this photo.",
-            Self::AttemptsExhausted => "The photo could not be processed after several attempts.",
-            Self::DeadlineExceeded => "The photo could not be processed in time.",
+            Self::AttemptsExhausted => "The request could not be processed after several attempts.",
+            Self::DeadlineExceeded => "The request could not be processed in time.",
+            Self::PromptMissing => "The stored prompt is gone. Send it again.",
+            Self::LlmNotConfigured => "This host has no LLM; its operator sets LLM_BASE_URL.",
+            Self::LlmRefused => "The LLM refused the request.",
+            Self::LlmInvalidResponse => "The LLM answered something that is no completion.",
+            Self::LlmInvalidJson => "The LLM's answer is not the JSON that was asked for.",
+            Self::LlmRateLimited => "The LLM took no more requests, several times.",
+            Self::LlmTimeout => "The LLM took too long, several times.",
+            Self::LlmUnavailable => "The LLM was not available, several times.",
         }
     }
 }
@@ -246,7 +305,7 @@ impl FailureCode {
 /// Milliseconds spent in each stage; absent where the stage did not run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Timings {
-    /// From submission to the claim that finished the job's inference.
+    /// From submission to the claim that finished the job's inference, or its prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queued: Option<f64>,
     /// Reading the photo from the blob store.
@@ -305,12 +364,16 @@ pub struct Job {
     pub describe: bool,
     /// Names the idempotency item, which goes when the job is deleted.
     pub idempotency_key: Option<String>,
-    pub photo: Photo,
+    #[serde(flatten)]
+    pub input: Input,
     pub quality: Option<Quality>,
     pub reading: Option<Reading>,
     /// Where the cache keeps the raw outputs, so that a delete can erase them.
     pub cache_key: Option<String>,
     pub description: Option<Description>,
+    /// What the LLM answered to a prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer: Option<LlmAnswer>,
     pub llm_calls: Vec<LlmCall>,
     pub failure: Option<Failure>,
     pub timings_ms: Timings,
@@ -414,8 +477,8 @@ impl Record {
         }
     }
 
-    /// What the record counts against its caller's queued bytes: the photo of an open job, or the
-    /// room kept for an upload.
+    /// What the record counts against its caller's queued bytes: the photo or prompt of an open job,
+    /// or the room kept for an upload.
     #[must_use]
     pub fn queued_bytes(&self) -> u64 {
         match self {
@@ -449,7 +512,7 @@ impl Record {
     }
 }
 
-/// What a new photo job is made from; see [`Job::new`].
+/// What a new job is made from; see [`Job::new`].
 #[derive(Debug, Clone)]
 pub struct NewJob {
     pub id: Uuid,
@@ -457,7 +520,7 @@ pub struct NewJob {
     pub trace_id: String,
     pub describe: bool,
     pub idempotency_key: Option<String>,
-    pub photo: Photo,
+    pub input: Input,
 }
 
 /// A new, time-ordered id. `now` gives the order, randomness the rest.

@@ -76,6 +76,12 @@ fn bodies() -> std::io::Result<()> {
         ("raw-unnamed", "application/octet-stream\n\n!some bytes".to_owned()),
         ("form", format!("multipart/form-data; boundary=b\n\n\x10{form}")),
         ("form-whole", format!("multipart/form-data; boundary=\"b\"\n\n~{form}")),
+        ("prompt", "application/json\n\n~{\"prompt\": \"Hi\", \"system\": \"Be short.\", \"max_tokens\": 7}".to_owned()),
+        (
+            "messages",
+            r#"application/json||~{"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "format": "json"}"#
+                .replace("||", "\n\n"),
+        ),
         ("other", "text/plain\n\n!words".to_owned()),
     ] {
         write("body", name, text.as_bytes())?;

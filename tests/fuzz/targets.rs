@@ -116,6 +116,10 @@ pub fn body(data: &[u8]) {
     match runtime.block_on(submit::body::read(request)) {
         Ok(Asked::Photo(photo)) => assert!(!photo.image.is_empty() && photo.image.len() <= body.len()),
         Ok(Asked::Upload { image_key, .. }) => assert!(image_key.len() <= body.len()),
+        Ok(Asked::Prompt(prompt)) => {
+            let size: usize = prompt.messages.iter().map(|message| message.content.len()).sum();
+            assert!((1..=body.len()).contains(&size));
+        }
         Err(error) => {
             assert!(matches!(error.http_status(), 400 | 413 | 415), "{error}");
             assert!(error.message().len() < 200, "{error}");

@@ -25,6 +25,7 @@ mod mutations;
 mod photos;
 #[path = "../ports.rs"]
 mod ports;
+mod prompts;
 mod redis;
 mod requests;
 mod stages;

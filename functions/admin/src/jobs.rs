@@ -35,7 +35,7 @@ use crate::{Admin, log};
         (status = 401, description = "No credentials.", body = ErrorBody),
         (status = 403, description = "Without the scope admin; or not addressed to a loopback name.", body = ErrorBody),
         (status = 404, description = "No such job.", body = ErrorBody),
-        (status = 409, description = "The job did not fail retryably, or its photo has expired.", body = ErrorBody),
+        (status = 409, description = "The job did not fail retryably, or its photo or prompt has expired.", body = ErrorBody),
         (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
         (status = 503, description = "The store is not available.", body = ErrorBody),
     )
@@ -52,7 +52,7 @@ pub(crate) async fn redrive_job<J: JobStore, Q: JobQueue, C: Callers>(
     let now = admin.clock.now();
     let moved = transition(&admin.jobs, &job, |job| Ok((job.redrive(now, &admin.policy)?, ()))).await;
     let (job, ()) = moved.map_err(|not_moved| match not_moved {
-        NotMoved::Refused(Refused::PhotoExpired) => not_redrivable("Its photo has expired."),
+        NotMoved::Refused(Refused::InputExpired) => not_redrivable("Its photo or prompt has expired."),
         NotMoved::Refused(_) => not_redrivable("Only a job that failed with \"retryable\": true can be redriven."),
         NotMoved::Gone => Error::not_found(),
         NotMoved::Store(error) => error,

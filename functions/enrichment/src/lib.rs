@@ -1,10 +1,12 @@
-//! Writes the description of a finished prediction and completes the job.
+//! Writes the description of a finished prediction and completes the job; or the answer to a prompt
+//! (`answer.rs`).
 //!
 //! Triggered by the change feed where a record carries the marker `dispatch = "enrichment"`. Reads
 //! the record. Writes, in this order: the claim, which takes the marker off; then the completed
 //! record, or the record with a later `due_at`. An LLM failure is never a batch failure: sweep
 //! marks the job again.
 
+mod answer;
 pub mod guard;
 
 use std::sync::Arc;
@@ -18,10 +20,10 @@ use shared::Error;
 use shared::api::chat::Role;
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
-use shared::job::{Description, DescriptionSource, Job, LlmCall, Policy, Reading, Record, Refused};
-use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt, template};
+use shared::job::{Description, DescriptionSource, Input, Job, LlmCall, Policy, Reading, Record, Refused};
+use shared::llm::{Answer, Format, Llm, LlmError, Message, OpenAi, Prompt, template};
 use shared::metrics;
-use shared::ports::JobStore;
+use shared::ports::{BlobStore, JobStore};
 use shared::telemetry;
 use shared::transition::{NotMoved, transition};
 use tracing::Instrument;
@@ -33,8 +35,9 @@ const PROMPT_VERSION: &str = "describe-v1";
 const MARGIN: Duration = Duration::from_secs(3);
 
 /// What enrichment works with.
-pub struct Enrichment<J> {
+pub struct Enrichment<J, B> {
     pub jobs: J,
+    pub blobs: B,
     pub llm: Arc<Llm>,
     pub clock: Clock,
     pub policy: Policy,
@@ -78,9 +81,9 @@ struct Explanation {
     explanation: String,
 }
 
-impl<J: JobStore> Enrichment<J> {
-    /// Works a batch, all records at once. `deadline` is the invocation's end, and with it that of
-    /// every lease taken here. Only a store that cannot be reached fails a record.
+impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
+    /// Works a batch, all records at once. `deadline` is the invocation's end; no lease taken here is
+    /// longer. Only a store that cannot be reached fails a record.
     pub async fn handle(&self, event: Event, deadline: Timestamp) -> DynamoDbEventResponse {
         let worked = join_all(event.records.iter().map(|record| self.settle(record, deadline))).await;
         let mut response = DynamoDbEventResponse::default();
@@ -131,71 +134,67 @@ impl<J: JobStore> Enrichment<J> {
             Err(NotMoved::Store(error)) => return Err(error),
         };
         crash::here(Point::EnrichmentClaimed);
-        let Some(reading) = job.reading.clone() else {
-            return Err(Error::internal("a job awaits a description of nothing"));
-        };
+        match (&job.input, &job.reading) {
+            (Input::Prompt(_), _) => self.answer(&job).await,
+            (Input::Photo(_), Some(reading)) => self.describe_reading(&job, reading).await,
+            (Input::Photo(_), None) => Err(Error::internal("a job awaits a description of nothing")),
+        }
+    }
+
+    async fn describe_reading(&self, job: &Job, reading: &Reading) -> Result<(), Error> {
         let started = Instant::now();
-        let (described, call) = self.describe(&job, &reading, lease_until).await;
+        let (described, call) = self.describe(job, reading).await;
         crash::here(Point::EnrichmentAnswered);
         let millis = (started.elapsed().as_secs_f64() * 1e4).round() / 10.0;
         match described {
-            Ok(description) => self.finish(&job, description, call, millis).await,
-            Err(error) => self.defer(&job, &reading, &error, call, millis).await,
+            Ok(description) => self.finish(job, description, call, millis).await,
+            Err(error) => self.defer(job, reading, &error, call, millis).await,
         }
     }
 
     /// A description, and the call to the LLM that it took. Errors are those that a later call may
     /// not meet.
-    async fn describe(
-        &self,
-        job: &Job,
-        reading: &Reading,
-        lease_until: Timestamp,
-    ) -> (Result<Description, LlmError>, Option<LlmCall>) {
+    async fn describe(&self, job: &Job, reading: &Reading) -> (Result<Description, LlmError>, Option<LlmCall>) {
         let Llm::OpenAi(server) = &*self.llm else { return (Ok(template::describe(reading, None)), None) };
-        let at = self.clock.now();
-        let lease = (lease_until - at).to_std().unwrap_or(Duration::ZERO);
-        let started = Instant::now();
-        let (answer, tries) = server.complete(&prompt(reading), started + (lease - MARGIN.min(lease / 4))).await;
-        let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let mut call = LlmCall {
-            claim: job.claim,
-            at,
-            latency_ms,
-            tries,
-            outcome: "ok".to_owned(),
-            finish_reason: None,
-            prompt_tokens: None,
-            completion_tokens: None,
-            cost_usd: None,
-        };
+        let (answer, mut call) = self.ask(server, &prompt(reading), job).await;
         let failed = answer.is_err();
         let described = match answer {
-            Ok(answer) => {
-                call.finish_reason.clone_from(&answer.finish_reason);
-                call.prompt_tokens = answer.prompt_tokens;
-                call.completion_tokens = answer.completion_tokens;
-                call.cost_usd = server.cost_usd(&answer);
-                Ok(description(reading, &answer).unwrap_or_else(|code| {
-                    call.outcome = code.to_owned();
-                    template::describe(reading, Some(code))
-                }))
-            }
-            Err(error) => {
-                call.outcome = error.code.to_owned();
-                // What another call would not cure is answered by the template at once.
-                if error.retryable { Err(error) } else { Ok(template::describe(reading, Some(error.code))) }
-            }
+            Ok(answer) => Ok(description(reading, &answer).unwrap_or_else(|code| {
+                call.outcome = code.to_owned();
+                template::describe(reading, Some(code))
+            })),
+            // What another call would not cure is answered by the template at once.
+            Err(error) if !error.retryable => Ok(template::describe(reading, Some(error.code))),
+            Err(error) => Err(error),
         };
-        tracing::info!(
-            llm.outcome = call.outcome,
-            llm.latency_ms = call.latency_ms,
-            llm.prompt_tokens = call.prompt_tokens,
-            llm.completion_tokens = call.completion_tokens,
-            "llm called"
-        );
-        metrics::llm_called(&call, failed);
+        told(&call, failed);
         (described, Some(call))
+    }
+
+    /// Asks the LLM within the claim's lease. A prompt's answer may take all of it, a description's
+    /// as long as `LLM_TIMEOUT_SECONDS` gives each try. The call is for the ledger.
+    async fn ask(&self, server: &OpenAi, prompt: &Prompt, job: &Job) -> (Result<Answer, LlmError>, LlmCall) {
+        let at = self.clock.now();
+        let lease = job.lease_until.and_then(|until| (until - at).to_std().ok()).unwrap_or(Duration::ZERO);
+        let started = Instant::now();
+        let deadline = started + (lease - MARGIN.min(lease / 4));
+        let (answer, tries) = match job.is_prompt() {
+            true => server.complete_at_length(prompt, deadline).await,
+            false => server.complete(prompt, deadline).await,
+        };
+        let answered = answer.as_ref().ok();
+        let call = LlmCall {
+            claim: job.claim,
+            at,
+            latency_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            tries,
+            outcome: answer.as_ref().map_or_else(|error| error.code, |_| "ok").to_owned(),
+            finish_reason: answered.and_then(|answer| answer.finish_reason.clone()),
+            prompt_tokens: answered.and_then(|answer| answer.prompt_tokens),
+            completion_tokens: answered.and_then(|answer| answer.completion_tokens),
+            cost_usd: answered.and_then(|answer| server.cost_usd(answer)),
+        };
+        (answer, call)
     }
 
     async fn finish(
@@ -245,6 +244,18 @@ impl<J: JobStore> Enrichment<J> {
     }
 }
 
+/// One line and the metrics of a call; `failed` where it gave no answer.
+fn told(call: &LlmCall, failed: bool) {
+    tracing::info!(
+        llm.outcome = call.outcome,
+        llm.latency_ms = call.latency_ms,
+        llm.prompt_tokens = call.prompt_tokens,
+        llm.completion_tokens = call.completion_tokens,
+        "llm called"
+    );
+    metrics::llm_called(call, failed);
+}
+
 fn not_described(error: &Error) {
     tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "job not described");
 }
@@ -252,7 +263,7 @@ fn not_described(error: &Error) {
 fn settled(job: &Job, moved: Result<(), NotMoved>) -> Result<(), Error> {
     match moved {
         Ok(()) => {
-            tracing::info!("description settled");
+            tracing::info!("claim settled");
             Ok(())
         }
         Err(NotMoved::Gone) => Ok(()),
@@ -285,14 +296,17 @@ fn prompt(reading: &Reading) -> Prompt {
     }
 }
 
+/// Some servers wrap JSON in a code block, schema or not.
+fn json_of(text: &str) -> &str {
+    text.trim().trim_start_matches("```json").trim_matches('`').trim()
+}
+
 /// The description around an answer.
 ///
 /// # Errors
 /// The code of what keeps the answer out.
 fn description(reading: &Reading, answer: &Answer) -> Result<Description, &'static str> {
-    // Some servers wrap JSON in a code block, schema or not.
-    let text = answer.text.trim().trim_start_matches("```json").trim_matches('`').trim();
-    let explanation: Explanation = serde_json::from_str(text).map_err(|_| "llm_invalid_answer")?;
+    let explanation: Explanation = serde_json::from_str(json_of(&answer.text)).map_err(|_| "llm_invalid_answer")?;
     // Typographic apostrophes are the one harmless thing that models write against the rules.
     let text = explanation.explanation.replace('\u{2019}', "'");
     // "A or B" may be spoken of as A and as B.

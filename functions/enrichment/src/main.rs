@@ -11,6 +11,7 @@ async fn main() -> Result<(), Error> {
     let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
     let enrichment = Enrichment {
         jobs: stage.jobs()?,
+        blobs: stage.blobs()?,
         llm: Llm::from_env(&stage.env)?.with_secrets(stage.secrets()?).into(),
         clock: stage.clock.clone(),
         policy: stage.policy,

@@ -25,7 +25,7 @@ use shared::Error;
 use shared::cache::PredictionCache;
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
-use shared::job::{self, FailureCode, InferenceOutcome, Job, Policy, Quality, Record, Refused, Status, Timings};
+use shared::job::{self, FailureCode, InferenceOutcome, Input, Job, Policy, Quality, Record, Refused, Status, Timings};
 use shared::message::Message;
 use shared::metrics;
 use shared::ports::{BlobStore, JobQueue, JobStore};
@@ -167,7 +167,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         crash::here(Point::InferenceFinished);
         // Only after the record names the key: what nobody knows of, nobody can erase.
         if let (Some(key), Some(outputs)) = (&done.cache_key, &worked.outputs) {
-            let ttl = (done.photo.expires_at - now).to_std().unwrap_or(Duration::ZERO);
+            let ttl = (done.input.expires_at() - now).to_std().unwrap_or(Duration::ZERO);
             self.cache.put(key, serde_json::to_vec(outputs).map_err(Error::internal)?, ttl).await;
         }
         crash::here(Point::InferenceCached);
@@ -217,6 +217,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
 
     /// From the stored photo to an outcome. Errors are those that another attempt may cure.
     async fn work(&self, job: &Job) -> Result<Worked, Error> {
+        let Input::Photo(photo) = &job.input else { return Err(Error::internal("a job of no photo is pending")) };
         // Before the photo is fetched: those who wait hold no bytes.
         let place = self.room.place().await?;
         let mut timings = Timings::default();
@@ -226,10 +227,10 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             return Ok(Worked { outcome, timings, outputs: None });
         };
         timings.fetch = Some(millis(started));
-        let key = self.cache_key(job, &bytes);
+        let key = self.cache_key(job, photo.orientation, &bytes);
         let cached = self.cache.get(&key).await.and_then(|value| serde_json::from_slice(&value).ok());
-        let (model, orientation) = (Arc::clone(&self.model), job.photo.orientation);
-        let memory = self.room.memory(picture::decoding_bytes(&job.photo, &bytes)).await?;
+        let (model, orientation) = (Arc::clone(&self.model), photo.orientation);
+        let memory = self.room.memory(picture::decoding_bytes(photo, &bytes)).await?;
         let span = Span::current();
         let work = move || {
             // Given back by the thread that works: it outlives a caller that has gone.
@@ -240,12 +241,12 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         self.room.run(work).await
     }
 
-    fn cache_key(&self, job: &Job, photo: &[u8]) -> String {
+    fn cache_key(&self, job: &Job, orientation: u8, photo: &[u8]) -> String {
         // HMAC takes keys of any length, so this cannot fail; an empty key would still be a key.
         let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.cache_secret) else { return String::new() };
         mac.update(&Sha256::digest(job.caller.as_bytes()));
         mac.update(&Sha256::digest(photo));
-        mac.update(&[job.photo.orientation, picture::PREPROCESSING_VERSION]);
+        mac.update(&[orientation, picture::PREPROCESSING_VERSION]);
         mac.update(self.model.digest.as_bytes());
         let hex: String = mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
         format!("outputs:{hex}")

@@ -1,7 +1,7 @@
 //! `GET /result/{request_id}`, `GET /results`, `DELETE /result/{request_id}`, `GET /healthz`,
 //! `GET /openapi.json`.
 //!
-//! Triggered by HTTP. Reads the records. A delete writes, in this order: the tombstone, then it
+//! Triggered by HTTP. Reads the records, and answers that are too large for one. A delete writes, in this order: the tombstone, then it
 //! erases the blobs, then it sends the order to erase the cache; sweep does the last two once more
 //! a lease later, when no worker can still be writing.
 
@@ -22,7 +22,7 @@ use shared::clock::Clock;
 use shared::crash::{self, Point};
 use shared::error::{Code, Error, ErrorBody};
 use shared::http::Caller;
-use shared::job::{self, Job, Policy, Record};
+use shared::job::{self, AnswerContent, Job, Policy, Record};
 use shared::message::Message;
 use shared::ports::{BlobStore, JobQueue, JobStore};
 use shared::telemetry;
@@ -193,7 +193,7 @@ async fn list_results<J: JobStore, Q: JobQueue, B: BlobStore>(
 
 /// Delete a job
 ///
-/// Erases the photo, the result and what the cache holds. Deleting again answers 204 as well.
+/// Erases photo or prompt, the result and what the cache holds. Deleting again answers 204 as well.
 #[utoipa::path(
     delete,
     path = "/result/{request_id}",
@@ -254,7 +254,21 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
         if known.is_some_and(|known| poll::matches(&known, &job)) {
             return Ok((StatusCode::NOT_MODIFIED, poll::headers(&job, now)).into_response());
         }
-        Ok((poll::headers(&job, now), Json(JobResult::from(&job))).into_response())
+        Ok((poll::headers(&job, now), Json(self.shown(&job).await?)).into_response())
+    }
+
+    /// The job as its caller sees it, with the text of an answer.
+    async fn shown(&self, job: &Job) -> Result<JobResult, Error> {
+        let text = match job.answer.as_ref().map(|answer| &answer.content) {
+            None => None,
+            Some(AnswerContent::Text(text)) => Some(text.clone()),
+            // Erased or expired between the two reads: then so is the job.
+            Some(AnswerContent::Blob { key }) => {
+                let bytes = self.blobs.get(key).await?.ok_or_else(Error::not_found)?;
+                Some(String::from_utf8(bytes).map_err(Error::internal)?)
+            }
+        };
+        Ok(JobResult::from(job).with_content(text))
     }
 
     async fn own_record(&self, caller: &Caller, request_id: &str) -> Result<Record, Error> {

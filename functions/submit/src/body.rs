@@ -1,4 +1,5 @@
-//! The ways in which a photo arrives: JSON, a raw body, a form, or the key of an upload in JSON.
+//! The ways in which a photo arrives: JSON, a raw body, a form, or the key of an upload in JSON; and
+//! prompts, in JSON.
 
 use axum::body::Body;
 use axum::extract::multipart::{Field, MultipartError};
@@ -6,15 +7,22 @@ use axum::extract::{FromRequest, Multipart, Query, Request};
 use axum::http::StatusCode;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
+use shared::api::chat::{ChatMessage, Role};
+use shared::api::prompt::{AnswerFormat, PromptRequest};
 use shared::api::{MAX_PHOTO_BYTES, MAX_UPLOAD_BYTES, yes};
 use shared::error::{Code, Error};
 use shared::http::body::{bytes, invalid, media_type, object};
+
+use crate::prompts;
 
 /// A form's boundaries and part headers are small as well.
 pub(crate) const MAX_FORM_BYTES: usize = MAX_PHOTO_BYTES + 64 * 1024;
 /// Base64 takes four bytes for three; the rest of the JSON is small.
 const MAX_JSON_BYTES: usize = MAX_PHOTO_BYTES.div_ceil(3) * 4 + 64 * 1024;
+
+const ONE_OF: &str = "Give \"image\" or \"image_key\", and with it \"describe\"; or \"prompt\" or \"messages\", and with \
+    it \"system\", \"max_tokens\", \"temperature\" and \"format\".";
 
 /// A photo as it was received, and what is wanted.
 #[derive(Debug)]
@@ -32,16 +40,41 @@ pub enum Asked {
         image_key: String,
         describe: bool,
     },
+    /// An answer of the LLM.
+    Prompt(PromptRequest),
 }
 
 /// [`shared::api::SubmitBody`], read so that an error can say where it is.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Json {
+    #[serde(default, deserialize_with = "given")]
     image: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     image_key: Option<String>,
-    #[serde(default = "yes")]
-    describe: bool,
+    #[serde(default, deserialize_with = "given")]
+    describe: Option<bool>,
+    #[serde(default, deserialize_with = "given")]
+    prompt: Option<String>,
+    #[serde(default, deserialize_with = "given")]
+    messages: Option<Vec<ChatMessage>>,
+    system: Option<String>,
+    max_tokens: Option<u32>,
+    temperature: Option<f32>,
+    #[serde(default, deserialize_with = "given")]
+    format: Option<AnswerFormat>,
+}
+
+/// A field that may be left out, and may not be null.
+fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(field: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(field).map(Some)
+}
+
+impl Json {
+    /// Whether one of the fields is there that prompts alone have.
+    fn has_settings(&self) -> bool {
+        self.system.is_some() || self.max_tokens.is_some() || self.temperature.is_some() || self.format.is_some()
+    }
 }
 
 #[derive(Deserialize)]
@@ -74,18 +107,34 @@ pub async fn read(request: Request) -> Result<Asked, Error> {
 }
 
 async fn from_json(body: Body) -> Result<Asked, Error> {
-    let body: Json = object(&bytes(body, MAX_JSON_BYTES, too_large).await?, r#"{"image": base64, "describe": bool}"#)?;
-    let image = match (body.image, body.image_key) {
-        (Some(image), None) => image,
-        (None, Some(image_key)) => return Ok(Asked::Upload { image_key, describe: body.describe }),
-        _ => return Err(invalid("Give \"image\" or \"image_key\", one of the two.")),
+    let shape = r#"{"image": base64, "describe": bool} or {"prompt": text, ...}"#;
+    let mut body: Json = object(&bytes(body, MAX_JSON_BYTES, too_large).await?, shape)?;
+    let image = match (body.image.take(), body.image_key.take(), body.prompt.take(), body.messages.take()) {
+        (Some(image), None, None, None) if !body.has_settings() => image,
+        (None, Some(image_key), None, None) if !body.has_settings() => {
+            return Ok(Asked::Upload { image_key, describe: body.describe.unwrap_or(true) });
+        }
+        (None, None, Some(content), None) => return asked(vec![ChatMessage { role: Role::User, content }], body),
+        (None, None, None, Some(messages)) => return asked(messages, body),
+        _ => return Err(invalid(ONE_OF)),
     };
     // Android's encoder breaks lines, a browser's canvas gives a data URL.
     let text = image.split_once(";base64,").filter(|(scheme, _)| scheme.starts_with("data:"));
     let mut text = text.map_or(image.as_str(), |(_, text)| text).to_owned();
     text.retain(|letter| !letter.is_ascii_whitespace());
     let image = STANDARD.decode(text).map_err(|_| invalid("\"image\" is not standard base64."))?;
-    checked(image, body.describe).map(Asked::Photo)
+    checked(image, body.describe.unwrap_or(true)).map(Asked::Photo)
+}
+
+fn asked(messages: Vec<ChatMessage>, body: Json) -> Result<Asked, Error> {
+    let Json { describe, system, max_tokens, temperature, format, .. } = body;
+    if describe.is_some() {
+        return Err(invalid(ONE_OF));
+    }
+    let format = format.unwrap_or_default();
+    let request = PromptRequest { messages, max_tokens, temperature, format }.with_system(system);
+    prompts::check(&request)?;
+    Ok(Asked::Prompt(request))
 }
 
 async fn from_raw(request: Request) -> Result<Submission, Error> {

@@ -1,4 +1,5 @@
-//! `POST /submit`: takes a photo, stores it without its metadata, and enqueues its job.
+//! `POST /submit`: takes a photo, stores it without its metadata, and enqueues its job; or takes a
+//! prompt for the LLM (`prompts.rs`).
 //! `POST /uploads`: lets a client put a larger photo straight into the blob store first.
 //!
 //! Triggered by HTTP. Submit writes, in this order: the photo (blob store), the record with its
@@ -7,6 +8,7 @@
 //! the same transaction) and then erases what was uploaded.
 
 pub mod body;
+mod prompts;
 mod uploads;
 
 use std::sync::Arc;
@@ -24,7 +26,7 @@ use shared::crash::{self, Point};
 use shared::create;
 use shared::error::{Code, Error, ErrorBody};
 use shared::http::Caller;
-use shared::job::{self, Job, NewJob, Photo, Policy, Status, Upload};
+use shared::job::{self, Input, Job, NewJob, Photo, Policy, Status, Upload};
 use shared::photo;
 use shared::ports::{BlobStore, Created, Creation, Idempotency, JobQueue, JobStore};
 use tokio::sync::Semaphore;
@@ -51,6 +53,8 @@ pub struct Submit<J, Q, B> {
     pub policy: Policy,
     /// The most that one caller may have queued (`MAX_QUEUED_MB`).
     pub max_queued_bytes: u64,
+    /// Whether prompts are taken (`LLM_BASE_URL`).
+    pub has_llm: bool,
     /// Uploads at work at the same time: one is held twice while its metadata is taken off, up to
     /// 50 MiB.
     pub upload_turns: Semaphore,
@@ -74,12 +78,14 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
         .with_state(submit)
 }
 
-/// Submit a photo
+/// Submit a photo or a prompt
 ///
 /// Answers at once; the result is found under the id. The photo comes as JSON, as a raw body or as
 /// `multipart/form-data` (file field `image`, optional text field `describe`); one of more than
 /// 4 MiB is uploaded first (`POST /uploads`) and named by its `image_key`. Its format is read from
 /// its bytes. Metadata (GPS, device, thumbnail) is removed before it is stored.
+///
+/// With `prompt` or `messages` it is the LLM that is asked, text only; it may take minutes.
 #[utoipa::path(
     post,
     path = "/submit",
@@ -105,10 +111,10 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
             )),
         (status = 400, description = "The body, a parameter or a header is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
-        (status = 403, description = "Without the scope jobs; or not addressed to a loopback name.", body = ErrorBody),
-        (status = 404, description = "Nothing was uploaded under this `image_key`.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs; a guest's prompt; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 404, description = "Nothing was uploaded under this `image_key`; or a prompt, and this host has no LLM.", body = ErrorBody),
         (status = 409, description = "The key was used for other content, or the upload for another job.", body = ErrorBody),
-        (status = 413, description = "More than 4 MiB, 50 megapixels, or 200 MB decoded.", body = ErrorBody),
+        (status = 413, description = "A photo of more than 4 MiB, 50 megapixels, or 200 MB decoded; a prompt of more than 1 MiB.", body = ErrorBody),
         (status = 415, description = "Not a JPEG, PNG or WebP photo.", body = ErrorBody),
         (status = 422, description = "The photo is damaged or cut off.", body = ErrorBody),
         (status = 429, description = "Too many requests, or too much queued.", body = ErrorBody),
@@ -121,11 +127,14 @@ async fn submit<J: JobStore, Q: JobQueue, B: BlobStore>(
     request: Request,
 ) -> Result<Response, Error> {
     let key = idempotency_key(request.headers())?;
-    let id = match body::read(request).await? {
-        Asked::Photo(submission) => submit.accept(&caller, key, submission).await?,
-        Asked::Upload { image_key, describe } => submit.accept_upload(&caller, key, image_key, describe).await?,
+    let (id, status) = match body::read(request).await? {
+        Asked::Photo(submission) => (submit.accept(&caller, key, submission).await?, Status::Pending),
+        Asked::Upload { image_key, describe } => {
+            (submit.accept_upload(&caller, key, image_key, describe).await?, Status::Pending)
+        }
+        Asked::Prompt(prompt) => (submit.accept_prompt(&caller, key, &prompt).await?, Status::AwaitingDescription),
     };
-    let body = Submitted { request_id: id, status: Status::Pending };
+    let body = Submitted { request_id: id, status };
     let mut response = (StatusCode::ACCEPTED, axum::Json(body)).into_response();
     let location = HeaderValue::from_str(&format!("/result/{id}")).map_err(Error::internal)?;
     response.headers_mut().insert(header::LOCATION, location);
@@ -138,6 +147,13 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
     let key = value.to_str().ok().filter(|key| (1..=MAX_KEY_BYTES).contains(&key.len()));
     let wrong = || Error::new(Code::InvalidRequest, "Idempotency-Key must be 1 to 255 visible ASCII characters.");
     key.map(|key| Some(key.to_owned())).ok_or_else(wrong)
+}
+
+/// What an idempotency key was used for, besides the bytes.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Photo { describe: bool },
+    Prompt,
 }
 
 /// A new job on its way: what names it, and what the client asked for.
@@ -161,18 +177,17 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         let now = self.clock.now();
         let id = job::new_id(now);
         let Submission { image, describe } = submission;
-        let idempotency = key.map(|key| idempotency_item(caller, key, (describe, &image), id, now));
+        let idempotency = key.map(|key| idempotency_item(caller, key, (Kind::Photo { describe }, &image), id, now));
         if let Some(item) = &idempotency
             && let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await?
         {
             return same_content(item, &earlier);
         }
-        self.create(Draft { id, now, caller, describe, idempotency, upload: None }, &image).await
+        self.create_of_photo(Draft { id, now, caller, describe, idempotency, upload: None }, &image).await
     }
 
     /// Stores the photo, writes the job, sends its message.
-    async fn create(&self, draft: Draft<'_>, image: &[u8]) -> Result<Uuid, Error> {
-        let Draft { id, now, caller, describe, idempotency, upload } = draft;
+    async fn create_of_photo(&self, draft: Draft<'_>, image: &[u8]) -> Result<Uuid, Error> {
         let accepted = photo::accept(image)?;
         let photo = Photo {
             content_type: accepted.format.content_type().to_owned(),
@@ -180,19 +195,25 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
             height: accepted.height,
             orientation: accepted.orientation,
             size_bytes: accepted.bytes.len() as u64,
-            expires_at: now + self.policy.photo_ttl,
+            expires_at: draft.now + self.policy.photo_ttl,
         };
-        self.blobs.put(&job::photo_key(id), accepted.bytes).await?;
+        self.blobs.put(&job::photo_key(draft.id), accepted.bytes).await?;
         crash::here(Point::SubmitPhotoStored);
+        self.create(draft, Input::Photo(photo)).await
+    }
+
+    /// Writes the job of what was stored, and sends its message.
+    async fn create(&self, draft: Draft<'_>, input: Input) -> Result<Uuid, Error> {
+        let Draft { id, now, caller, describe, idempotency, upload } = draft;
         let trace_id = shared::http::request_id();
         let idempotency_key = idempotency.as_ref().map(|item| item.key.clone());
-        let new = NewJob { id, caller: caller.0.clone(), trace_id, describe, idempotency_key, photo };
+        let new = NewJob { id, caller: caller.0.clone(), trace_id, describe, idempotency_key, input };
         let job = Job::new(new, now, &self.policy);
         let max_queued_bytes = self.max_queued_bytes;
         let creation = Creation { job, idempotency: idempotency.clone(), upload, max_queued_bytes };
         let created = create::create_job(&self.jobs, &self.queue, creation).await?;
         if created != Created::New {
-            // This request's photo is not needed.
+            // What this request has stored is not needed.
             self.blobs.delete_prefix(&job::blob_prefix(id)).await?;
         }
         match created {
@@ -210,19 +231,22 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
 fn idempotency_item(
     caller: &Caller,
     key: String,
-    (describe, content): (bool, &[u8]),
+    (kind, content): (Kind, &[u8]),
     id: Uuid,
     now: Timestamp,
 ) -> Idempotency {
     let mut hash = Sha256::new();
-    hash.update([u8::from(describe)]);
+    hash.update([match kind {
+        Kind::Photo { describe } => u8::from(describe),
+        Kind::Prompt => 2,
+    }]);
     hash.update(content);
     let fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     Idempotency { caller: caller.0.clone(), key, fingerprint, id, expires_at: now + IDEMPOTENCY_TTL }
 }
 
 fn queue_full() -> Error {
-    let message = "Too many of your photos are waiting. Send this one again when some of them are done.";
+    let message = "Too much of yours is waiting. Send this again when some of it is done.";
     Error::too_many_requests(message, QUEUE_FULL_SECONDS)
 }
 
@@ -230,5 +254,8 @@ fn same_content(item: &Idempotency, earlier: &Idempotency) -> Result<Uuid, Error
     if item.fingerprint == earlier.fingerprint {
         return Ok(earlier.id);
     }
-    Err(Error::new(Code::IdempotencyConflict, "This Idempotency-Key was used for another photo or other settings."))
+    Err(Error::new(
+        Code::IdempotencyConflict,
+        "This Idempotency-Key was used for another photo, another prompt or other settings.",
+    ))
 }

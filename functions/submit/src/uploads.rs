@@ -22,7 +22,7 @@ use shared::photo::Format;
 use shared::ports::{BlobStore, JobQueue, JobStore, PutTerms};
 use uuid::Uuid;
 
-use crate::{Draft, Submit, idempotency_item, queue_full, same_content};
+use crate::{Draft, Kind, Submit, idempotency_item, queue_full, same_content};
 
 /// How long a client has to begin its upload.
 const PERMIT_TTL: TimeDelta = TimeDelta::minutes(15);
@@ -113,7 +113,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         let now = self.clock.now();
         let id = job::new_id(now);
         let key = key.unwrap_or_else(|| image_key.clone());
-        let item = idempotency_item(caller, key, (describe, image_key.as_bytes()), id, now);
+        let item = idempotency_item(caller, key, (Kind::Photo { describe }, image_key.as_bytes()), id, now);
         if let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await? {
             return same_content(&item, &earlier);
         }
@@ -122,7 +122,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         let image = self.blobs.get(&image_key).await?.ok_or_else(nothing_uploaded)?;
         let prefix = upload.prefix().to_owned();
         let draft = Draft { id, now, caller, describe, idempotency: Some(item), upload: Some(upload) };
-        let id = self.create(draft, &image).await?;
+        let id = self.create_of_photo(draft, &image).await?;
         // Where this fails, sweep erases it: the upload is due since it was used up.
         if let Err(error) = self.blobs.delete_prefix(&prefix).await {
             tracing::warn!(job.id = %id, error.chain = error.chain(), "upload not erased; sweep will");

@@ -1,4 +1,4 @@
-//! The bodies of `POST /chat`.
+//! The bodies of `POST /chat`, and the rules for whatever the LLM is sent.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -37,13 +37,36 @@ pub struct ChatBody {
 }
 
 /// What somebody said.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChatMessage {
     pub role: Role,
     /// Text, and not only white space.
     #[schema(min_length = 1, pattern = r"\S")]
     pub content: String,
+}
+
+/// What holds of every conversation, over `/chat` and `/submit`.
+///
+/// # Errors
+/// A sentence that says what is wrong, and repeats nothing of the conversation.
+pub fn check(messages: &[ChatMessage], temperature: Option<f32>, max_tokens: Option<u32>) -> Result<(), String> {
+    if !(1..=MAX_MESSAGES).contains(&messages.len()) {
+        return Err(format!("\"messages\" must be 1 to {MAX_MESSAGES}."));
+    }
+    if let Some(at) = messages.iter().position(|message| message.content.trim().is_empty()) {
+        return Err(format!("\"messages[{at}].content\" is empty."));
+    }
+    if messages.iter().all(|message| message.role != Role::User) {
+        return Err("\"messages\" holds nothing of the role \"user\".".to_owned());
+    }
+    if temperature.is_some_and(|temperature| !(0.0..=2.0).contains(&temperature)) {
+        return Err("\"temperature\" must be 0 to 2.".to_owned());
+    }
+    if max_tokens.is_some_and(|tokens| !(1..=MAX_TOKENS).contains(&tokens)) {
+        return Err(format!("\"max_tokens\" must be 1 to {MAX_TOKENS}."));
+    }
+    Ok(())
 }
 
 /// The answer to `POST /chat`.
@@ -65,7 +88,7 @@ pub struct ChatAnswer {
 }
 
 /// What an answer took; null where the LLM does not say.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TokenUsage {
     pub prompt_tokens: Option<u64>,
     pub completion_tokens: Option<u64>,

@@ -94,20 +94,36 @@ impl SqliteJobStore {
     /// # Errors
     /// Where the store cannot be reached.
     pub async fn changes(&self, consumer: &'static str, dispatch: &'static str, limit: u32) -> Result<Changes, Error> {
+        self.changes_behind(consumer, 0, dispatch, limit).await
+    }
+
+    /// As [`SqliteJobStore::changes`], from `read_to` on where the consumer has read further than its
+    /// cursor says.
+    ///
+    /// # Errors
+    /// Where the store cannot be reached.
+    pub async fn changes_behind(
+        &self,
+        consumer: &'static str,
+        read_to: i64,
+        dispatch: &'static str,
+        limit: u32,
+    ) -> Result<Changes, Error> {
         self.sqlite.read(|db| {
             // One state of the file for all three reads: a change between them would be passed by.
             let snapshot = db.unchecked_transaction()?;
             let cursor = cursor(&snapshot, consumer)?;
+            let from = cursor.max(read_to);
             let sql = "SELECT seq, id, version, dispatch FROM changes WHERE seq > ?1 AND dispatch = ?2
                 ORDER BY seq LIMIT ?3";
             let mut statement = snapshot.prepare_cached(sql)?;
-            let matching = statement.query_map(params![cursor, dispatch, limit], change)?;
+            let matching = statement.query_map(params![from, dispatch, limit], change)?;
             let matching = matching.collect::<Result<Vec<_>, _>>()?;
             let full = matching.len() as u64 == u64::from(limit);
             let newest = "SELECT coalesce(max(seq), ?1) FROM changes";
             let end = match matching.last() {
                 Some(last) if full => last.seq,
-                _ => snapshot.prepare_cached(newest)?.query_row([cursor], |row| row.get(0))?,
+                _ => snapshot.prepare_cached(newest)?.query_row([from], |row| row.get(0))?,
             };
             Ok(Changes { matching, cursor, end })
         })

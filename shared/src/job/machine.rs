@@ -7,8 +7,8 @@ use chrono::TimeDelta;
 use uuid::Uuid;
 
 use super::{
-    Attempts, Description, Dispatch, Failure, FailureCode, Fence, Job, NewJob, Quality, Reading, Stage, Status,
-    Timings, Tombstone, Upload,
+    AnswerContent, Attempts, Description, Dispatch, Failure, FailureCode, Fence, Input, Job, LlmAnswer, LlmTrouble,
+    NewJob, Quality, Reading, Stage, Status, Timings, Tombstone, Upload,
 };
 use crate::clock::Timestamp;
 
@@ -23,8 +23,10 @@ pub struct Policy {
     pub backoff: TimeDelta,
     /// Upper bound of both.
     pub max_delay: TimeDelta,
-    /// The longest that one claim may last.
+    /// The longest that one claim on a photo or its description may last.
     pub lease: TimeDelta,
+    /// The same on a prompt, the LLM's answer included.
+    pub prompt_lease: TimeDelta,
     /// How long a job may stay open.
     pub deadline: TimeDelta,
     pub photo_ttl: TimeDelta,
@@ -40,6 +42,7 @@ impl Default for Policy {
             backoff: TimeDelta::seconds(5),
             max_delay: TimeDelta::hours(1),
             lease: TimeDelta::seconds(120),
+            prompt_lease: TimeDelta::seconds(600),
             deadline: TimeDelta::hours(24),
             photo_ttl: TimeDelta::days(7),
             result_ttl: TimeDelta::days(30),
@@ -72,8 +75,8 @@ pub enum Refused {
     Exhausted,
     #[error("nothing is due")]
     NotDue,
-    #[error("the photo has expired")]
-    PhotoExpired,
+    #[error("the photo or prompt has expired")]
+    InputExpired,
 }
 
 /// How inference ended; see [`Job::finish_inference`].
@@ -99,13 +102,17 @@ pub enum SweepAction {
 }
 
 impl Job {
-    /// A pending job whose message is about to be sent.
+    /// A pending job whose message is about to be sent, or for a prompt one that the feed starts.
     #[must_use]
     pub fn new(new: NewJob, now: Timestamp, policy: &Policy) -> Self {
+        let (status, dispatch) = match new.input {
+            Input::Photo(_) => (Status::Pending, None),
+            Input::Prompt(_) => (Status::AwaitingDescription, Some(Dispatch::Enrichment)),
+        };
         Self {
             id: new.id,
             caller: new.caller,
-            status: Status::Pending,
+            status,
             version: 1,
             claim: 0,
             attempts: Attempts::default(),
@@ -115,16 +122,17 @@ impl Job {
             deadline_at: now + policy.deadline,
             due_at: Some(now + policy.redispatch),
             lease_until: None,
-            dispatch: None,
+            dispatch,
             expires_at: now + policy.result_ttl,
             trace_id: new.trace_id,
             describe: new.describe,
             idempotency_key: new.idempotency_key,
-            photo: new.photo,
+            input: new.input,
             quality: None,
             reading: None,
             cache_key: None,
             description: None,
+            answer: None,
             llm_calls: Vec::new(),
             failure: None,
             timings_ms: Timings::default(),
@@ -146,7 +154,18 @@ impl Job {
     /// What the job counts against its caller's queued bytes.
     #[must_use]
     pub fn queued_bytes(&self) -> u64 {
-        if self.status.is_open() { self.photo.size_bytes } else { 0 }
+        if self.status.is_open() { self.input.size_bytes() } else { 0 }
+    }
+
+    /// Whether the LLM is to answer a prompt; otherwise the job is about a photo.
+    #[must_use]
+    pub fn is_prompt(&self) -> bool {
+        matches!(self.input, Input::Prompt(_))
+    }
+
+    /// The longest that one claim on this job may last.
+    fn longest_lease(&self, policy: &Policy) -> TimeDelta {
+        if self.is_prompt() { policy.prompt_lease } else { policy.lease }
     }
 
     fn next(&self, now: Timestamp) -> Self {
@@ -273,10 +292,11 @@ impl Job {
         policy.doubled(policy.backoff, self.attempts.inference.saturating_sub(1))
     }
 
-    /// Takes the dispatch marker off, so that a second delivery of the same change finds none.
+    /// Takes the dispatch marker off, so that a second delivery of the same change finds none. The
+    /// lease is as long as the work may take, and ends at `lease_until` at the latest.
     ///
     /// # Errors
-    /// [`Refused`] where the job waits for no description or the marker is gone.
+    /// [`Refused`] where the job waits for no description or answer, or the marker is gone.
     pub fn claim_enrichment(&self, now: Timestamp, lease_until: Timestamp, policy: &Policy) -> Result<Self, Refused> {
         if !self.status.is_open() {
             return Err(Refused::Ended);
@@ -290,12 +310,21 @@ impl Job {
         if self.is_exhausted(self.attempts.enrichment, now, policy) {
             return Err(Refused::Exhausted);
         }
+        let lease_until = lease_until.min(now + self.longest_lease(policy));
         let mut next = self.next(now).open(Status::AwaitingDescription, lease_until);
         next.lease_until = Some(lease_until);
         next.claim += 1;
         next.attempts.enrichment += 1;
         next.redispatches = 0;
+        if self.is_prompt() {
+            next.timings_ms.queued = Some((now - self.created_at).num_milliseconds().max(0) as f64);
+        }
         Ok(next)
+    }
+
+    fn held_for(&self, prompt: bool, claim: u64) -> Result<(), Refused> {
+        self.held(Status::AwaitingDescription, claim)?;
+        if self.is_prompt() == prompt { Ok(()) } else { Err(Refused::WrongState) }
     }
 
     /// `awaiting_description → completed`.
@@ -303,7 +332,7 @@ impl Job {
     /// # Errors
     /// [`Refused`] where `claim` is no longer held.
     pub fn finish_description(&self, claim: u64, description: Description, now: Timestamp) -> Result<Self, Refused> {
-        self.held(Status::AwaitingDescription, claim)?;
+        self.held_for(false, claim)?;
         let mut next = self.next(now).ended(Status::Completed);
         next.description = Some(description);
         Ok(next)
@@ -322,13 +351,58 @@ impl Job {
         now: Timestamp,
         policy: &Policy,
     ) -> Result<Self, Refused> {
-        self.held(Status::AwaitingDescription, claim)?;
+        self.held_for(false, claim)?;
         if self.is_exhausted(self.attempts.enrichment, now, policy) {
             return Err(Refused::Exhausted);
         }
+        Ok(self.deferred(wait, now, policy))
+    }
+
+    fn deferred(&self, wait: Option<TimeDelta>, now: Timestamp, policy: &Policy) -> Self {
         let backoff = policy.doubled(policy.backoff, self.attempts.enrichment.saturating_sub(1));
         let delay = wait.map_or(backoff, |wait| wait.min(policy.max_delay).max(backoff));
-        Ok(self.next(now).open(Status::AwaitingDescription, now + delay))
+        self.next(now).open(Status::AwaitingDescription, now + delay)
+    }
+
+    /// `awaiting_description → completed`, for a prompt. A record whose answer is a blob goes when
+    /// the blob may go.
+    ///
+    /// # Errors
+    /// [`Refused`] where `claim` is no longer held.
+    pub fn finish_answer(
+        &self,
+        claim: u64,
+        answer: LlmAnswer,
+        now: Timestamp,
+        policy: &Policy,
+    ) -> Result<Self, Refused> {
+        self.held_for(true, claim)?;
+        let mut next = self.next(now).ended(Status::Completed);
+        if matches!(answer.content, AnswerContent::Blob { .. }) {
+            next.expires_at = next.expires_at.min(now + policy.photo_ttl);
+        }
+        next.answer = Some(answer);
+        Ok(next)
+    }
+
+    /// Gives a claim on a prompt back: sweep marks the job again after `wait`, or after the backoff
+    /// where that is longer. What does not pass, and the last attempt, fail the job.
+    ///
+    /// # Errors
+    /// [`Refused`] where `claim` is no longer held.
+    pub fn release_answer(
+        &self,
+        claim: u64,
+        trouble: LlmTrouble,
+        wait: Option<TimeDelta>,
+        now: Timestamp,
+        policy: &Policy,
+    ) -> Result<Self, Refused> {
+        self.held_for(true, claim)?;
+        if !trouble.passing || self.is_exhausted(self.attempts.enrichment, now, policy) {
+            return Ok(self.next(now).fail(Stage::Enrichment, trouble.code, trouble.redrivable));
+        }
+        Ok(self.deferred(wait, now, policy))
     }
 
     /// Sends a due job round again, or ends it. `template` is the description for a job of which
@@ -351,9 +425,7 @@ impl Job {
         match self.status {
             Status::Pending | Status::Processing => {
                 if self.is_exhausted(self.attempts.inference, now, policy) {
-                    let late = now >= self.deadline_at;
-                    let code = if late { FailureCode::DeadlineExceeded } else { FailureCode::AttemptsExhausted };
-                    return Ok((next.fail(Stage::Inference, code, true), SweepAction::Ended));
+                    return Ok((next.fail(Stage::Inference, self.given_up(now), true), SweepAction::Ended));
                 }
                 Ok((next.open(Status::Pending, now + wait), SweepAction::SendInfer))
             }
@@ -364,10 +436,7 @@ impl Job {
                         next.description = Some(template(reading));
                         Ok((next.ended(Status::Completed), SweepAction::Ended))
                     }
-                    (None, true) => {
-                        let code = FailureCode::AttemptsExhausted;
-                        Ok((next.fail(Stage::Enrichment, code, true), SweepAction::Ended))
-                    }
+                    (None, true) => Ok((next.fail(Stage::Enrichment, self.given_up(now), true), SweepAction::Ended)),
                     (_, false) => {
                         let mut next = next.open(Status::AwaitingDescription, now + wait);
                         next.dispatch = Some(Dispatch::Enrichment);
@@ -379,21 +448,30 @@ impl Job {
         }
     }
 
-    /// `failed {retryable} → pending | awaiting_description`, due at once.
+    /// Why sweep ends a job that is exhausted.
+    fn given_up(&self, now: Timestamp) -> FailureCode {
+        if now >= self.deadline_at { FailureCode::DeadlineExceeded } else { FailureCode::AttemptsExhausted }
+    }
+
+    /// `failed {retryable} → pending | awaiting_description`, due at once. The second is marked for
+    /// the feed as well.
     ///
     /// # Errors
-    /// [`Refused::WrongState`] where the job did not fail retryably, [`Refused::PhotoExpired`]
-    /// where there is no photo left to work on.
+    /// [`Refused::WrongState`] where the job did not fail retryably, [`Refused::InputExpired`]
+    /// where there is nothing left to work on.
     pub fn redrive(&self, now: Timestamp, policy: &Policy) -> Result<Self, Refused> {
         let Some(failure) = self.failure.as_ref().filter(|failure| failure.retryable) else {
             return Err(Refused::WrongState);
         };
-        let status = match failure.stage {
-            Stage::Inference if now >= self.photo.expires_at => return Err(Refused::PhotoExpired),
-            Stage::Inference => Status::Pending,
-            Stage::Enrichment => Status::AwaitingDescription,
+        let needs_input = self.is_prompt() || failure.stage == Stage::Inference;
+        if needs_input && now >= self.input.expires_at() {
+            return Err(Refused::InputExpired);
+        }
+        let (status, dispatch) = match failure.stage {
+            Stage::Inference => (Status::Pending, None),
+            Stage::Enrichment => (Status::AwaitingDescription, Some(Dispatch::Enrichment)),
         };
-        let mut next = self.next(now).open(status, now);
+        let mut next = Self { dispatch, ..self.next(now).open(status, now) };
         next.failure = None;
         next.attempts = Attempts::default();
         next.redispatches = 0;
@@ -411,9 +489,9 @@ impl Job {
             trace_id: self.trace_id.clone(),
             version: self.version + 1,
             cache_key: self.cache_key.clone(),
-            erase_after: now + policy.lease,
+            erase_after: now + self.longest_lease(policy),
             sweeps: 0,
-            due_at: Some(now + policy.lease),
+            due_at: Some(now + self.longest_lease(policy)),
             expires_at: now + policy.tombstone_ttl,
         }
     }

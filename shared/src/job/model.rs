@@ -1,5 +1,6 @@
-//! Every state that one job can reach in a world where messages and changes are lost, doubled and
-//! late, workers stall and die, sweep runs at any time, and the caller deletes.
+//! Every state that one job, of a photo or of a prompt, can reach in a world where messages and
+//! changes are lost, doubled and late, workers stall and die, sweep runs at any time, and the caller
+//! deletes.
 //!
 //! Time is counted in ticks of a minute. A step is one conditional write: it is computed from the
 //! record as it stands, which is what `transition` makes of a lost race.
@@ -21,6 +22,7 @@ fn policy() -> Policy {
         backoff: TimeDelta::minutes(1),
         max_delay: TimeDelta::minutes(4),
         lease: TimeDelta::minutes(2),
+        prompt_lease: TimeDelta::minutes(3),
         deadline: TimeDelta::minutes(8),
         photo_ttl: TimeDelta::minutes(20),
         ..Policy::default()
@@ -38,6 +40,7 @@ fn tick_of(moment: Timestamp) -> u8 {
 /// What of a record decides its future; the rest is left out so that equal futures are one state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Kept {
+    prompt: bool,
     status: &'static str,
     claim: u64,
     attempts: (u32, u32),
@@ -49,10 +52,12 @@ struct Kept {
     failure: Option<(bool, bool)>,
     read: bool,
     described: bool,
+    answered: bool,
 }
 
 fn kept(job: &Job) -> Kept {
     Kept {
+        prompt: job.is_prompt(),
         status: job.status.as_str(),
         claim: job.claim,
         attempts: (job.attempts.inference, job.attempts.enrichment),
@@ -64,25 +69,21 @@ fn kept(job: &Job) -> Kept {
         failure: job.failure.as_ref().map(|failure| (failure.stage == Stage::Inference, failure.retryable)),
         read: job.reading.is_some(),
         described: job.description.is_some(),
+        answered: job.answer.is_some(),
     }
 }
 
-fn new_job() -> Job {
-    let photo = Photo {
-        content_type: String::new(),
-        width: 1,
-        height: 1,
-        orientation: 1,
-        size_bytes: 1,
-        expires_at: at(0) + policy().photo_ttl,
-    };
+fn new_job(prompt: bool) -> Job {
+    let expires_at = at(0) + policy().photo_ttl;
+    let photo = Photo { content_type: String::new(), width: 1, height: 1, orientation: 1, size_bytes: 1, expires_at };
+    let stored = StoredPrompt { size_bytes: 1, expires_at };
     let new = NewJob {
         id: Uuid::nil(),
         caller: String::new(),
         trace_id: String::new(),
         describe: true,
         idempotency_key: None,
-        photo,
+        input: if prompt { Input::Prompt(stored) } else { Input::Photo(photo) },
     };
     Job::new(new, at(0), &policy())
 }
@@ -113,7 +114,8 @@ fn job(kept: &Kept) -> Job {
         }),
         reading: kept.read.then(|| reading(false)),
         description: kept.described.then(description),
-        ..new_job()
+        answer: kept.answered.then(answer),
+        ..new_job(kept.prompt)
     }
 }
 
@@ -125,6 +127,21 @@ fn reading(abstained: bool) -> Reading {
 fn description() -> Description {
     let source = DescriptionSource::Template;
     Description { text: String::new(), source, version: String::new(), fallback: None }
+}
+
+fn answer() -> LlmAnswer {
+    LlmAnswer {
+        content: AnswerContent::Text(String::new()),
+        finish_reason: None,
+        prompt_tokens: None,
+        completion_tokens: None,
+        latency_ms: 0,
+        cost_usd: None,
+    }
+}
+
+fn trouble(passing: bool) -> LlmTrouble {
+    LlmTrouble { code: FailureCode::AttemptsExhausted, passing, redrivable: passing }
 }
 
 fn quality(accepted: bool) -> Quality {
@@ -179,6 +196,9 @@ enum Action {
     ReleaseInference(u64),
     FinishDescription(u64),
     DeferDescription(u64),
+    FinishAnswer(u64),
+    /// Whether the trouble passes.
+    ReleaseAnswer(u64, bool),
     Die(u64),
     /// All workers of a host die with it, and its next start ends the lease.
     Restart,
@@ -201,6 +221,8 @@ fn step(world: &World, action: Action) -> Option<Result<Job, Refused>> {
         Action::ReleaseInference(claim) => job.release_inference(claim, now, &policy),
         Action::FinishDescription(claim) => job.finish_description(claim, description(), now),
         Action::DeferDescription(claim) => job.defer_description(claim, None, now, &policy),
+        Action::FinishAnswer(claim) => job.finish_answer(claim, answer(), now, &policy),
+        Action::ReleaseAnswer(claim, passing) => job.release_answer(claim, trouble(passing), None, now, &policy),
         Action::Sweep => job.sweep(now, &policy, |_| description()).map(|(job, _)| job),
         Action::Redrive => job.redrive(now, &policy),
         Action::Restart => job.lapse(now),
@@ -213,18 +235,17 @@ impl Model for OneJob {
     type Action = Action;
 
     fn init_states(&self) -> Vec<World> {
-        let record = Some(kept(&new_job()));
-        let world = World {
+        let world = |prompt| World {
             now: 0,
-            record,
-            message: true,
-            change: false,
+            record: Some(kept(&new_job(prompt))),
+            message: !prompt,
+            change: prompt,
             inferring: Vec::new(),
             describing: Vec::new(),
             redrives: 0,
             reopened: false,
         };
-        vec![world]
+        vec![world(false), world(true)]
     }
 
     fn actions(&self, world: &World, actions: &mut Vec<Action>) {
@@ -244,6 +265,8 @@ impl Model for OneJob {
         }
         for &claim in &world.describing {
             actions.extend([Action::FinishDescription(claim), Action::DeferDescription(claim), Action::Die(claim)]);
+            actions.extend([Action::FinishAnswer(claim)]);
+            actions.extend([true, false].map(|passing| Action::ReleaseAnswer(claim, passing)));
         }
         actions.extend([Action::Sweep, Action::Restart]);
         if world.redrives == 0 {
@@ -277,7 +300,10 @@ impl Model for OneJob {
                     Action::FinishInference(claim, _) | Action::ReleaseInference(claim) => {
                         next.inferring.retain(|held| *held != claim);
                     }
-                    Action::FinishDescription(claim) | Action::DeferDescription(claim) => {
+                    Action::FinishDescription(claim)
+                    | Action::DeferDescription(claim)
+                    | Action::FinishAnswer(claim)
+                    | Action::ReleaseAnswer(claim, _) => {
                         next.describing.retain(|held| *held != claim);
                     }
                     _ => {}
@@ -316,10 +342,14 @@ impl Model for OneJob {
                     .flat_map(|claim| {
                         [Action::FinishInference(*claim, Outcome::Read), Action::ReleaseInference(*claim)]
                     })
-                    .chain(
-                        describing
-                            .flat_map(|claim| [Action::FinishDescription(*claim), Action::DeferDescription(*claim)]),
-                    )
+                    .chain(describing.flat_map(|&claim| {
+                        [
+                            Action::FinishDescription(claim),
+                            Action::DeferDescription(claim),
+                            Action::FinishAnswer(claim),
+                            Action::ReleaseAnswer(claim, false),
+                        ]
+                    }))
                     .all(refused)
             }),
             Property::always("no start costs an attempt or leaves a lease", |_, world: &World| {
@@ -333,11 +363,26 @@ impl Model for OneJob {
             Property::always("a job ends once", |_, world: &World| !world.reopened),
             Property::always("a prediction that was made is never lost", |_, world: &World| {
                 let Some(record) = &world.record else { return true };
-                record.status != "awaiting_description" || record.read
+                record.status != "awaiting_description" || record.read || record.prompt
+            }),
+            Property::always("a prompt meets the LLM alone, a photo gets no answer", |_, world: &World| {
+                let Some(record) = &world.record else { return true };
+                let fits = if record.prompt {
+                    record.attempts.0 == 0 && !record.read && !record.described
+                } else {
+                    !record.answered
+                };
+                fits && (!record.prompt || (record.status == "completed") == record.answered)
             }),
             Property::sometimes("a job is completed", |_, world: &World| is(world, "completed")),
             Property::sometimes("a job needs another photo", |_, world: &World| is(world, "needs_retake")),
             Property::sometimes("a job fails", |_, world: &World| is(world, "failed")),
+            Property::sometimes("a prompt is answered", |_, world: &World| {
+                world.record.as_ref().is_some_and(|record| record.answered)
+            }),
+            Property::sometimes("a redriven prompt is answered", |_, world: &World| {
+                world.redrives == 1 && world.record.as_ref().is_some_and(|record| record.answered)
+            }),
             Property::sometimes("a lease is taken over", |_, world: &World| {
                 is(world, "processing") && world.inferring.len() == 2
             }),

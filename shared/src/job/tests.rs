@@ -30,7 +30,7 @@ fn pending(describe: bool) -> Job {
         trace_id: "t".into(),
         describe,
         idempotency_key: None,
-        photo,
+        input: Input::Photo(photo),
     };
     Job::new(new, at(0), &policy())
 }
@@ -195,7 +195,7 @@ fn a_redrive_starts_afresh_unless_the_photo_has_expired() {
     assert_eq!((again.status, again.due_at, again.attempts), (Status::Pending, Some(later), Attempts::default()));
     assert_eq!(again.deadline_at, later + policy().deadline);
     assert_invariants(&again);
-    assert_eq!(failed.redrive(failed.photo.expires_at, &policy()), Err(Refused::PhotoExpired));
+    assert_eq!(failed.redrive(failed.input.expires_at(), &policy()), Err(Refused::InputExpired));
     assert_eq!(awaiting().redrive(later, &policy()), Err(Refused::WrongState));
 }
 

@@ -45,6 +45,8 @@ pub struct Message {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Format {
     Text,
+    /// JSON, whatever is in it.
+    Json,
     /// JSON that satisfies a schema.
     Schema {
         name: &'static str,

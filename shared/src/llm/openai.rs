@@ -16,8 +16,9 @@ use crate::aws::Secrets;
 use crate::config::{ConfigError, Env};
 use crate::error::Error;
 
-/// An answer larger than this is not read on.
-const MAX_RESPONSE_BYTES: usize = 1024 * 1024;
+/// An answer larger than this is not read on. A million characters of content fit; written into the
+/// answer of a Lambda, which escapes it once more, it stays below the 6 MB that Lambda takes.
+const MAX_RESPONSE_BYTES: usize = 5 * 1024 * 1024 / 2;
 /// The first pause between two tries; doubles, with full jitter.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// Tries within one call of [`OpenAi::complete`].
@@ -119,6 +120,8 @@ impl OpenAi {
             // Labels and key go to this server and nowhere else, whatever HTTP_PROXY says.
             .no_proxy()
             .connect_timeout(Duration::from_secs(5))
+            // Minutes may pass before the first byte; what lies between forgets silent connections.
+            .tcp_keepalive(Duration::from_secs(30))
             // A redirect would send the key and the labels to somebody else.
             .redirect(reqwest::redirect::Policy::none())
             .build()
@@ -152,11 +155,25 @@ impl OpenAi {
     /// Asks, and asks again where that may help, until `deadline`. Gives the answer, or the error
     /// of the last try, and how many tries it took.
     pub async fn complete(&self, prompt: &Prompt, deadline: Instant) -> (Result<Answer, LlmError>, u32) {
+        self.complete_within(self.attempt_timeout, prompt, deadline).await
+    }
+
+    /// As [`OpenAi::complete`], for whoever waits longer: one try may take all the time that is left.
+    pub async fn complete_at_length(&self, prompt: &Prompt, deadline: Instant) -> (Result<Answer, LlmError>, u32) {
+        self.complete_within(Duration::MAX, prompt, deadline).await
+    }
+
+    async fn complete_within(
+        &self,
+        attempt_timeout: Duration,
+        prompt: &Prompt,
+        deadline: Instant,
+    ) -> (Result<Answer, LlmError>, u32) {
         let body = self.body(prompt);
         let mut tries = 1;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let error = match tokio::time::timeout(left.min(self.attempt_timeout), self.attempt(&body)).await {
+            let error = match tokio::time::timeout(left.min(attempt_timeout), self.attempt(&body)).await {
                 Ok(Ok(answer)) => return (Ok(answer), tries),
                 Ok(Err(error)) => error,
                 Err(_) => retryable("llm_timeout"),
@@ -180,9 +197,13 @@ impl OpenAi {
             "temperature": prompt.temperature.unwrap_or(self.temperature),
             "messages": messages.collect::<Vec<_>>(),
         });
-        if let Format::Schema { name, schema } = &prompt.format {
-            body["response_format"] =
-                json!({"type": "json_schema", "json_schema": {"name": name, "strict": true, "schema": schema}});
+        match &prompt.format {
+            Format::Text => {}
+            Format::Json => body["response_format"] = json!({"type": "json_object"}),
+            Format::Schema { name, schema } => {
+                body["response_format"] =
+                    json!({"type": "json_schema", "json_schema": {"name": name, "strict": true, "schema": schema}});
+            }
         }
         body
     }

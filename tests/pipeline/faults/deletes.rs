@@ -39,7 +39,7 @@ struct Bench {
     host: Host,
     interrupt: Interrupt,
     inference: Inference<Interrupted<SqliteJobStore>, Interrupted<SqliteJobQueue>, Interrupted<DirBlobStore>>,
-    enrichment: Enrichment<Interrupted<SqliteJobStore>>,
+    enrichment: Enrichment<Interrupted<SqliteJobStore>, Interrupted<DirBlobStore>>,
     sweep: Sweep<Interrupted<SqliteJobStore>, Interrupted<SqliteJobQueue>, Interrupted<DirBlobStore>>,
     photos: usize,
 }
@@ -83,8 +83,8 @@ impl Bench {
             policy,
         };
         let env = Env::of([("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")]);
-        let enrichment =
-            Enrichment { jobs: jobs.clone(), llm: Llm::from_env(&env).unwrap().into(), clock: clock.clone(), policy };
+        let llm = Llm::from_env(&env).unwrap().into();
+        let enrichment = Enrichment { jobs: jobs.clone(), blobs: blobs.clone(), llm, clock: clock.clone(), policy };
         let sweep = Sweep::new(jobs, queue, blobs, clock, policy);
         Self { host, interrupt, inference, enrichment, sweep, photos: 0 }
     }

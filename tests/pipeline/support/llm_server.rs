@@ -24,6 +24,8 @@ pub enum Behaviour {
     Status(u16, Option<u32>),
     /// A good answer, after a while.
     After(Duration),
+    /// A complete answer with this content and this reason for its end.
+    Ended(String, &'static str),
     /// Never answers.
     Stall,
     /// Closes the connection in the middle of the body.
@@ -113,6 +115,11 @@ async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes
     let behaviour = behaviour.or_else(|| inner.otherwise.lock().unwrap().clone());
     match behaviour.unwrap_or_else(|| Behaviour::Answer(explanation(HONEST))) {
         Behaviour::Answer(content) => Json(completion(&content)).into_response(),
+        Behaviour::Ended(content, reason) => {
+            let mut completion = completion(&content);
+            completion["choices"][0]["finish_reason"] = reason.into();
+            Json(completion).into_response()
+        }
         Behaviour::Status(status, retry_after) => {
             let mut response = (StatusCode::from_u16(status).unwrap(), "upstream says no").into_response();
             if let Some(seconds) = retry_after {
