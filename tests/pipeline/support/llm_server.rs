@@ -24,6 +24,8 @@ pub enum Behaviour {
     Status(u16, Option<u32>),
     /// A good answer, after a while.
     After(Duration),
+    /// A complete answer with this content, after a while.
+    Late(Duration, String),
     /// A complete answer with this content and this reason for its end.
     Ended(String, &'static str),
     /// Never answers.
@@ -115,6 +117,10 @@ async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes
     let behaviour = behaviour.or_else(|| inner.otherwise.lock().unwrap().clone());
     match behaviour.unwrap_or_else(|| Behaviour::Answer(explanation(HONEST))) {
         Behaviour::Answer(content) => Json(completion(&content)).into_response(),
+        Behaviour::Late(pause, content) => {
+            tokio::time::sleep(pause).await;
+            Json(completion(&content)).into_response()
+        }
         Behaviour::Ended(content, reason) => {
             let mut completion = completion(&content);
             completion["choices"][0]["finish_reason"] = reason.into();
