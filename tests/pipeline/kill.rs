@@ -36,6 +36,14 @@ pub(super) const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::
 pub(super) const ENRICHMENT: &[Point] =
     &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished, Point::FeedBeforeCursor];
 pub(super) const ENRICHMENT_RETRY: &[Point] = &[Point::EnrichmentDeferred];
+pub(super) const SUBMIT_PROMPT: &[Point] = &[Point::BlobWritten, Point::SubmitPromptStored, Point::SubmitRecordWritten];
+pub(super) const PROMPT: &[Point] = &[
+    Point::EnrichmentClaimed,
+    Point::EnrichmentAnswered,
+    Point::EnrichmentAnswerStored,
+    Point::EnrichmentFinished,
+    Point::FeedBeforeCursor,
+];
 pub(super) const RESULT: &[Point] =
     &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten];
 pub(super) const SWEEP: &[Point] = &[Point::SweepWritten, Point::SweepSent];
@@ -59,6 +67,8 @@ fn every_crash_point_is_in_a_scenario() {
         INFERENCE_RETRY,
         ENRICHMENT,
         ENRICHMENT_RETRY,
+        SUBMIT_PROMPT,
+        PROMPT,
         RESULT,
         SWEEP,
         SWEEP_TOMBSTONE,
@@ -111,6 +121,20 @@ impl Scene {
         submit(&self.http, &host.url, &mole(), Some(key)).await
     }
 
+    async fn ask(&self, host: &Process, key: &str) -> reqwest::Result<String> {
+        ask(&self.http, &host.url, key).await
+    }
+
+    /// As [`Scene::recover`], with a prompt whose answer is too large for the record.
+    async fn recover_prompt(&self, key: &str, point: Point) {
+        let host = self.start(None).await;
+        let id = self.ask(&host, key).await.unwrap();
+        let result = ended(&self.http, &host.url, &id).await;
+        assert_eq!(result["status"], "completed", "{}: {}", point.name(), result["error"]);
+        assert!(result["content"] == long_answer(), "{}: not the answer", point.name());
+        self.settled(host, &[id], point).await;
+    }
+
     /// Starts a host that stays up, submits again under the same key as an app would, waits for
     /// the end, and looks at what is left.
     async fn recover(&self, key: &str, point: Point) {
@@ -159,6 +183,60 @@ impl Scene {
         assert_eq!(queued, 0, "{}: nothing is counted as queued", point.name());
         assert_eq!(host.queue.depth().await.unwrap(), (0, 0), "{}", point.name());
     }
+}
+
+/// Submits a prompt and returns its id; an error where the host is gone.
+pub(super) async fn ask(http: &Client, url: &str, key: &str) -> reqwest::Result<String> {
+    let request = http.post(format!("{url}/submit")).header("idempotency-key", key);
+    let response = request.json(&serde_json::json!({"prompt": "What is a naevus?"})).send().await?;
+    let (status, body) = (response.status(), response.json::<serde_json::Value>().await?);
+    assert_eq!(status.as_u16(), 202, "{body}");
+    Ok(body["request_id"].as_str().unwrap().to_owned())
+}
+
+/// Too large for a record.
+pub(super) fn long_answer() -> String {
+    "A growth of pigment cells. ".repeat(10_000)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_a_prompt_loses_and_doubles_nothing() {
+    for &point in SUBMIT_PROMPT {
+        let scene = Scene::new([]).await;
+        scene.llm.behave(Behaviour::Answer(long_answer()));
+        scene.start(None).await.kill().await;
+        let mut host = scene.start(Some(point)).await;
+        assert!(scene.ask(&host, "key").await.is_err(), "{}: the answer came before the kill", point.name());
+        host.killed().await;
+        scene.recover_prompt("key", point).await;
+        assert_eq!(scene.llm.calls(), 1, "{}", point.name());
+    }
+    // The second blob after the first start's is the answer.
+    let second_blob = (Point::BlobWritten, "blobs.written_before_rename:2");
+    for (point, crash_at) in PROMPT.iter().map(|point| (*point, point.name())).chain([second_blob]) {
+        let scene = Scene::new([]).await;
+        scene.llm.behave(Behaviour::Answer(long_answer()));
+        scene.start(None).await.kill().await;
+        let mut host = scene.start_with(None, &[("CRASH_AT", crash_at)]).await.unwrap();
+        let _ = scene.ask(&host, "key").await;
+        host.killed().await;
+        scene.recover_prompt("key", point).await;
+        // Only an answer whose commit was cut off is asked for again.
+        let again = [Point::EnrichmentAnswered, Point::EnrichmentAnswerStored, Point::BlobWritten].contains(&point);
+        assert_eq!(scene.llm.calls(), if again { 2 } else { 1 }, "{}", point.name());
+    }
+    for &point in ENRICHMENT_RETRY {
+        let scene = Scene::new([const { Behaviour::Status(503, Some(700)) }]).await;
+        scene.llm.behave(Behaviour::Answer(long_answer()));
+        let mut host = scene.start(Some(point)).await;
+        let _ = scene.ask(&host, "key").await;
+        host.killed().await;
+        // The server's 700 s are up in the record, not in this test.
+        hurry(scene.data());
+        scene.recover_prompt("key", point).await;
+        assert_eq!(scene.llm.calls(), 2, "{}", point.name());
+    }
+    println!("prompts: killed at {} points", SUBMIT_PROMPT.len() + PROMPT.len() + 1 + ENRICHMENT_RETRY.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,6 +13,8 @@ use inference::room::Room;
 use local::Host;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use shared::api::chat::{ChatMessage, Role};
+use shared::api::prompt::{AnswerFormat, PromptRequest};
 use shared::cache::PredictionCache;
 use shared::clock::Clock;
 use shared::config::Env;
@@ -27,6 +29,7 @@ use sweep::Sweep;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
+use crate::kill::long_answer;
 use crate::support::backlog::{self, JOBS, PATIENCE};
 use crate::support::interrupt::{Interrupt, Interrupted};
 use crate::support::llm_server::{Behaviour, LlmServer};
@@ -53,19 +56,32 @@ enum Stage {
     Enrichment,
     /// An LLM that is down: the claim is deferred.
     Defer,
+    /// Enrichment of a prompt, whose answer is a blob.
+    Answer,
+    /// The same, and the LLM refuses.
+    Refuse,
     /// Sweep that sends a lost message again.
     SweepPending,
     /// Sweep that marks for the feed again.
     SweepAwaiting,
 }
 
-const STAGES: [Stage; 6] =
-    [Stage::Inference, Stage::Release, Stage::Enrichment, Stage::Defer, Stage::SweepPending, Stage::SweepAwaiting];
+const STAGES: [Stage; 8] = [
+    Stage::Inference,
+    Stage::Release,
+    Stage::Enrichment,
+    Stage::Defer,
+    Stage::Answer,
+    Stage::Refuse,
+    Stage::SweepPending,
+    Stage::SweepAwaiting,
+];
 
 impl Bench {
     async fn new(folder: &Path, llm: &LlmServer) -> Self {
         let base_url = llm.base_url();
-        let host = open(folder, Clock::manual(Utc::now()), &[]).await;
+        let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
+        let host = open(folder, Clock::manual(Utc::now()), &settings).await;
         let interrupt = Interrupt::default();
         let jobs = Interrupted(host.store.clone(), interrupt.clone());
         let queue = Interrupted(host.queue.clone(), interrupt.clone());
@@ -82,7 +98,7 @@ impl Bench {
             clock: clock.clone(),
             policy,
         };
-        let env = Env::of([("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")]);
+        let env = Env::of(settings);
         let llm = Llm::from_env(&env).unwrap().into();
         let enrichment = Enrichment { jobs: jobs.clone(), blobs: blobs.clone(), llm, clock: clock.clone(), policy };
         let sweep = Sweep::new(jobs, queue, blobs, clock, policy);
@@ -94,6 +110,16 @@ impl Bench {
         let key = key_of(self.photos);
         self.photos += 1;
         let id = self.host.submit.accept(&Caller("local".into()), Some(key), submission).await.unwrap();
+        self.job(id).await.unwrap()
+    }
+
+    async fn ask(&mut self) -> Job {
+        let message = ChatMessage { role: Role::User, content: "What is a naevus?".into() };
+        let (max_tokens, temperature, format) = (None, None, AnswerFormat::Text);
+        let request = PromptRequest { messages: vec![message], max_tokens, temperature, format };
+        let key = key_of(self.photos);
+        self.photos += 1;
+        let id = self.host.submit.accept_prompt(&Caller("local".into()), Some(key), &request).await.unwrap();
         self.job(id).await.unwrap()
     }
 
@@ -113,9 +139,12 @@ impl Bench {
 
     /// A job that `stage` is about to work.
     async fn prepare(&mut self, stage: Stage) -> Job {
+        if matches!(stage, Stage::Answer | Stage::Refuse) {
+            return self.ask().await;
+        }
         let job = self.submit().await;
         match stage {
-            Stage::Inference => {}
+            Stage::Inference | Stage::Answer | Stage::Refuse => {}
             Stage::Release => {
                 let photo = self.host.config.data_dir.join("blobs").join(blob_prefix(job.id)).join("photo");
                 std::fs::remove_file(&photo).unwrap();
@@ -134,7 +163,7 @@ impl Bench {
     async fn work(&self, stage: Stage, id: Uuid) {
         match stage {
             Stage::Inference | Stage::Release => self.infer(id).await,
-            Stage::Enrichment | Stage::Defer => self.describe(id).await,
+            Stage::Enrichment | Stage::Defer | Stage::Answer | Stage::Refuse => self.describe(id).await,
             Stage::SweepPending | Stage::SweepAwaiting => {
                 self.sweep.handle(EventBridgeEvent::default()).await.unwrap();
             }
@@ -192,10 +221,11 @@ async fn a_delete_at_any_moment_of_any_stage_leaves_nothing_and_nothing_comes_ba
     let mut bench = Bench::new(folder.path(), &llm).await;
     let (mut races, results) = (Vec::new(), Arc::clone(&bench.host.results));
     for stage in STAGES {
-        llm.behave(if stage == Stage::Defer {
-            Behaviour::Status(503, Some(600))
-        } else {
-            Behaviour::After(Duration::ZERO)
+        llm.behave(match stage {
+            Stage::Defer => Behaviour::Status(503, Some(600)),
+            Stage::Answer => Behaviour::Answer(long_answer()),
+            Stage::Refuse => Behaviour::Status(400, None),
+            _ => Behaviour::After(Duration::ZERO),
         });
         for moment in 0.. {
             let what = format!("{stage:?}, moment {moment}");
@@ -218,9 +248,11 @@ async fn a_delete_at_any_moment_of_any_stage_leaves_nothing_and_nothing_comes_ba
             bench.assert_gone(&job, &what).await;
         }
     }
-    // Two moments a call: get, claim, photo, finish; get, claim, finish; due, write, send, list.
+    // Two moments a call: get, claim, photo, finish; get, claim, finish; get, claim, prompt, answer,
+    // finish; due, write, send, list.
     let moments = |stage| races.iter().find(|(raced, _)| *raced == stage).unwrap().1;
     assert!(moments(Stage::Inference) >= 8 && moments(Stage::Enrichment) >= 6 && moments(Stage::SweepPending) >= 8);
+    assert!(moments(Stage::Answer) >= 10 && moments(Stage::Refuse) >= 8);
     println!("moments of a delete: {races:?}");
 }
 

@@ -28,7 +28,8 @@ use uuid::Uuid;
 
 use crate::kill::{
     ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_RETRY,
-    RESULT, START, SUBMIT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD,
+    PROMPT, RESULT, START, SUBMIT, SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD, ask,
+    long_answer,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
@@ -50,6 +51,8 @@ enum Kind {
     Submitted,
     /// Being uploaded over HTTP, and submitted.
     Uploaded,
+    /// Prompts, being submitted over HTTP and answered.
+    Asked,
     /// Queued, beside 500 uploads that nobody has submitted in time.
     Reserved,
     /// Accepted and queued.
@@ -75,6 +78,8 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Submitted, SUBMIT),
     (Kind::Uploaded, UPLOAD),
     (Kind::Reserved, SWEEP_UPLOAD),
+    (Kind::Asked, SUBMIT_PROMPT),
+    (Kind::Asked, PROMPT),
     (Kind::Failed, ADMIN_JOB),
     (Kind::Queued, INFERENCE),
     (Kind::Unreadable, INFERENCE_RETRY),
@@ -152,7 +157,7 @@ impl Folders {
 
     fn of(&self, kind: Kind) -> &Path {
         match kind {
-            Kind::Submitted | Kind::Uploaded => self.empty.path(),
+            Kind::Submitted | Kind::Uploaded | Kind::Asked => self.empty.path(),
             Kind::Reserved => self.reserved.path(),
             Kind::Failed => self.failed.path(),
             Kind::Deleted => self.completed.path(),
@@ -192,7 +197,7 @@ impl Scene {
         let folder = tempfile::tempdir().unwrap();
         backlog::copy(folders.of(kind), folder.path());
         let ids = match kind {
-            Kind::Submitted | Kind::Uploaded => Vec::new(),
+            Kind::Submitted | Kind::Uploaded | Kind::Asked => Vec::new(),
             Kind::Buried => ids(folders.of(Kind::Deleted)).await,
             _ => ids(folder.path()).await,
         };
@@ -208,6 +213,10 @@ impl Scene {
                 backlog::hurry(data, Whose::Open);
             }
             Kind::Reserved => backlog::hurry(data, Whose::Open),
+            Kind::Asked if point == Point::EnrichmentAnswerStored => {
+                scene.llm.behave(Behaviour::Answer(long_answer()));
+            }
+            Kind::Asked => {}
             Kind::Submitted | Kind::Uploaded | Kind::Queued | Kind::Failed | Kind::Deleted | Kind::Buried => {}
         }
         scene
@@ -246,6 +255,13 @@ impl Scene {
                 }
                 None => false,
             },
+            Kind::Asked => match ask_all(&self.http, url).await {
+                Some(ids) => {
+                    self.ids = ids;
+                    true
+                }
+                None => false,
+            },
             Kind::Failed => redrive_all(&self.http, url, &self.ids).await,
             Kind::Deleted => delete_all(&self.http, url, &self.ids).await,
             _ => true,
@@ -273,7 +289,9 @@ impl Scene {
     /// Starts a host that stays up, until nothing is left to do.
     async fn recover(&mut self) {
         let data = self.data().to_owned();
-        self.llm.behave(Behaviour::After(Duration::ZERO));
+        if self.kind != Kind::Asked {
+            self.llm.behave(Behaviour::After(Duration::ZERO));
+        }
         if self.kind == Kind::Unreadable {
             backlog::photos(&data).iter().for_each(show);
         }
@@ -378,6 +396,16 @@ async fn submit_all(http: &Client, url: &str) -> Option<Vec<Uuid>> {
             let key = format!("key-{number}");
             submit(&http, &url, &numbered_mole(number), Some(&key)).await.ok()?.parse().ok()
         }
+    };
+    each(request).await
+}
+
+/// Submits as many prompts, each under its key.
+async fn ask_all(http: &Client, url: &str) -> Option<Vec<Uuid>> {
+    let (http, url) = (http.clone(), url.to_owned());
+    let request = move |number| {
+        let (http, url) = (http.clone(), url.clone());
+        async move { ask(&http, &url, &format!("key-{number}")).await.ok()?.parse().ok() }
     };
     each(request).await
 }

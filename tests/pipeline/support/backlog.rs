@@ -63,8 +63,8 @@ pub fn copy(from: &Path, to: &Path) {
 
 /// Every photo of the folder's jobs.
 pub fn photos(data: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(data.join("blobs/jobs")).unwrap();
-    entries.map(|entry| entry.unwrap().path().join("photo")).collect()
+    let folders = std::fs::read_dir(data.join("blobs/jobs")).unwrap().map(|entry| entry.unwrap().path());
+    folders.filter(|folder| !folder.join("prompt.json").exists()).map(|folder| folder.join("photo")).collect()
 }
 
 fn connect(data: &Path, file: &str) -> Connection {
@@ -168,7 +168,9 @@ pub async fn ended_once(data: &Path, ids: impl IntoIterator<Item = Uuid>, what: 
     assert!(photos(data).iter().all(|photo| photo.is_file()), "{what}: photos");
     for job in &jobs {
         assert_eq!(job.status, Status::Completed, "{what}: {}", job.id);
-        assert!(job.description.is_some() && job.reading.is_some(), "{what}: {}", job.id);
+        let done =
+            if job.is_prompt() { job.answer.is_some() } else { job.description.is_some() && job.reading.is_some() };
+        assert!(done, "{what}: {}", job.id);
         let open = (job.due_at, job.lease_until, job.dispatch);
         assert_eq!(open, (None, None, None), "{what}: {}", job.id);
         // Every claim is one attempt of one stage, and one answer at most was committed.
