@@ -22,10 +22,10 @@ locals {
         dimensions = { QueueName = aws_sqs_queue.jobs.name }
         above      = 15 * 60
       })
-      # Milliseconds that the oldest change waits.
+      # Milliseconds that the oldest change waits, longer than behind one prompt.
       iterator-age = {
         namespace  = "AWS/Lambda", metric = "IteratorAge", statistic = "Maximum"
-        dimensions = local.lambdas["enrichment"], above = 5 * 60 * 1000
+        dimensions = local.lambdas["enrichment"], above = (5 * 60 + local.enrichment_timeout_seconds) * 1000
       }
       api-errors = {
         namespace  = "AWS/ApiGateway", metric = "5xx", statistic = "Sum"

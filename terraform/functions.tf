@@ -3,21 +3,24 @@
 locals {
   names = jsondecode(file("${path.module}/names.json"))
 
-  # No claim outlives the longest invocation of a function that claims.
-  lease_seconds = max(var.function_timeout_seconds, var.enrichment_timeout_seconds)
+  # No claim outlives the longest invocation of a function that claims. One of enrichment's may be as
+  # long as a prompt takes; the claim on a description in it ends with LEASE_SECONDS.
+  lease_seconds              = max(var.function_timeout_seconds, var.enrichment_timeout_seconds)
+  enrichment_timeout_seconds = max(var.enrichment_timeout_seconds, var.llm_base_url == null ? 0 : var.prompt_timeout_seconds)
 
   # Of all functions.
   environment = {
-    STAGE              = var.stage
-    TABLE_NAME         = aws_dynamodb_table.jobs.name
-    LOG_LEVEL          = var.log_level
-    MAX_ATTEMPTS       = var.max_attempts
-    LEASE_SECONDS      = local.lease_seconds
-    REDISPATCH_SECONDS = var.redispatch_seconds
-    BACKOFF_SECONDS    = var.backoff_seconds
-    DEADLINE_HOURS     = var.deadline_hours
-    PHOTO_TTL_DAYS     = var.photo_ttl_days
-    RESULT_TTL_DAYS    = var.result_ttl_days
+    STAGE                = var.stage
+    TABLE_NAME           = aws_dynamodb_table.jobs.name
+    LOG_LEVEL            = var.log_level
+    MAX_ATTEMPTS         = var.max_attempts
+    LEASE_SECONDS        = local.lease_seconds
+    PROMPT_LEASE_SECONDS = local.enrichment_timeout_seconds
+    REDISPATCH_SECONDS   = var.redispatch_seconds
+    BACKOFF_SECONDS      = var.backoff_seconds
+    DEADLINE_HOURS       = var.deadline_hours
+    PHOTO_TTL_DAYS       = var.photo_ttl_days
+    RESULT_TTL_DAYS      = var.result_ttl_days
   }
   queue_environment = { QUEUE_URL = aws_sqs_queue.jobs.url }
   blob_environment = {
@@ -53,6 +56,8 @@ locals {
       timeout_seconds = local.http_timeout_seconds
       environment = merge(local.queue_environment, local.blob_environment, local.caller_environment, {
         MAX_QUEUED_MB = var.max_queued_mb
+        # Says that prompts are taken; enrichment calls it.
+        LLM_BASE_URL = var.llm_base_url
       })
       permissions = concat(local.may_submit, local.may_check_callers)
     }
@@ -84,8 +89,8 @@ locals {
     }
     enrichment = {
       memory_mb       = 256
-      timeout_seconds = var.enrichment_timeout_seconds
-      environment     = merge(local.secret_environment, local.llm_environment)
+      timeout_seconds = local.enrichment_timeout_seconds
+      environment     = merge(local.blob_environment, local.secret_environment, local.llm_environment)
       permissions     = local.may_enrich
     }
     chat = {

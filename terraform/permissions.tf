@@ -39,12 +39,10 @@ locals {
     # The idempotency item of a deleted job.
     { actions = ["dynamodb:DeleteItem"], resources = local.jobs },
     { actions = ["dynamodb:Query"], resources = ["${aws_dynamodb_table.jobs.arn}/index/callers"] },
+    local.may_list_blobs,
     { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*"] },
-    {
-      actions   = ["s3:ListBucket"]
-      resources = [local.blobs]
-      condition = { StringLike = { "s3:prefix" = ["jobs/*"] } }
-    },
+    # The LLM's answers that are too large for a record, and no photo.
+    { actions = ["s3:GetObject"], resources = ["${local.blobs}/jobs/*/answer-*"] },
   ]
 
   may_administer = [
@@ -98,6 +96,9 @@ locals {
   may_enrich = [
     local.may_write_jobs,
     local.may_read_secret,
+    local.may_list_blobs,
+    { actions = ["s3:GetObject"], resources = ["${local.blobs}/jobs/*/prompt.json"] },
+    { actions = ["s3:PutObject"], resources = ["${local.blobs}/jobs/*/answer-*"] },
     {
       actions   = ["dynamodb:DescribeStream", "dynamodb:GetRecords", "dynamodb:GetShardIterator"]
       resources = [aws_dynamodb_table.jobs.stream_arn]

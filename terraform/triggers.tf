@@ -16,7 +16,8 @@ resource "aws_lambda_event_source_mapping" "enrichment" {
   function_name     = module.function["enrichment"].arn
   starting_position = "TRIM_HORIZON"
 
-  # A shard's LLM calls at a time are at most the product of these two.
+  # A shard's LLM calls at a time are at most the product of these two. A batch lasts as long as its
+  # slowest prompt, and holds up what comes behind it in one of ten lanes.
   batch_size             = 10
   parallelization_factor = 10
 

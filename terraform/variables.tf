@@ -204,13 +204,24 @@ variable "function_timeout_seconds" {
 }
 
 variable "enrichment_timeout_seconds" {
-  description = "How long one batch of descriptions may take, which is also their lease."
+  description = "How long one claim on a description may last; its batch may hold prompts, and last as long as one."
   type        = number
   default     = 120
 
   validation {
     condition     = var.enrichment_timeout_seconds > var.llm_timeout_seconds && var.enrichment_timeout_seconds <= 900
     error_message = "The batch needs time for at least one try of the LLM, and Lambda ends after 900 seconds."
+  }
+}
+
+variable "prompt_timeout_seconds" {
+  description = "How long one attempt at a prompt may take, the LLM's answer included, which is also its lease."
+  type        = number
+  default     = 600
+
+  validation {
+    condition     = var.prompt_timeout_seconds >= var.enrichment_timeout_seconds && var.prompt_timeout_seconds <= 900
+    error_message = "A prompt gets no less time than a description, and Lambda ends after 900 seconds."
   }
 }
 

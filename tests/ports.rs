@@ -5,7 +5,9 @@ use chrono::TimeDelta;
 use shared::api::admin::{NewKey, Scope};
 use shared::auth::keys::ApiKey;
 use shared::clock::{Timestamp, from_millis};
-use shared::job::{Input, Job, NewJob, Photo, Policy, Record, Tombstone, Upload, new_id};
+use shared::job::{
+    AnswerContent, Input, Job, LlmAnswer, NewJob, Photo, Policy, Record, StoredPrompt, Tombstone, Upload, new_id,
+};
 use shared::ports::{BlobStore, Callers, Created, Creation, Idempotency, JobStore};
 use uuid::Uuid;
 
@@ -29,6 +31,19 @@ pub fn new_job(caller: &str, now: Timestamp) -> Job {
         describe: true,
         idempotency_key: None,
         input: Input::Photo(photo),
+    };
+    Job::new(new, now, &Policy::default())
+}
+
+pub fn new_prompt(caller: &str, now: Timestamp) -> Job {
+    let stored = StoredPrompt { size_bytes: 1, expires_at: now + TimeDelta::days(7) };
+    let new = NewJob {
+        id: new_id(now),
+        caller: caller.into(),
+        trace_id: String::new(),
+        describe: false,
+        idempotency_key: None,
+        input: Input::Prompt(stored),
     };
     Job::new(new, now, &Policy::default())
 }
@@ -119,6 +134,37 @@ pub async fn job_store_suite(store: impl JobStore) {
             .unwrap()
     );
     assert_eq!(store.due(now + TimeDelta::hours(26), 10).await.unwrap().len(), 2);
+}
+
+/// Prompts and their answers, some of which are as large as a record may be.
+pub async fn prompts_suite(store: impl JobStore) {
+    let (now, policy) = (start(), Policy::default());
+    let mut ids = Vec::new();
+    for number in 0..6 {
+        let job = new_prompt("alice", now + TimeDelta::seconds(number));
+        assert_eq!(store.create(creation(&job, None)).await.unwrap(), Created::New);
+        let due = store.due(job.due_at.unwrap(), 10).await.unwrap();
+        assert_eq!(due, [Record::Job(job.clone())], "it is due from the start");
+        let claimed = job.claim_enrichment(now, now + policy.prompt_lease, &policy).unwrap();
+        assert!(store.replace(job.fence(), &Record::Job(claimed.clone())).await.unwrap());
+        // With its quotation marks the longest that is kept in a record.
+        let text = "x".repeat(256 * 1024 - 2);
+        let content = AnswerContent::of(&text, job.id, claimed.claim);
+        assert_eq!(content, AnswerContent::Text(text));
+        let (finish_reason, prompt_tokens, completion_tokens) = (Some("stop".into()), Some(1), None);
+        let answer =
+            LlmAnswer { content, finish_reason, prompt_tokens, completion_tokens, latency_ms: 1, cost_usd: Some(0.1) };
+        let done = claimed.finish_answer(claimed.claim, answer, now, &policy).unwrap();
+        assert!(store.replace(claimed.fence(), &Record::Job(done.clone())).await.unwrap());
+        assert_eq!(store.get(job.id).await.unwrap(), Some(Record::Job(done)));
+        ids.insert(0, job.id);
+    }
+    let listed = async |before, limit| -> Vec<Uuid> {
+        store.list("alice", before, limit).await.unwrap().into_iter().map(|job| job.id).collect()
+    };
+    assert_eq!(listed(None, 10).await, ids, "more than a megabyte is listed whole");
+    assert_eq!(listed(None, 5).await, ids[..5]);
+    assert_eq!(listed(Some(ids[4]), 10).await, ids[5..]);
 }
 
 /// What a caller has queued grows and shrinks with the records, in their own transactions.

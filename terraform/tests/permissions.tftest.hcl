@@ -60,13 +60,18 @@ run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
   }
 
   assert {
-    condition     = [for key, it in module.function : key if can(regex("s3:GetObject", it.policy))] == ["inference", "submit"]
+    condition     = [for key, it in module.function : key if can(regex("s3:GetObject[^}]*/(jobs|incoming)/[*]\"", it.policy))] == ["inference", "submit"]
     error_message = "Photos are read by those two alone."
   }
 
   assert {
     condition     = !can(regex("s3:|sqs:", module.function["chat"].policy))
     error_message = "Conversations have nothing to do with photos or jobs."
+  }
+
+  assert {
+    condition     = [for key, it in module.function : key if can(regex("s3:GetObject[^}]*/jobs/[*]/(prompt.json|answer-[*])\"", it.policy))] == ["enrichment", "result"]
+    error_message = "Prompts are read by enrichment alone, large answers by result."
   }
 
   assert {

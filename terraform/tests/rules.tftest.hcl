@@ -33,8 +33,45 @@ run "a_message_is_hidden_six_times_as_long_as_an_invocation_may_take" {
   }
 
   assert {
-    condition     = alltrue([for key in ["inference", "enrichment"] : local.environment.LEASE_SECONDS >= local.functions[key].timeout_seconds])
+    condition     = local.environment.LEASE_SECONDS >= max(local.functions["inference"].timeout_seconds, var.enrichment_timeout_seconds)
     error_message = "A claim would run out under a worker."
+  }
+}
+
+run "a_prompt_has_minutes_where_there_is_an_llm_and_a_description_does_not" {
+  command = plan
+
+  variables {
+    llm_base_url = "https://llm.example/v1"
+    llm_model    = "m"
+  }
+
+  assert {
+    condition = (
+      local.functions["enrichment"].timeout_seconds >= 300
+      && local.environment.PROMPT_LEASE_SECONDS == local.functions["enrichment"].timeout_seconds
+    )
+    error_message = "The answer to a prompt would be cut off."
+  }
+
+  assert {
+    condition     = local.environment.LEASE_SECONDS == var.enrichment_timeout_seconds
+    error_message = "A description whose worker died would wait for as long as a prompt may take."
+  }
+
+  assert {
+    condition     = local.functions["submit"].environment.LLM_BASE_URL == local.functions["enrichment"].environment.LLM_BASE_URL
+    error_message = "Submit would refuse prompts."
+  }
+
+  assert {
+    condition     = aws_cloudwatch_metric_alarm.this["iterator-age"].threshold > local.functions["enrichment"].timeout_seconds * 1000
+    error_message = "One slow answer would raise an alarm."
+  }
+
+  assert {
+    condition     = aws_lambda_event_source_mapping.enrichment.maximum_record_age_in_seconds > 3 * local.functions["enrichment"].timeout_seconds
+    error_message = "Changes behind slow answers would be given up."
   }
 }
 

@@ -12,13 +12,14 @@ use shared::message::Message;
 use shared::ports::{BlobStore, Callers, Created, Creation, JobQueue, JobStore, PutTerms};
 use uuid::Uuid;
 
-use crate::ports::{blob_store_suite, callers_suite, creation, job_store_suite, new_job, queued_bytes_suite, start};
+use crate::ports::{blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite, queued_bytes_suite, start};
 use crate::support::{fresh_table, of_stage, sdk};
 
 #[tokio::test]
 async fn the_job_store_keeps_its_contract() {
     let sdk = sdk().await;
     job_store_suite(DynamoJobStore::new(&sdk, fresh_table(&sdk, "TABLE_NAME").await)).await;
+    prompts_suite(DynamoJobStore::new(&sdk, fresh_table(&sdk, "TABLE_NAME").await)).await;
 }
 
 #[tokio::test]
@@ -226,6 +227,9 @@ async fn a_role_is_denied_what_terraform_did_not_give_it() {
     let blobs = S3BlobStore::new(&enrichment, of_stage("BUCKET"), true, Clock::System);
     let denied = blobs.get("jobs/x/photo").await.unwrap_err().chain();
     assert!(denied.contains("AccessDenied"), "enrichment reads photos: {denied}");
+    assert_eq!(blobs.get("jobs/x/prompt.json").await.unwrap(), None, "prompts it may read");
+    let denied = blobs.put("jobs/x/prompt.json", Vec::new()).await.unwrap_err().chain();
+    assert!(denied.contains("AccessDenied"), "enrichment writes prompts: {denied}");
     let queue = SqsJobQueue::new(&enrichment, of_stage("QUEUE_URL"), None);
     let denied = queue.send(Message::Infer { id: Uuid::new_v4() }).await.unwrap_err().chain();
     assert!(denied.contains("AccessDenied"), "enrichment sends: {denied}");
@@ -235,4 +239,5 @@ async fn a_role_is_denied_what_terraform_did_not_give_it() {
     let blobs = S3BlobStore::new(&assume("result").await, of_stage("BUCKET"), true, Clock::System);
     let denied = blobs.get("jobs/x/photo").await.unwrap_err().chain();
     assert!(denied.contains("AccessDenied"), "result reads photos: {denied}");
+    assert_eq!(blobs.get("jobs/x/answer-1").await.unwrap(), None, "answers it may read");
 }

@@ -8,12 +8,13 @@ use shared::message::Message;
 use shared::ports::{BlobStore, JobQueue, JobStore};
 use uuid::Uuid;
 
-use crate::ports::{blob_store_suite, callers_suite, creation, job_store_suite, new_job, queued_bytes_suite, start};
+use crate::ports::{blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite, queued_bytes_suite, start};
 
 #[tokio::test]
 async fn the_job_store_keeps_its_contract() {
     let folder = tempfile::tempdir().unwrap();
     job_store_suite(SqliteJobStore::open(&folder.path().join("jobs.sqlite")).unwrap()).await;
+    prompts_suite(SqliteJobStore::open(&folder.path().join("prompts.sqlite")).unwrap()).await;
     queued_bytes_suite(SqliteJobStore::open(&folder.path().join("queued.sqlite")).unwrap()).await;
 }
 

@@ -244,17 +244,28 @@ impl JobStore for DynamoJobStore {
     }
 
     async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>, Error> {
-        let query = self
-            .client
-            .query()
-            .table_name(&self.table)
-            .index_name("callers")
-            .key_condition_expression("listed_by = :caller AND id < :before")
-            .expression_attribute_values(":caller", text(caller))
-            .expression_attribute_values(":before", text(before.unwrap_or(Uuid::max()).to_string()))
-            .scan_index_forward(false)
-            .limit(i32::try_from(limit).unwrap_or(i32::MAX));
-        let found = query.send().await.map_err(unavailable)?.items.unwrap_or_default();
+        let limit = limit as usize;
+        let (mut found, mut start): (Vec<Item>, _) = (Vec::new(), None);
+        loop {
+            let query = self
+                .client
+                .query()
+                .table_name(&self.table)
+                .index_name("callers")
+                .key_condition_expression("listed_by = :caller AND id < :before")
+                .expression_attribute_values(":caller", text(caller))
+                .expression_attribute_values(":before", text(before.unwrap_or(Uuid::max()).to_string()))
+                .scan_index_forward(false)
+                .set_exclusive_start_key(start)
+                .limit(i32::try_from(limit - found.len()).unwrap_or(i32::MAX));
+            let page = query.send().await.map_err(unavailable)?;
+            found.extend(page.items.unwrap_or_default());
+            start = page.last_evaluated_key;
+            // A megabyte ends a page, and a few long answers are one.
+            if start.is_none() || found.len() >= limit {
+                break;
+            }
+        }
         Ok(readable(&found).into_iter().filter_map(Record::into_job).collect())
     }
 }
