@@ -139,10 +139,11 @@ impl Feed {
     }
 }
 
-/// Works one change, again where the store could not be reached; `false` where the host stops first.
+/// Works one change, again where the store could not be reached, and keeps its turn until then: what
+/// waits behind it would fail as well. `false` where the host stops first.
 async fn work(host: Arc<Host>, turns: Arc<Turns>, change: Change, mut stopped: Receiver<bool>) -> (i64, bool) {
+    let Some(_turn) = turns.take(&host, change.id, &mut stopped).await else { return (change.seq, false) };
     loop {
-        let Some(turn) = turns.take(&host, change.id, &mut stopped).await else { return (change.seq, false) };
         let policy = host.config.policy;
         let deadline = host.clock.now() + policy.lease.max(policy.prompt_lease);
         let event = match serde_json::from_value(event(&change)) {
@@ -156,7 +157,6 @@ async fn work(host: Arc<Host>, turns: Arc<Turns>, change: Change, mut stopped: R
         if response.batch_item_failures.is_empty() {
             return (change.seq, true);
         }
-        drop(turn);
         idle(std::future::pending(), PAUSE, &mut stopped).await;
         if *stopped.borrow() {
             return (change.seq, false);

@@ -34,6 +34,8 @@ enum Kind {
     InferenceRetry,
     Enrichment,
     EnrichmentRetry,
+    SubmitPrompt,
+    Prompt,
     Delete,
     Sweep,
     SweepTombstone,
@@ -60,6 +62,17 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::InferenceRetry, &[Point::InferenceReleased, Point::InferenceHidden]),
     (Kind::Enrichment, &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished]),
     (Kind::EnrichmentRetry, &[Point::EnrichmentDeferred]),
+    (Kind::SubmitPrompt, &[Point::SubmitPromptStored, Point::SubmitRecordWritten]),
+    (
+        Kind::Prompt,
+        &[
+            Point::EnrichmentClaimed,
+            Point::EnrichmentAnswered,
+            Point::EnrichmentAnswerStored,
+            Point::EnrichmentFinished,
+            Point::EnrichmentDeferred,
+        ],
+    ),
     (
         Kind::Delete,
         &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten],
@@ -176,6 +189,7 @@ impl<'a> Scene<'a> {
             Kind::Upload => self.while_uploading(usual).await,
             Kind::Inference | Kind::InferenceRetry => self.while_inferring(usual).await,
             Kind::Enrichment | Kind::EnrichmentRetry => self.while_describing(usual).await,
+            Kind::SubmitPrompt | Kind::Prompt => self.while_asking(usual).await,
             Kind::Delete | Kind::SweepTombstone => self.while_deleting(usual).await,
             Kind::Sweep | Kind::SweepUpload | Kind::SweepOrphan => self.while_sweeping(usual).await,
             Kind::Key => self.while_keeping_keys().await,
@@ -292,6 +306,33 @@ impl<'a> Scene<'a> {
         let described = self.point == Point::EnrichmentFinished;
         let claims = (1, if described { 1 } else { 2 });
         (self.recover().await, Expected { claims, calls: if asked_again { 2 } else { 1 }, ..usual })
+    }
+
+    /// Submits a prompt under one `Idempotency-Key`; `None` where no answer came.
+    async fn ask(&self) -> Option<String> {
+        let request = self.user.request(Method::POST, "/submit").header("idempotency-key", "key");
+        id_of(request.json(&json!({"prompt": "What is a naevus?"})).send().await.unwrap()).await
+    }
+
+    async fn while_asking(&self, usual: Expected) -> (Vec<Uuid>, Expected) {
+        // Too large for a record.
+        let answer = "A growth of pigment cells. ".repeat(10_000);
+        self.llm.behave(match self.point {
+            Point::EnrichmentDeferred => Behaviour::Status(503, Some(8)),
+            _ => Behaviour::Answer(answer.clone()),
+        });
+        let submitting = self.kind == Kind::SubmitPrompt;
+        self.kill(async || assert_eq!(self.ask().await.is_none(), submitting)).await;
+        self.llm.behave(Behaviour::Answer(answer.clone()));
+        let id = self.ask().await.expect("the function goes on");
+        let result = self.ended(&id).await;
+        assert!(result["content"] == answer, "{}: not the answer", self.caller);
+        // Only an answer whose commit was cut off is asked for again, and one that never came.
+        let asked_again = [Point::EnrichmentAnswered, Point::EnrichmentAnswerStored, Point::EnrichmentDeferred];
+        let calls = if asked_again.contains(&self.point) { 2 } else { 1 };
+        let once = submitting || self.point == Point::EnrichmentFinished;
+        let orphans = u32::from(self.point == Point::SubmitPromptStored);
+        (vec![id.parse().unwrap()], Expected { claims: (0, if once { 1 } else { 2 }), calls, orphans, ..usual })
     }
 
     async fn while_deleting(&self, usual: Expected) -> (Vec<Uuid>, Expected) {
@@ -435,7 +476,7 @@ impl<'a> Scene<'a> {
         assert_eq!(jobs.iter().map(|job| job.id).collect::<Vec<_>>(), ids, "{}", self.caller);
         for job in &jobs {
             assert_eq!(job.status, Status::Completed, "{}: {job:?}", self.caller);
-            assert!(job.description.is_some(), "{}: {job:?}", self.caller);
+            assert!(job.description.is_some() || job.answer.is_some(), "{}: {job:?}", self.caller);
             assert_eq!((job.attempts.inference, job.attempts.enrichment), expected.claims, "{}: {job:?}", self.caller);
         }
         assert_eq!(self.llm.calls() - self.calls_before, expected.calls, "{}", self.caller);

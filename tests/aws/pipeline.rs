@@ -53,6 +53,14 @@ impl User {
         body["request_id"].as_str().unwrap().to_owned()
     }
 
+    pub async fn ask(&self, prompt: &Value) -> String {
+        let answer = self.request(Method::POST, "/submit").json(prompt).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::ACCEPTED, "{}", answer.text().await.unwrap());
+        let body: Value = answer.json().await.unwrap();
+        assert_eq!(body["status"], "awaiting_description");
+        body["request_id"].as_str().unwrap().to_owned()
+    }
+
     /// The result once the job has ended.
     pub async fn ended(&self, id: &str) -> Value {
         let started = Instant::now();
@@ -255,6 +263,61 @@ async fn anybody_may_read_the_description_of_the_api() {
     for path in ["/submit", "/uploads", "/result/{request_id}", "/admin/keys"] {
         assert!(description["paths"][path].is_object(), "{path}");
     }
+}
+
+#[tokio::test]
+async fn a_prompt_has_more_time_than_a_description_and_its_answer_of_a_megabyte_comes_whole() {
+    let (_alone, user) = (LLM_TURN.write().await, User::new("rupert").await);
+    let answer = "A growth of \"pigment cells\".\n".repeat(1_000_000 / 29);
+    // Longer than a try, and than the lease, of a description has on this stage.
+    llm().behave(Behaviour::Late(Duration::from_secs(25), answer.clone()));
+    let calls = llm().calls();
+    let id = user.ask(&json!({"prompt": "What is a naevus?", "max_tokens": 90_000})).await;
+    let (mut pause, mut polls) = (2, 0);
+    let result = loop {
+        tokio::time::sleep(Duration::from_secs(pause)).await;
+        pause = (pause + 1).min(10);
+        polls += 1;
+        let answer = user.request(Method::GET, &format!("/result/{id}")).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        let result: Value = answer.json().await.unwrap();
+        if result["status"] != "awaiting_description" {
+            break result;
+        }
+        assert!(polls < 30 && result["content"].is_null());
+    };
+    llm().behave(Behaviour::Answer(explanation(HONEST)));
+    assert_eq!((&result["status"], &result["kind"]), (&json!("completed"), &json!("prompt")), "{}", result["error"]);
+    assert!(result["content"] == answer, "not the answer");
+    let took = (&result["finish_reason"], &result["token_usage"], result["cost_usd"].as_f64());
+    let usage = json!({"prompt_tokens": 19, "completion_tokens": 10});
+    assert_eq!(took, (&json!("stop"), &usage, Some(59e-6)));
+    assert!(result.get("predictions").is_none() && result["latency_ms"].as_u64().unwrap() >= 25_000);
+    let record = job(&id).await;
+    assert_eq!((record.attempts.inference, record.attempts.enrichment, llm().calls() - calls), (0, 1, 1));
+    let blobs = S3BlobStore::new(&sdk().await, of_stage("BUCKET"), true, Clock::System);
+    let prefix = shared::job::blob_prefix(record.id);
+    assert_eq!(blobs.list(&prefix, None, 10).await.unwrap(), ["answer-1", "prompt.json"]);
+    let deleted = user.request(Method::DELETE, &format!("/result/{id}")).send().await.unwrap().status();
+    assert_eq!(deleted, StatusCode::NO_CONTENT);
+    assert_eq!(blobs.list(&prefix, None, 10).await.unwrap(), [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn an_error_of_the_llm_fails_a_prompt_with_its_code_and_json_is_json() {
+    let (_alone, user) = (LLM_TURN.write().await, User::new("sybil").await);
+    for (behaviour, code) in [
+        (Behaviour::Status(400, None), json!("llm_refused")),
+        (Behaviour::Answer("no JSON".into()), json!("llm_invalid_json")),
+        (Behaviour::Answer("{}".into()), Value::Null),
+    ] {
+        llm().behave(behaviour);
+        let id = user.ask(&json!({"prompt": "Three naevi, as JSON.", "format": "json"})).await;
+        let result = user.ended(&id).await;
+        assert_eq!(result["error"].get("code").unwrap_or(&Value::Null), &code, "{result}");
+        assert_eq!(result["content"], if code.is_null() { json!("{}") } else { Value::Null }, "{result}");
+    }
+    llm().behave(Behaviour::Answer(explanation(HONEST)));
 }
 
 /// The deployment writes the first key by a script of its own; the functions must know it as theirs.

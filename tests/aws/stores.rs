@@ -12,7 +12,9 @@ use shared::message::Message;
 use shared::ports::{BlobStore, Callers, Created, Creation, JobQueue, JobStore, PutTerms};
 use uuid::Uuid;
 
-use crate::ports::{blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite, queued_bytes_suite, start};
+use crate::ports::{
+    blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite, queued_bytes_suite, start,
+};
 use crate::support::{fresh_table, of_stage, sdk};
 
 #[tokio::test]

@@ -8,7 +8,9 @@ use shared::message::Message;
 use shared::ports::{BlobStore, JobQueue, JobStore};
 use uuid::Uuid;
 
-use crate::ports::{blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite, queued_bytes_suite, start};
+use crate::ports::{
+    blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite, queued_bytes_suite, start,
+};
 
 #[tokio::test]
 async fn the_job_store_keeps_its_contract() {

@@ -49,10 +49,11 @@ pub(crate) async fn redrive_job<J: JobStore, Q: JobQueue, C: Callers>(
     let id = Uuid::parse_str(&request_id).map_err(|_| Error::not_found())?;
     let job = admin.jobs.get(id).await?.and_then(Record::into_job).ok_or_else(Error::not_found)?;
     telemetry::about_job(job.id, &job.trace_id);
-    let now = admin.clock.now();
+    let (now, is_prompt) = (admin.clock.now(), job.is_prompt());
     let moved = transition(&admin.jobs, &job, |job| Ok((job.redrive(now, &admin.policy)?, ()))).await;
     let (job, ()) = moved.map_err(|not_moved| match not_moved {
-        NotMoved::Refused(Refused::InputExpired) => not_redrivable("Its photo or prompt has expired."),
+        NotMoved::Refused(Refused::InputExpired) if is_prompt => not_redrivable("Its prompt has expired."),
+        NotMoved::Refused(Refused::InputExpired) => not_redrivable("Its photo has expired."),
         NotMoved::Refused(_) => not_redrivable("Only a job that failed with \"retryable\": true can be redriven."),
         NotMoved::Gone => Error::not_found(),
         NotMoved::Store(error) => error,
