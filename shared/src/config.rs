@@ -159,9 +159,13 @@ mod tests {
 
     #[test]
     fn what_does_not_parse_or_is_out_of_range_is_refused_by_name() {
-        for (name, value) in
-            [("MAX_ATTEMPTS", "five"), ("MAX_ATTEMPTS", "0"), ("LEASE_SECONDS", "-1"), ("PHOTO_TTL_DAYS", "60")]
-        {
+        for (name, value) in [
+            ("MAX_ATTEMPTS", "five"),
+            ("MAX_ATTEMPTS", "0"),
+            ("LEASE_SECONDS", "-1"),
+            ("PROMPT_LEASE_SECONDS", "901"),
+            ("PHOTO_TTL_DAYS", "60"),
+        ] {
             let error = policy(&Env::of([(name, value)])).unwrap_err();
             assert_eq!(error.name, name);
             assert!(error.to_string().starts_with(name), "{error}");

@@ -8,6 +8,7 @@ use shared::job::Record;
 use shared::ports::JobStore;
 use tokio::process::Command;
 
+use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::process::binary;
 use crate::support::{Running, root};
 
@@ -52,6 +53,41 @@ async fn photos_are_submitted_waited_for_listed_and_deleted() {
     let output = lesion(&host.url, &["result", id]).await;
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("not_found"), "{}", text(&output.stderr));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_is_answered_on_standard_output_and_what_goes_wrong_is_said_beside_it() {
+    let script = [
+        Behaviour::Answer("A growth of pigment cells.\nMostly harmless.".into()),
+        Behaviour::Answer("{}".into()),
+        Behaviour::Ended("A grow".into(), "length"),
+        Behaviour::Status(400, None),
+    ];
+    let llm = LlmServer::start(script).await;
+    let base_url = llm.base_url();
+    let host = Running::start(&[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
+    let output = lesion(&host.url, &["ask", "--system", "Be short.", "--max-tokens", "7", "What is a naevus?"]).await;
+    assert_eq!(text(&output.stdout), "A growth of pigment cells.\nMostly harmless.\n");
+    assert_eq!(output.status.code(), Some(0));
+    let sent = llm.requests().remove(0).1;
+    assert_eq!((&sent["max_tokens"], &sent["messages"][0]["content"]), (&7.into(), &"Be short.".into()));
+
+    let output = lesion(&host.url, &["ask", "--format", "json", "--no-wait", "JSON, please"]).await;
+    let id = text(&output.stdout).trim().to_owned();
+    let output = lesion(&host.url, &["result", &id, "--wait"]).await;
+    for part in ["completed", "answer       {}", "ended by     stop", "19 in, 10 out"] {
+        assert!(text(&output.stdout).contains(part), "{part}: {}", text(&output.stdout));
+    }
+    assert!(text(&lesion(&host.url, &["list"]).await.stdout).contains("answered"));
+
+    let output = lesion(&host.url, &["ask", "More"]).await;
+    assert_eq!((text(&output.stdout), output.status.code()), ("A grow\n", Some(0)));
+    assert!(text(&output.stderr).contains("cut off"), "{}", text(&output.stderr));
+    let output = lesion(&host.url, &["ask", "--json", "Still more"]).await;
+    let failed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&failed["error"]["code"], output.status.code()), (&"llm_refused".into(), Some(4)));
+    let output = lesion(&host.url, &["ask", " "]).await;
+    assert_eq!((text(&output.stdout), output.status.code()), ("", Some(1)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

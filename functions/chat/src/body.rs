@@ -1,7 +1,7 @@
 //! A conversation as it arrives, and what is wrong with it.
 
 use axum::extract::Request;
-use shared::api::chat::{ChatBody, ChatMessage, MAX_BODY_BYTES, MAX_MESSAGES, MAX_TOKENS, Role};
+use shared::api::chat::{ChatBody, ChatMessage, MAX_BODY_BYTES, check};
 use shared::error::Error;
 use shared::http::body::{invalid, json};
 use shared::llm::{Format, Message, Prompt};
@@ -15,27 +15,14 @@ pub(crate) async fn read(request: Request) -> Result<Prompt, Error> {
 
 fn prompt(body: ChatBody) -> Result<Prompt, Error> {
     let ChatBody { messages, temperature, max_tokens } = body;
-    if !(1..=MAX_MESSAGES).contains(&messages.len()) {
-        return Err(invalid(format!("\"messages\" must be 1 to {MAX_MESSAGES}.")));
-    }
-    if let Some(at) = messages.iter().position(|message| message.content.trim().is_empty()) {
-        return Err(invalid(format!("\"messages[{at}].content\" is empty.")));
-    }
-    if messages.iter().all(|message| message.role != Role::User) {
-        return Err(invalid("\"messages\" holds nothing of the role \"user\"."));
-    }
-    if temperature.is_some_and(|temperature| !(0.0..=2.0).contains(&temperature)) {
-        return Err(invalid("\"temperature\" must be 0 to 2."));
-    }
-    if max_tokens.is_some_and(|tokens| !(1..=MAX_TOKENS).contains(&tokens)) {
-        return Err(invalid(format!("\"max_tokens\" must be 1 to {MAX_TOKENS}.")));
-    }
+    check(&messages, temperature, max_tokens).map_err(invalid)?;
     let messages = messages.into_iter().map(|ChatMessage { role, content }| Message { role, content }).collect();
     Ok(Prompt { messages, temperature, max_tokens, format: Format::Text })
 }
 
 #[cfg(test)]
 mod tests {
+    use shared::api::chat::{MAX_MESSAGES, Role};
     use shared::error::Code;
     use shared::http::body::object;
 
