@@ -1,4 +1,4 @@
-//! The bodies of `POST /chat`, and the rules for whatever the LLM is sent.
+//! The bodies of `POST /chat`.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
