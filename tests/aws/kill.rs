@@ -189,7 +189,7 @@ impl<'a> Scene<'a> {
             Kind::Upload => self.while_uploading(usual).await,
             Kind::Inference | Kind::InferenceRetry => self.while_inferring(usual).await,
             Kind::Enrichment | Kind::EnrichmentRetry => self.while_describing(usual).await,
-            Kind::SubmitPrompt | Kind::Prompt => self.while_asking(usual).await,
+            Kind::SubmitPrompt | Kind::Prompt => self.while_asking().await,
             Kind::Delete | Kind::SweepTombstone => self.while_deleting(usual).await,
             Kind::Sweep | Kind::SweepUpload | Kind::SweepOrphan => self.while_sweeping(usual).await,
             Kind::Key => self.while_keeping_keys().await,
@@ -314,7 +314,7 @@ impl<'a> Scene<'a> {
         id_of(request.json(&json!({"prompt": "What is a naevus?"})).send().await.unwrap()).await
     }
 
-    async fn while_asking(&self, usual: Expected) -> (Vec<Uuid>, Expected) {
+    async fn while_asking(&self) -> (Vec<Uuid>, Expected) {
         // Too large for a record.
         let answer = "A growth of pigment cells. ".repeat(10_000);
         self.llm.behave(match self.point {
@@ -332,7 +332,7 @@ impl<'a> Scene<'a> {
         let calls = if asked_again.contains(&self.point) { 2 } else { 1 };
         let once = submitting || self.point == Point::EnrichmentFinished;
         let orphans = u32::from(self.point == Point::SubmitPromptStored);
-        (vec![id.parse().unwrap()], Expected { claims: (0, if once { 1 } else { 2 }), calls, orphans, ..usual })
+        (vec![id.parse().unwrap()], Expected { claims: (0, if once { 1 } else { 2 }), calls, orphans })
     }
 
     async fn while_deleting(&self, usual: Expected) -> (Vec<Uuid>, Expected) {

@@ -296,11 +296,15 @@ async fn a_prompt_has_more_time_than_a_description_and_its_answer_of_a_megabyte_
     let record = job(&id).await;
     assert_eq!((record.attempts.inference, record.attempts.enrichment, llm().calls() - calls), (0, 1, 1));
     let blobs = S3BlobStore::new(&sdk().await, of_stage("BUCKET"), true, Clock::System);
-    let prefix = shared::job::blob_prefix(record.id);
-    assert_eq!(blobs.list(&prefix, None, 10).await.unwrap(), ["answer-1", "prompt.json"]);
+    let keys = [shared::job::prompt_key(record.id), shared::job::answer_key(record.id, 1)];
+    let stored = async || {
+        let found = keys.each_ref().map(async |key| blobs.get(key).await.unwrap().is_some());
+        futures_util::future::join_all(found).await
+    };
+    assert_eq!(stored().await, [true, true]);
     let deleted = user.request(Method::DELETE, &format!("/result/{id}")).send().await.unwrap().status();
     assert_eq!(deleted, StatusCode::NO_CONTENT);
-    assert_eq!(blobs.list(&prefix, None, 10).await.unwrap(), [] as [&str; 0]);
+    assert_eq!(stored().await, [false, false]);
 }
 
 #[tokio::test]

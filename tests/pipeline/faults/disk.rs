@@ -156,7 +156,9 @@ async fn a_full_disk_loses_none_of_500_jobs_and_refuses_new_ones() {
             // It may start or refuse to, on a full disk; either harms nothing.
             let early = disk.start(&extra).await;
             report(&format!("full disk: a host starts on it: {}", early.is_some()));
-            drop(early);
+            if let Some(early) = early {
+                early.kill().await;
+            }
             disk.free();
             host = disk.start(&extra).await.unwrap();
         } else {
