@@ -9,7 +9,7 @@ backoff_seconds            = 1
 redispatch_seconds         = 5
 function_timeout_seconds   = 20
 enrichment_timeout_seconds = 20
-prompt_timeout_seconds     = 60
+prompt_timeout_seconds     = 300
 llm_timeout_seconds        = 5
 
 # Made up.

@@ -266,25 +266,24 @@ async fn anybody_may_read_the_description_of_the_api() {
 }
 
 #[tokio::test]
-async fn a_prompt_has_more_time_than_a_description_and_its_answer_of_a_megabyte_comes_whole() {
+async fn a_client_that_polls_for_five_minutes_gets_an_answer_of_a_megabyte_that_takes_four() {
     let (_alone, user) = (LLM_TURN.write().await, User::new("rupert").await);
     let answer = "A growth of \"pigment cells\".\n".repeat(1_000_000 / 29);
-    // Longer than a try, and than the lease, of a description has on this stage.
-    llm().behave(Behaviour::Late(Duration::from_secs(25), answer.clone()));
+    llm().behave(Behaviour::Late(Duration::from_secs(240), answer.clone()));
     let calls = llm().calls();
     let id = user.ask(&json!({"prompt": "What is a naevus?", "max_tokens": 90_000})).await;
-    let (mut pause, mut polls) = (2, 0);
+    let (started, mut pause) = (Instant::now(), 2);
     let result = loop {
+        assert!(started.elapsed() < Duration::from_secs(300), "no answer within five minutes");
         tokio::time::sleep(Duration::from_secs(pause)).await;
         pause = (pause + 1).min(10);
-        polls += 1;
         let answer = user.request(Method::GET, &format!("/result/{id}")).send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         let result: Value = answer.json().await.unwrap();
         if result["status"] != "awaiting_description" {
             break result;
         }
-        assert!(polls < 30 && result["content"].is_null());
+        assert!(result["content"].is_null());
     };
     llm().behave(Behaviour::Answer(explanation(HONEST)));
     assert_eq!((&result["status"], &result["kind"]), (&json!("completed"), &json!("prompt")), "{}", result["error"]);
@@ -292,7 +291,7 @@ async fn a_prompt_has_more_time_than_a_description_and_its_answer_of_a_megabyte_
     let took = (&result["finish_reason"], &result["token_usage"], result["cost_usd"].as_f64());
     let usage = json!({"prompt_tokens": 19, "completion_tokens": 10});
     assert_eq!(took, (&json!("stop"), &usage, Some(59e-6)));
-    assert!(result.get("predictions").is_none() && result["latency_ms"].as_u64().unwrap() >= 25_000);
+    assert!(result.get("predictions").is_none() && result["latency_ms"].as_u64().unwrap() >= 240_000);
     let record = job(&id).await;
     assert_eq!((record.attempts.inference, record.attempts.enrichment, llm().calls() - calls), (0, 1, 1));
     let blobs = S3BlobStore::new(&sdk().await, of_stage("BUCKET"), true, Clock::System);
