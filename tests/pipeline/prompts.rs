@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
 use shared::clock::Clock;
@@ -377,6 +378,36 @@ async fn a_second_delivery_of_a_prompts_change_finds_nothing_to_do() {
     host.enrichment.process(id, until()).await.unwrap();
     assert_eq!(job(folder.path(), &id.to_string()).await, ended);
     assert_eq!((ended.status, ended.attempts.enrichment, llm.calls()), (Status::Completed, 1, 1));
+}
+
+#[tokio::test]
+async fn the_answer_of_a_worker_whose_lease_ran_out_takes_nobodys_place() {
+    let (late, long) = ("late ".repeat(100_000), "in time ".repeat(100_000));
+    let script = [Behaviour::Late(Duration::from_secs(2), late), Behaviour::Answer(long.clone())];
+    let llm = LlmServer::start(script).await;
+    let (base_url, clock) = (llm.base_url(), Clock::manual(chrono::Utc::now()));
+    let folder = tempfile::tempdir().unwrap();
+    let host = open(folder.path(), clock.clone(), &[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
+    let request = json!({
+        "messages": [{"role": "user", "content": QUESTION}], "max_tokens": null, "temperature": null, "format": "text",
+    });
+    let caller = shared::http::Caller("local".into());
+    let request = serde_json::from_value(request).unwrap();
+    let id = host.submit.accept_prompt(&caller, None, &request).await.unwrap();
+    let until = || host.clock.now() + chrono::TimeDelta::minutes(10);
+    let overtaken = async {
+        eventually("the first worker asks", async || llm.calls() == 1).await;
+        clock.advance(chrono::TimeDelta::minutes(10));
+        host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+        host.enrichment.process(id, until()).await.unwrap();
+        job(folder.path(), &id.to_string()).await
+    };
+    let (stale, ended) = tokio::join!(host.enrichment.process(id, until()), overtaken);
+    stale.unwrap();
+    assert_eq!((ended.status, ended.attempts.enrichment, llm.calls()), (Status::Completed, 2, 2));
+    assert_eq!(job(folder.path(), &id.to_string()).await, ended, "the stale worker wrote");
+    let AnswerContent::Blob { key } = ended.answer.unwrap().content else { panic!("the answer is in the record") };
+    assert!(std::fs::read(folder.path().join("blobs").join(key)).unwrap() == long.as_bytes(), "not the answer");
 }
 
 #[tokio::test]
