@@ -13,6 +13,7 @@ use image::{DynamicImage, ImageFormat, RgbImage};
 fn main() -> std::io::Result<()> {
     photos()?;
     bodies()?;
+    streams()?;
     texts()
 }
 
@@ -85,6 +86,25 @@ fn bodies() -> std::io::Result<()> {
         ("other", "text/plain\n\n!words".to_owned()),
     ] {
         write("body", name, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The byte before each stream is the length of the pieces less one.
+fn streams() -> std::io::Result<()> {
+    let chunk = r#"{"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"naïve"}}]}"#;
+    let usage = r#"{"choices":[],"usage":{"prompt_tokens":19,"completion_tokens":10}}"#;
+    let plain = format!("data: {chunk}\n\ndata: {usage}\n\ndata: [DONE]\n\n");
+    let comments = format!("\u{feff}: ping\n\nevent: error\nid: 1\nretry: 5\ndata: {{\ndata: }}\n\n:\n{plain}");
+    for (name, step, bytes) in [
+        ("plain", 6, plain.clone().into_bytes()),
+        ("crlf", 0, plain.replace('\n', "\r\n").into_bytes()),
+        ("cr", 64, plain.replace('\n', "\r").into_bytes()),
+        ("comments", 2, comments.into_bytes()),
+        ("not-utf-8", 1, b"data: a\xffb\r\rdata: \xf0\x9f\xa9\n\n".to_vec()),
+        ("no-done", 16, format!("data: {chunk}\n\ndata: {usage}\n\ndata: [DO").into_bytes()),
+    ] {
+        write("sse", name, &[&[step], bytes.as_slice()].concat())?;
     }
     Ok(())
 }

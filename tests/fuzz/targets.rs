@@ -12,6 +12,7 @@ use enrichment::guard;
 use inference::manifest::{Element, Input, Layout, Manifest, Resize};
 use inference::quality::Thresholds;
 use inference::{gate, jpeg as walk, picture};
+use shared::llm::sse::{Event, Parser};
 use shared::message::Message;
 use shared::photo::{Accepted, accept};
 use submit::body::Asked;
@@ -20,7 +21,7 @@ use submit::body::Asked;
 pub type Target = fn(&[u8]);
 
 /// Every target, under the name of its folder in `corpus/`.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("address", address),
     ("body", body),
     ("explanation", explanation),
@@ -28,6 +29,7 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("manifest", manifest),
     ("message", message),
     ("photo", photo),
+    ("sse", sse),
 ];
 
 /// Larger pictures are decoded as smaller ones are, and slowly.
@@ -139,6 +141,22 @@ pub fn message(data: &[u8]) {
         Ok(message) => assert_eq!(Message::decode(&message.encode()).expect("our own message"), message),
         Err(error) => assert!(error.to_string().len() < 100, "{error}"),
     }
+}
+
+/// An LLM's event stream: a byte with the length of the pieces in which it arrives, and the stream.
+pub fn sse(data: &[u8]) {
+    let [step, stream @ ..] = data else { return };
+    let read = |length: usize| -> Vec<Event> {
+        let mut parser = Parser::default();
+        let pieces = stream.chunks(length);
+        pieces.flat_map(|piece| parser.feed(piece).expect("no input is as large as an event may be")).collect()
+    };
+    let events = read(stream.len().max(1));
+    assert_eq!(read(usize::from(*step) + 1), events);
+    assert_eq!(read(1), events);
+    let mut written = Vec::new();
+    events.iter().for_each(|event| event.write(&mut written));
+    assert_eq!(Parser::default().feed(&written).expect("no larger than before"), events);
 }
 
 /// The model's classes, and words that name them too.

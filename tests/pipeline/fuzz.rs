@@ -1,7 +1,7 @@
 //! Replays the fuzzers' corpora, seeds and what was found, through the fuzzers' own targets.
 
 #[path = "../fuzz/targets.rs"]
-mod targets;
+pub mod targets;
 
 use std::path::PathBuf;
 

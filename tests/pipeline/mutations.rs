@@ -13,12 +13,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
+use crate::fuzz::targets;
 use crate::support::memory::{MIB, is_alone, peak};
-use crate::support::{mole, open};
+use crate::support::{mole, open, root};
 
 const PHOTOS: u32 = 60_000;
 const BODIES: u32 = 20_000;
 const MESSAGES: u32 = 20_000;
+const STREAMS: u32 = 20_000;
 
 /// Requests whose address and headers are damaged.
 const HEADS: u32 = 10_000;
@@ -195,4 +197,16 @@ async fn no_damaged_message_stops_the_queue_or_touches_a_job() {
     }
     println!("{readable} of {MESSAGES} were still readable");
     assert_peak();
+}
+
+#[test]
+fn no_damaged_event_stream_is_read_in_two_ways() {
+    let folder = root().join("tests/fuzz/corpus/sse");
+    let seeds: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let seeds: Vec<_> = seeds.iter().map(|seed| std::fs::read(seed).unwrap()).collect();
+    let mut random = SmallRng::seed_from_u64(17);
+    for round in 0..STREAMS {
+        let stream = mutate(&mut random, &seeds[round as usize % seeds.len()]);
+        assert!(catch_unwind(|| targets::sse(&stream)).is_ok(), "round {round}: {stream:?}");
+    }
 }

@@ -3,6 +3,7 @@
 //! Prompts, answers and keys are never logged.
 
 pub mod openai;
+pub mod sse;
 pub mod template;
 
 use std::time::Duration;
