@@ -17,7 +17,8 @@ use std::time::Duration;
 
 use admin::Admin;
 use anyhow::Context;
-use chat::Chat;
+use axum::serve::ListenerExt;
+use chat::{Chat, OnLeave};
 use enrichment::Enrichment;
 use inference::Inference;
 use inference::bundle::Bundle;
@@ -30,6 +31,7 @@ use shared::clock::Clock;
 use shared::config::Env;
 use shared::embedded::{DirBlobStore, SqliteCallers, SqliteJobQueue, SqliteJobStore};
 use shared::llm::Llm;
+use shared::llm::models::Models;
 use shared::ports::Callers;
 use submit::Submit;
 use sweep::Sweep;
@@ -146,7 +148,7 @@ impl Host {
             results: Arc::new(results),
             sweep,
             admin: Arc::new(admin),
-            chat: Arc::new(Chat { llm }),
+            chat: Arc::new(Chat { llm, models: Arc::new(Models::from_env(env)?), on_leave: OnLeave::Cancel }),
             access: Arc::new(access),
             model,
             _lock: lock,
@@ -181,6 +183,10 @@ impl Host {
         tasks.spawn(workers::sweep(Arc::clone(&host), stopped.clone()));
         tasks.spawn(workers::housekeeping(Arc::clone(&host), stopped.clone()));
         let mut server_stopped = stopped;
+        // The pieces of a stream are small, and each is waited for.
+        let listener = listener.tap_io(|stream| {
+            let _ = stream.set_nodelay(true);
+        });
         let server = axum::serve(listener, routes::router(&host)).with_graceful_shutdown(async move {
             let _ = server_stopped.wait_for(|stopped| *stopped).await;
         });

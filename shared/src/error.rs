@@ -25,6 +25,7 @@ pub enum Code {
     TooManyRequests,
     Internal,
     LlmNotConfigured,
+    ModelNotFound,
     LlmRefused,
     LlmRateLimited,
     LlmUnavailable,
@@ -41,7 +42,7 @@ impl Code {
             Self::InvalidRequest => 400,
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
-            Self::NotFound | Self::LlmNotConfigured => 404,
+            Self::NotFound | Self::LlmNotConfigured | Self::ModelNotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::IdempotencyConflict | Self::NotRedrivable => 409,
             Self::PayloadTooLarge => 413,
@@ -73,6 +74,7 @@ impl Code {
             Self::TooManyRequests => "too_many_requests",
             Self::Internal => "internal",
             Self::LlmNotConfigured => "llm_not_configured",
+            Self::ModelNotFound => "model_not_found",
             Self::LlmRefused => "llm_refused",
             Self::LlmRateLimited => "llm_rate_limited",
             Self::LlmUnavailable => "llm_unavailable",
@@ -187,4 +189,41 @@ pub struct ErrorDetail {
     pub message: String,
     /// Names this HTTP exchange in the log; also the `x-request-id` header.
     pub request_id: String,
+}
+
+/// The body of an error as OpenAI's clients read it: what is below `/v1/` answers so.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct OpenAiErrorBody {
+    pub error: OpenAiErrorDetail,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct OpenAiErrorDetail {
+    /// For a person; may change between releases.
+    pub message: String,
+    /// The kind of error, by its status: `invalid_request_error`, `authentication_error`,
+    /// `permission_error`, `rate_limit_error` or `server_error`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The field that is wrong; the proxy says so in the message.
+    pub param: Option<String>,
+    pub code: Code,
+    /// Names this HTTP exchange in the log; also the `x-request-id` header.
+    pub request_id: String,
+}
+
+impl OpenAiErrorBody {
+    #[must_use]
+    pub fn of(error: &Error, request_id: &str) -> Self {
+        let kind = match error.http_status() {
+            401 => "authentication_error",
+            403 => "permission_error",
+            429 => "rate_limit_error",
+            500.. => "server_error",
+            _ => "invalid_request_error",
+        };
+        let (message, code) = (error.message().to_owned(), error.code());
+        let detail = OpenAiErrorDetail { message, kind: kind.into(), param: None, code, request_id: request_id.into() };
+        Self { error: detail }
+    }
 }

@@ -23,17 +23,28 @@ use uuid::Uuid;
 
 use crate::api::admin::Scope;
 use crate::auth::{self, Access, Identity};
-use crate::error::{Code, Error, ErrorBody, ErrorDetail};
+use crate::error::{Code, Error, ErrorBody, ErrorDetail, OpenAiErrorBody};
 use crate::ports::Callers;
 
+/// Below this, errors have the shape that OpenAI's clients read.
+const OPENAI_PATHS: &str = "/v1/";
+
+/// The HTTP exchange that a task works on.
+#[derive(Clone, Default)]
+struct Exchange {
+    id: String,
+    /// Whether errors are written as OpenAI's API writes them.
+    is_openai: bool,
+}
+
 tokio::task_local! {
-    static REQUEST_ID: String;
+    static EXCHANGE: Exchange;
 }
 
 /// The id of the HTTP exchange that this task works on.
 #[must_use]
 pub fn request_id() -> String {
-    REQUEST_ID.try_with(Clone::clone).unwrap_or_default()
+    EXCHANGE.try_with(|exchange| exchange.id.clone()).unwrap_or_default()
 }
 
 /// Whose jobs a request is about. [`auth::authenticate`] puts the identity into the request; without
@@ -63,14 +74,19 @@ impl IntoResponse for Error {
         if self.http_status() >= 500 {
             tracing::error!(error.code = self.code().as_str(), error.chain = self.chain(), "request failed");
         }
-        answer(&self, request_id())
+        answer(&self, &EXCHANGE.try_with(Clone::clone).unwrap_or_default())
     }
 }
 
-fn answer(error: &Error, request_id: String) -> Response {
+fn answer(error: &Error, exchange: &Exchange) -> Response {
     let status = StatusCode::from_u16(error.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let detail = ErrorDetail { code: error.code(), message: error.message().to_owned(), request_id };
-    let mut response = (status, Json(ErrorBody { error: detail })).into_response();
+    let mut response = match exchange.is_openai {
+        true => (status, Json(OpenAiErrorBody::of(error, &exchange.id))).into_response(),
+        false => {
+            let (code, message, request_id) = (error.code(), error.message().to_owned(), exchange.id.clone());
+            (status, Json(ErrorBody { error: ErrorDetail { code, message, request_id } })).into_response()
+        }
+    };
     if let Some(seconds) = error.retry_after_seconds() {
         response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     }
@@ -89,13 +105,14 @@ pub async fn trace(request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), without_key(request.uri().path()).to_owned());
     // A handler that finds out which job it is about says so (`telemetry::about_job`).
     let span = tracing::error_span!("request", request.id = id, job.id = Empty, trace.id = Empty);
-    let mut work = pin!(REQUEST_ID.scope(id.clone(), next.run(request)).instrument(span.clone()));
+    let exchange = Exchange { id: id.clone(), is_openai: path.starts_with(OPENAI_PATHS) };
+    let mut work = pin!(EXCHANGE.scope(exchange.clone(), next.run(request)).instrument(span.clone()));
     // What a handler leaves behind in a panic is dropped with it; what outlives it is behind ports.
     let caught = poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
         Ok(poll) => poll.map(Some),
         Err(_) => Poll::Ready(None),
     });
-    let mut response = caught.await.unwrap_or_else(|| answer(&Error::internal("panic"), id.clone()));
+    let mut response = caught.await.unwrap_or_else(|| answer(&Error::internal("panic"), &exchange));
     let _entered = span.entered();
     tracing::info!(
         http.method = %method,
@@ -193,6 +210,26 @@ mod tests {
         assert!(!is_loopback(&HeaderMap::new()));
     }
 
+    async fn within(is_openai: bool, work: impl Future<Output = Response>) -> Response {
+        EXCHANGE.scope(Exchange { id: "exchange".to_owned(), is_openai }, work).await
+    }
+
+    #[tokio::test]
+    async fn an_openai_client_reads_errors_in_the_shape_that_it_knows() {
+        let error = async || Error::too_many_requests("Words.", 7).into_response();
+        let response = within(true, error()).await;
+        assert_eq!(
+            (response.status().as_u16(), &response.headers()[header::RETRY_AFTER]),
+            (429, &"7".parse().unwrap())
+        );
+        let body = axum::body::to_bytes(response.into_body(), 1024).await.unwrap();
+        let expected = concat!(
+            r#"{"error":{"message":"Words.","type":"rate_limit_error","param":null,"code":"too_many_requests","#,
+            r#""request_id":"exchange"}}"#
+        );
+        assert_eq!(body, expected.as_bytes());
+    }
+
     #[tokio::test]
     async fn every_code_has_its_status_and_the_one_body_shape() {
         use Code::*;
@@ -210,6 +247,7 @@ mod tests {
             (PhotoUnreadable, 422),
             (TooManyRequests, 429),
             (LlmNotConfigured, 404),
+            (ModelNotFound, 404),
             (Internal, 500),
             (LlmRefused, 502),
             (LlmRateLimited, 502),
@@ -220,7 +258,7 @@ mod tests {
         ];
         for (code, status) in table {
             let error = || async move { Error::new(code, "Words.").into_response() };
-            let response = REQUEST_ID.scope("exchange".to_owned(), error()).await;
+            let response = within(false, error()).await;
             assert_eq!(response.status().as_u16(), status);
             assert_eq!(response.headers().contains_key(header::RETRY_AFTER), matches!(status, 429 | 503));
             assert_eq!(response.headers().contains_key(header::WWW_AUTHENTICATE), status == 401);

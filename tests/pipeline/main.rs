@@ -26,6 +26,7 @@ mod photos;
 #[path = "../ports.rs"]
 mod ports;
 mod prompts;
+mod proxy;
 mod redis;
 mod requests;
 mod stages;

@@ -1,19 +1,22 @@
-//! `POST /chat`: one answer of the LLM to a conversation.
+//! `POST /chat`: one answer of the LLM to a conversation; and `/v1/…`, which clients of OpenAI's API
+//! take for that API.
 //!
 //! Triggered by HTTP. Reads and writes nothing: the conversation goes to the LLM and its answer to
-//! the caller. A caller who leaves ends the call.
+//! the caller. A caller who leaves `/chat` ends the call.
 
 mod body;
+mod proxy;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::{Request, State};
-use axum::routing::post;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use shared::api::chat::{ChatAnswer, ChatBody, TokenUsage};
-use shared::error::{Code, Error, ErrorBody};
+use shared::error::{Code, Error, ErrorBody, OpenAiErrorBody};
 use shared::http::{self, Caller};
+use shared::llm::models::Models;
 use shared::llm::{Answer, Llm, LlmError, Prompt};
 use utoipa::OpenApi;
 use uuid::Uuid;
@@ -24,16 +27,36 @@ const TIME: Duration = Duration::from_secs(120);
 /// What chat works with.
 pub struct Chat {
     pub llm: Arc<Llm>,
+    /// The models of the proxy.
+    pub models: Arc<Models>,
+    pub on_leave: OnLeave,
+}
+
+/// What happens to a completion whose client has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnLeave {
+    /// It is ended, and what it took is estimated.
+    Cancel,
+    /// It is read to its end, for its usage: a Lambda goes on anyway.
+    Drain,
 }
 
 /// This function's part of the API's description.
 #[derive(OpenApi)]
-#[openapi(paths(chat), components(schemas(ChatBody, ChatAnswer, ErrorBody)))]
+#[openapi(
+    paths(chat, proxy::completions, proxy::models, proxy::model),
+    components(schemas(ChatBody, ChatAnswer, ErrorBody, OpenAiErrorBody))
+)]
 pub struct Api;
 
 /// This function's routes.
 pub fn router(chat: Arc<Chat>) -> Router {
-    Router::new().route("/chat", post(self::chat)).with_state(chat)
+    Router::new()
+        .route("/chat", post(self::chat))
+        .route("/v1/chat/completions", post(proxy::completions))
+        .route("/v1/models", get(proxy::models))
+        .route("/v1/models/{model}", get(proxy::model))
+        .with_state(chat)
 }
 
 /// Ask the LLM

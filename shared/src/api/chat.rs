@@ -1,4 +1,4 @@
-//! The bodies of `POST /chat`.
+//! The bodies of `POST /chat`, and what the proxy below `/v1/` says of itself.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -92,4 +92,24 @@ pub struct ChatAnswer {
 pub struct TokenUsage {
     pub prompt_tokens: Option<u64>,
     pub completion_tokens: Option<u64>,
+}
+
+/// `GET /v1/models`, as OpenAI's API reference has it.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct ModelList {
+    /// `list`.
+    pub object: String,
+    pub data: Vec<ModelInfo>,
+}
+
+/// A model that may be asked for.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct ModelInfo {
+    /// What a request calls it.
+    pub id: String,
+    /// `model`.
+    pub object: String,
+    /// 0: nobody keeps it.
+    pub created: u64,
+    pub owned_by: String,
 }

@@ -2,6 +2,8 @@
 //!
 //! Prompts, answers and keys are never logged.
 
+mod key;
+pub mod models;
 pub mod openai;
 pub mod sse;
 pub mod template;

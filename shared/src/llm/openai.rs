@@ -4,12 +4,13 @@
 
 use std::time::{Duration, Instant};
 
-use reqwest::header::{HeaderMap, HeaderValue, RETRY_AFTER};
+use reqwest::header::{HeaderMap, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::key::Key;
 use super::{Answer, Format, LlmError, Prompt};
 #[cfg(feature = "aws")]
 use crate::aws::Secrets;
@@ -29,7 +30,7 @@ pub struct OpenAi {
     client: Client,
     url: reqwest::Url,
     model: String,
-    keys: Keys,
+    key: Key,
     max_tokens: u32,
     temperature: f32,
     /// For one try, from connect to the last byte.
@@ -39,44 +40,14 @@ pub struct OpenAi {
 
 /// What a million tokens cost, in USD.
 #[derive(Debug, Clone, Copy)]
-struct Prices {
-    prompt: f64,
-    completion: f64,
-}
-
-/// Where the server's key comes from.
-enum Keys {
-    /// `LLM_API_KEY`, for the life of the process.
-    Fixed(Option<SecretString>),
-    /// The stage's secret; a key that was refused is read again.
-    #[cfg(feature = "aws")]
-    Stage(Secrets),
+pub(super) struct Prices {
+    pub(super) prompt: f64,
+    pub(super) completion: f64,
 }
 
 /// Under which the stage's secret holds the key.
 #[cfg(feature = "aws")]
 const SECRET_NAME: &str = "LLM_API_KEY";
-
-impl Keys {
-    async fn current(&self) -> Result<Option<SecretString>, Error> {
-        match self {
-            Self::Fixed(key) => Ok(key.clone()),
-            #[cfg(feature = "aws")]
-            Self::Stage(secrets) => secrets.get(SECRET_NAME).await,
-        }
-    }
-
-    /// Another key than the one that was refused, where there is one now.
-    async fn renewed(&self, refused: &SecretString) -> Result<Option<SecretString>, Error> {
-        #[cfg(feature = "aws")]
-        if let Self::Stage(secrets) = self {
-            return secrets.renewed(SECRET_NAME, refused).await;
-        }
-        // A key of the environment's is the only one that there is.
-        let _ = refused;
-        Ok(None)
-    }
-}
 
 impl OpenAi {
     /// `LLM_BASE_URL` (such as `https://api.openai.com/v1`), `LLM_MODEL`, `LLM_API_KEY`,
@@ -110,10 +81,7 @@ impl OpenAi {
         }
         let model =
             env.text("LLM_MODEL")?.ok_or_else(|| ConfigError::new("LLM_MODEL", "is needed with LLM_BASE_URL"))?;
-        let key = env.secret("LLM_API_KEY")?;
-        if key.as_ref().is_some_and(|key| HeaderValue::from_str(key.expose_secret()).is_err()) {
-            return Err(ConfigError::new("LLM_API_KEY", "holds characters that no key has"));
-        }
+        let key = Key::fixed("LLM_API_KEY", env.secret("LLM_API_KEY")?)?;
         // Another part of the process may have installed a provider before; either will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()
@@ -130,7 +98,7 @@ impl OpenAi {
             client,
             url,
             model: model.to_owned(),
-            keys: Keys::Fixed(key),
+            key,
             max_tokens: env.number("LLM_MAX_TOKENS", 500, 1, 100_000)?,
             temperature: env.number("LLM_TEMPERATURE", 0.7, 0.0, 2.0)?,
             attempt_timeout: Duration::from_secs(env.number("LLM_TIMEOUT_SECONDS", 30, 1, 600)?),
@@ -219,15 +187,15 @@ impl OpenAi {
     /// The key comes from the stage's secret, and is read again where it was refused.
     #[cfg(feature = "aws")]
     pub(super) fn with_secrets(self, secrets: Secrets) -> Self {
-        Self { keys: Keys::Stage(secrets), ..self }
+        Self { key: Key::Stage { secrets, name: SECRET_NAME.to_owned() }, ..self }
     }
 
     async fn attempt(&self, body: &Value) -> Result<Answer, LlmError> {
-        let key = self.keys.current().await.map_err(no_key)?;
+        let key = self.key.current().await.map_err(no_key)?;
         let mut response = self.send(body, key.as_ref()).await?;
         if response.status() == StatusCode::UNAUTHORIZED
             && let Some(refused) = key
-            && let Some(renewed) = self.keys.renewed(&refused).await.map_err(no_key)?
+            && let Some(renewed) = self.key.renewed(&refused).await.map_err(no_key)?
         {
             response = self.send(body, Some(&renewed)).await?;
         }
@@ -257,7 +225,7 @@ impl OpenAi {
 }
 
 /// `LLM_PROMPT_USD_PER_MILLION` and `LLM_COMPLETION_USD_PER_MILLION`; without them nobody counts money.
-fn prices(env: &Env) -> Result<Option<Prices>, ConfigError> {
+pub(super) fn prices(env: &Env) -> Result<Option<Prices>, ConfigError> {
     let (prompt, completion) = ("LLM_PROMPT_USD_PER_MILLION", "LLM_COMPLETION_USD_PER_MILLION");
     let prices = (env.parse("LLM_PROMPT_USD_PER_MILLION")?, env.parse("LLM_COMPLETION_USD_PER_MILLION")?);
     let in_bounds = |name: &str, price: f64| {
@@ -295,7 +263,8 @@ fn refusal(status: StatusCode, headers: &HeaderMap) -> LlmError {
 }
 
 /// `Retry-After` in seconds; a date is not honoured, the backoff stands in.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+#[must_use]
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let seconds: u64 = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
     Some(Duration::from_secs(seconds))
 }

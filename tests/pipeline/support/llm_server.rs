@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
@@ -34,6 +35,20 @@ pub enum Behaviour {
     CutOff,
     /// A body that is not OpenAI's.
     Body(&'static str),
+    /// A status with OpenAI's shape of an error, in these words.
+    Refuse(u16, String),
+    /// An event stream in these pieces, and then what.
+    Stream(Vec<String>, Ending),
+}
+
+/// How a stream goes on behind its pieces.
+#[derive(Debug, Clone, Copy)]
+pub enum Ending {
+    Close,
+    /// The connection breaks.
+    CutOff,
+    /// Nothing more comes.
+    Stall,
 }
 
 /// A text that promise 4 lets through, for the drawn mole.
@@ -64,7 +79,9 @@ impl LlmServer {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let inner = Arc::new(Inner { script: Mutex::new(script.into_iter().collect()), ..Inner::default() });
-        let router = Router::new().route("/v1/chat/completions", post(answer)).with_state(Arc::clone(&inner));
+        // Pictures come in messages.
+        let router = Router::new().route("/v1/chat/completions", post(answer)).layer(DefaultBodyLimit::disable());
+        let router = router.with_state(Arc::clone(&inner));
         tokio::spawn(async move { axum::serve(listener, router).await });
         Self { inner, address }
     }
@@ -106,16 +123,66 @@ pub fn completion(content: &str) -> Value {
     })
 }
 
+/// The chunks of a stream as OpenAI's API reference shows them, the one with the usage last.
+pub fn chunks(content: &str) -> Vec<String> {
+    let chunk = |choices: Value, usage: Value| {
+        let chunk = json!({
+            "id": "chatcmpl-123", "object": "chat.completion.chunk", "created": 1_694_268_190, "model": "gpt-4o-mini",
+            "system_fingerprint": "fp_44709d6fcb", "choices": choices, "usage": usage,
+        });
+        format!("data: {chunk}\n\n")
+    };
+    let part = |delta: Value, finish: Value| {
+        let choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish});
+        chunk(json!([choice]), Value::Null)
+    };
+    let words = content.split_inclusive(' ').map(|word| part(json!({"content": word}), Value::Null));
+    let usage = json!({"prompt_tokens": 19, "completion_tokens": 10, "total_tokens": 29});
+    std::iter::once(part(json!({"role": "assistant", "content": ""}), Value::Null))
+        .chain(words)
+        .chain([part(json!({}), json!("stop")), chunk(json!([]), usage)])
+        .collect()
+}
+
+/// A good stream, with the usage only where it was asked for.
+fn streamed(content: &str, asked: &Value) -> Response {
+    let mut pieces = chunks(content);
+    if asked["stream_options"]["include_usage"] != true {
+        pieces.pop();
+    }
+    pieces.push("data: [DONE]\n\n".to_owned());
+    stream(pieces, Ending::Close)
+}
+
+fn stream(pieces: Vec<String>, ending: Ending) -> Response {
+    let pieces = futures_util::stream::iter(pieces.into_iter().map(Ok::<_, std::io::Error>));
+    let end = futures_util::stream::once(async move {
+        match ending {
+            Ending::Close => Ok(String::new()),
+            Ending::CutOff => {
+                // Or the pieces before might be dropped with the connection.
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                Err(std::io::Error::other("cut off"))
+            }
+            Ending::Stall => std::future::pending().await,
+        }
+    });
+    let body = Body::from_stream(pieces.chain(end));
+    ([(header::CONTENT_TYPE, "text/event-stream; charset=utf-8")], body).into_response()
+}
+
 /// The content of an answer that follows the schema.
 pub fn explanation(text: &str) -> String {
     json!({"explanation": text}).to_string()
 }
 
 async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes) -> Response {
-    inner.requests.lock().unwrap().push((headers, serde_json::from_slice(&body).unwrap_or(Value::Null)));
+    let asked: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+    inner.requests.lock().unwrap().push((headers, asked.clone()));
     let behaviour = inner.script.lock().unwrap().pop_front();
     let behaviour = behaviour.or_else(|| inner.otherwise.lock().unwrap().clone());
     match behaviour.unwrap_or_else(|| Behaviour::Answer(explanation(HONEST))) {
+        Behaviour::Answer(content) if asked["stream"] == true => streamed(&content, &asked),
         Behaviour::Answer(content) => Json(completion(&content)).into_response(),
         Behaviour::Late(pause, content) => {
             tokio::time::sleep(pause).await;
@@ -148,5 +215,10 @@ async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes
             .body(Body::from(r#"{"choices": [{"message": {"content": "A mel"#))
             .unwrap(),
         Behaviour::Body(body) => body.into_response(),
+        Behaviour::Refuse(status, words) => {
+            let error = json!({"message": words, "type": "invalid_request_error", "param": "messages", "code": "odd"});
+            (StatusCode::from_u16(status).unwrap(), Json(json!({"error": error}))).into_response()
+        }
+        Behaviour::Stream(pieces, ending) => stream(pieces, ending),
     }
 }

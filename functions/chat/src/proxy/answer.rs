@@ -1,0 +1,118 @@
+//! What the proxy wants to know of an answer that it passes on: its usage, and whether it is whole.
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::value::RawValue;
+use shared::llm::sse::Event;
+
+/// What a server says that an answer took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+pub(crate) struct Usage {
+    #[serde(default)]
+    pub(crate) prompt_tokens: u64,
+    #[serde(default)]
+    pub(crate) completion_tokens: u64,
+}
+
+#[derive(Deserialize)]
+struct Body {
+    usage: Option<Usage>,
+}
+
+#[derive(Deserialize)]
+struct Chunk<'a> {
+    #[serde(borrow, default)]
+    choices: Vec<Choice<'a>>,
+    usage: Option<Usage>,
+    error: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    #[serde(borrow)]
+    delta: Option<&'a RawValue>,
+    finish_reason: Option<IgnoredAny>,
+}
+
+/// The usage in a whole answer; `None` in the outer place where it is no JSON object at all.
+pub(crate) fn usage_of(body: &[u8]) -> Option<Option<Usage>> {
+    serde_json::from_slice::<Body>(body).ok().map(|body| body.usage)
+}
+
+/// One event of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// `[DONE]`.
+    Done,
+    /// The chunk with the usage and nothing else, which only who asked for it gets.
+    UsageAlone(Usage),
+    /// A part of the answer. `tokens` are about as many as it has, `ends` where one choice is whole.
+    Part { tokens: u64, ends: bool, usage: Option<Usage> },
+    /// The server has given up.
+    Error,
+    /// Nothing that the proxy understands; passed on.
+    Other,
+}
+
+/// What `{"content":""}` takes beside the text.
+const DELTA_BYTES: u64 = 14;
+
+pub(crate) fn look(event: &Event) -> Seen {
+    let data = event.data.trim();
+    if data == "[DONE]" {
+        return Seen::Done;
+    }
+    let Ok(Chunk { choices, usage, error }) = serde_json::from_str::<Chunk<'_>>(data) else {
+        return if event.name == "error" { Seen::Error } else { Seen::Other };
+    };
+    match usage {
+        _ if error.is_some() => Seen::Error,
+        Some(usage) if choices.is_empty() => Seen::UsageAlone(usage),
+        usage => {
+            // Most servers send a token a chunk; where they send more there are about four bytes to one.
+            let of = |choice: &Choice<'_>| {
+                let bytes = choice.delta.map_or(0, |delta| delta.get().len() as u64);
+                (bytes.saturating_sub(DELTA_BYTES) / 4).max(1)
+            };
+            let ends = choices.iter().any(|choice| choice.finish_reason.is_some());
+            Seen::Part { tokens: choices.iter().map(of).sum(), ends, usage }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(data: &str, expected: Seen) {
+        assert_eq!(look(&Event { name: String::new(), data: data.to_owned() }), expected, "{data}");
+    }
+
+    const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 5 };
+
+    #[test]
+    fn the_events_of_a_stream_are_told_apart() {
+        let part = |tokens, ends, usage| Seen::Part { tokens, ends, usage };
+        check("[DONE]", Seen::Done);
+        check(r#"{"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}"#, part(1, false, None));
+        check(r#"{"choices":[{"delta":{"content":"some more words than one"}}],"usage":null}"#, part(6, false, None));
+        check(r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#, part(1, true, None));
+        let numbers = r#""usage":{"prompt_tokens":3,"completion_tokens":5,"total_tokens":8}"#;
+        check(&format!(r#"{{"choices":[],{numbers}}}"#), Seen::UsageAlone(USAGE));
+        check(
+            &format!(r#"{{"choices":[{{"delta":{{}},"finish_reason":"stop"}}],{numbers}}}"#),
+            part(1, true, Some(USAGE)),
+        );
+        check(r#"{"error":{"message":"x"}}"#, Seen::Error);
+        check("no JSON", Seen::Other);
+        assert_eq!(look(&Event { name: "error".into(), data: "gone".into() }), Seen::Error);
+    }
+
+    #[test]
+    fn a_whole_answer_says_its_usage_or_not() {
+        assert_eq!(usage_of(br#"{"usage":{"prompt_tokens":3,"completion_tokens":5}}"#), Some(Some(USAGE)));
+        assert_eq!(usage_of(br#"{"choices":[]}"#), Some(None));
+        assert_eq!(usage_of(b"<html>"), None);
+    }
+}

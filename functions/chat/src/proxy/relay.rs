@@ -1,0 +1,322 @@
+//! Carries an answer from the upstream to the client, as a task of its own: what it took is settled
+//! whoever leaves.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use reqwest::Response;
+use shared::error::{Error, OpenAiErrorBody};
+use shared::llm::models::{Model, Models};
+use shared::llm::sse::Event;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Interval, interval_at, sleep, timeout};
+
+use super::answer::{self, Seen, Usage};
+use super::request::Asked;
+use super::told;
+use super::upstream::{self, Begun, Effort, Failure, Kind, Stream};
+use crate::OnLeave;
+
+/// The longest silence of a stream towards its client.
+const HEARTBEAT_EVERY: Duration = Duration::from_secs(10);
+/// A comment, which every reader of event streams passes by.
+const HEARTBEAT: &[u8] = b": waiting for the model\n\n";
+const DONE: &[u8] = b"data: [DONE]\n\n";
+/// From the request to the last byte: what a Lambda has.
+const LONGEST: Duration = Duration::from_secs(870);
+/// Pieces on their way to a client that reads slowly.
+const AHEAD: usize = 32;
+/// How long a server may take to close a stream that it has ended.
+const LAST_BYTES: Duration = Duration::from_secs(1);
+/// About so many bytes of a prompt or an answer are a token, where nobody has counted.
+const TOKEN_BYTES: u64 = 4;
+
+/// What the client is answered.
+pub(crate) type Head = Result<Answer, Failure>;
+
+pub(crate) enum Answer {
+    Whole(Bytes),
+    Stream(mpsc::Receiver<Bytes>),
+}
+
+/// One request on its way.
+pub(crate) struct Relay {
+    pub(crate) models: Arc<Models>,
+    pub(crate) model: Arc<Model>,
+    pub(crate) asked: Asked,
+    pub(crate) on_leave: OnLeave,
+    /// For what is told within a stream.
+    pub(crate) request_id: String,
+}
+
+/// How it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Complete,
+    /// The client has left, and the call was ended.
+    Left,
+    Failed(Kind),
+}
+
+/// What came of a request.
+pub(crate) struct Outcome {
+    pub(crate) end: End,
+    /// The model that was asked last.
+    pub(crate) model: Arc<Model>,
+    pub(crate) effort: Effort,
+    /// As the server says.
+    pub(crate) usage: Option<Usage>,
+    /// Where it does not, by what was seen of the answer.
+    pub(crate) guessed: Usage,
+    /// From the request to the first byte of the answer.
+    pub(crate) first_byte: Option<Duration>,
+    /// The client left before the end, whether or not the answer was read on.
+    pub(crate) left: bool,
+}
+
+/// The way to the client.
+struct Client {
+    head: Option<oneshot::Sender<Head>>,
+    body: Option<mpsc::Sender<Bytes>>,
+    on_leave: OnLeave,
+    left: bool,
+}
+
+impl Client {
+    /// Completes when the client has left and the call is to end with it.
+    async fn cancelled(&mut self) {
+        match (self.on_leave, &mut self.head, &self.body) {
+            (OnLeave::Cancel, Some(head), _) => head.closed().await,
+            (OnLeave::Cancel, None, Some(body)) => body.closed().await,
+            _ => std::future::pending().await,
+        }
+        self.left = true;
+    }
+
+    /// Sends a piece of a stream, which begins with the first; whether to go on.
+    async fn send(&mut self, piece: Bytes) -> bool {
+        if let Some(head) = self.head.take() {
+            let (sender, receiver) = mpsc::channel(AHEAD);
+            self.body = Some(sender);
+            self.left |= head.send(Ok(Answer::Stream(receiver))).is_err();
+        }
+        if let Some(body) = &self.body
+            && body.send(piece).await.is_err()
+        {
+            self.left = true;
+            self.body = None;
+        }
+        !self.left || self.on_leave == OnLeave::Drain
+    }
+
+    /// Tells of a failure: by a status where nothing was sent yet, else by an event.
+    async fn fail(&mut self, failure: Failure, request_id: &str) {
+        match self.head.take() {
+            Some(head) => self.left |= head.send(Err(failure)).is_err(),
+            None => {
+                self.send(error_event(&told(&failure), request_id)).await;
+            }
+        }
+    }
+}
+
+fn error_event(error: &Error, request_id: &str) -> Bytes {
+    let body = serde_json::to_string(&OpenAiErrorBody::of(error, request_id)).unwrap_or_default();
+    format!("data: {body}\n\n").into()
+}
+
+impl Relay {
+    /// Runs until the answer is with the client, or nobody wants it any more.
+    pub(crate) async fn run(self, head: oneshot::Sender<Head>) -> Outcome {
+        let started = Instant::now();
+        let mut client = Client { head: Some(head), body: None, on_leave: self.on_leave, left: false };
+        let mut outcome = Outcome {
+            end: End::Left,
+            model: Arc::clone(&self.model),
+            effort: Effort::default(),
+            usage: None,
+            guessed: Usage::default(),
+            first_byte: None,
+            left: false,
+        };
+        let prompt_tokens = self.asked.most_prompt_tokens.div_ceil(TOKEN_BYTES);
+        let begun = self.begin(started + LONGEST, &mut client, &mut outcome).await;
+        outcome.first_byte = begun.as_ref().and_then(|begun| begun.is_ok().then(|| started.elapsed()));
+        match begun {
+            // What was under way then may have been worked on.
+            None => outcome.effort.perhaps_billed += 1,
+            Some(Err(failure)) => {
+                outcome.end = End::Failed(failure.kind);
+                client.fail(failure, &self.request_id).await;
+            }
+            Some(Ok(Begun::Whole { body, usage })) => {
+                outcome.end = End::Complete;
+                let completion_tokens = body.len() as u64 / TOKEN_BYTES;
+                outcome.guessed = Usage { prompt_tokens, completion_tokens };
+                outcome.usage = usage;
+                if let Some(head) = client.head.take() {
+                    client.left = head.send(Ok(Answer::Whole(body))).is_err();
+                } else {
+                    // Its client was promised a stream, and the server has none.
+                    client.send(as_events(&body)).await;
+                }
+            }
+            Some(Ok(Begun::Stream(stream))) => {
+                outcome.guessed.prompt_tokens = prompt_tokens;
+                self.stream(stream, started + LONGEST, &mut client, &mut outcome).await;
+            }
+        }
+        outcome.guessed.prompt_tokens += outcome.effort.perhaps_billed * prompt_tokens;
+        outcome.left = client.left;
+        outcome
+    }
+
+    /// Waits for the answer to begin; `None` where the client has left before. A stream's client
+    /// hears heartbeats meanwhile, the first of which is its status 200.
+    async fn begin(
+        &self,
+        deadline: Instant,
+        client: &mut Client,
+        outcome: &mut Outcome,
+    ) -> Option<Result<Begun, Failure>> {
+        let mut begin = pin!(upstream::begin(&self.models, &self.model, &self.asked, deadline, &mut outcome.effort));
+        let mut beat = heartbeats();
+        loop {
+            tokio::select! {
+                biased;
+                (model, begun) = &mut begin => {
+                    outcome.model = model;
+                    return Some(begun);
+                }
+                () = client.cancelled() => return None,
+                _ = beat.tick(), if self.asked.stream => {
+                    if !client.send(Bytes::from_static(HEARTBEAT)).await {
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn stream(&self, stream: Stream, deadline: Instant, client: &mut Client, outcome: &mut Outcome) {
+        let Stream { mut response, mut parser, mut events } = stream;
+        let mut ended = false;
+        loop {
+            let taken = self.take(&events, outcome).await;
+            ended |= taken.ended;
+            if !taken.out.is_empty() && !client.send(taken.out.into()).await {
+                return;
+            }
+            if let Some(end) = taken.end {
+                outcome.end = end;
+                // Whoever reads may go; the connection can be used again once it is read to its end.
+                (client.head, client.body) = (None, None);
+                let _ = timeout(LAST_BYTES, response.chunk()).await;
+                return;
+            }
+            let failure = match self.next(&mut response, deadline, client, outcome.model.timeout).await {
+                None => return,
+                Some(Err(kind)) => kind,
+                Some(Ok(piece)) => match piece.and_then(|piece| parser.feed(&piece).ok()) {
+                    Some(next) => {
+                        events = next;
+                        continue;
+                    }
+                    None => Kind::Unavailable,
+                },
+            };
+            // Not every server says [DONE]; what it has ended it has ended.
+            if ended || outcome.usage.is_some() {
+                outcome.end = End::Complete;
+                client.send(Bytes::from_static(DONE)).await;
+            } else {
+                outcome.end = End::Failed(failure);
+                client.fail(Failure::new(failure, true), &self.request_id).await;
+            }
+            return;
+        }
+    }
+
+    /// The next piece, or that there is none; `None` where the client has left.
+    async fn next(
+        &self,
+        response: &mut Response,
+        deadline: Instant,
+        client: &mut Client,
+        patience: Duration,
+    ) -> Option<Result<Option<Bytes>, Kind>> {
+        let mut beat = heartbeats();
+        let mut too_long = pin!(sleep(patience.min(deadline.saturating_duration_since(Instant::now()))));
+        loop {
+            tokio::select! {
+                biased;
+                piece = response.chunk() => return Some(Ok(piece.ok().flatten())),
+                () = client.cancelled() => return None,
+                () = &mut too_long => return Some(Err(Kind::Timeout)),
+                _ = beat.tick() => {
+                    if !client.send(Bytes::from_static(HEARTBEAT)).await {
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads what there is to know of some events, and writes those that the client gets.
+    async fn take(&self, events: &[Event], outcome: &mut Outcome) -> Taken {
+        let mut taken = Taken::default();
+        for event in events {
+            match answer::look(event) {
+                Seen::Done => taken.end = Some(End::Complete),
+                Seen::UsageAlone(usage) => {
+                    outcome.usage = Some(usage);
+                    if !self.asked.wants_usage {
+                        continue;
+                    }
+                }
+                Seen::Part { tokens, ends, usage } => {
+                    outcome.guessed.completion_tokens += tokens;
+                    outcome.usage = usage.or(outcome.usage);
+                    taken.ended |= ends;
+                }
+                Seen::Error => taken.end = Some(End::Failed(Kind::Unavailable)),
+                Seen::Other => {}
+            }
+            if matches!(taken.end, Some(End::Failed(_))) && outcome.model.quotes_key(event.data.as_bytes()).await {
+                let failure = Failure::new(Kind::Unavailable, true);
+                taken.out.extend_from_slice(&error_event(&told(&failure), &self.request_id));
+            } else {
+                event.write(&mut taken.out);
+            }
+            if taken.end.is_some() {
+                break;
+            }
+        }
+        taken
+    }
+}
+
+/// What came of some events of a stream.
+#[derive(Default)]
+struct Taken {
+    out: Vec<u8>,
+    /// A choice is whole.
+    ended: bool,
+    /// It was the last of the stream.
+    end: Option<End>,
+}
+
+fn heartbeats() -> Interval {
+    interval_at(tokio::time::Instant::now() + HEARTBEAT_EVERY, HEARTBEAT_EVERY)
+}
+
+/// A whole answer as the one event of a stream.
+fn as_events(body: &[u8]) -> Bytes {
+    let event = Event { name: String::new(), data: String::from_utf8_lossy(body).into_owned() };
+    let mut out = Vec::new();
+    event.write(&mut out);
+    out.extend_from_slice(DONE);
+    out.into()
+}

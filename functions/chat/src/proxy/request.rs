@@ -1,0 +1,248 @@
+//! A request for a completion as it came, and as it goes on: only the few fields that the proxy
+//! needs are looked at, and only the model's name and the wish for usage are changed. All other
+//! bytes stay what they were.
+
+use std::ops::Range;
+
+use axum::body::Bytes;
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+use shared::error::Error;
+use shared::http::body::invalid;
+
+/// What one mention of a picture counts in a bound of the prompt's tokens; a picture has two.
+const PICTURE_TOKENS: u64 = 1500;
+const WITH_USAGE: &str = r#"{"include_usage":true}"#;
+
+/// A request that can be passed on.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    body: Bytes,
+    /// The alias.
+    pub(crate) model: String,
+    pub(crate) stream: bool,
+    /// Whether the client wants the chunk with the usage that ends a stream.
+    pub(crate) wants_usage: bool,
+    /// No more than so many tokens are in the prompt: a token has at least a byte, and pictures are
+    /// counted apart.
+    pub(crate) most_prompt_tokens: u64,
+    /// The model's name, quotes included.
+    name: Range<usize>,
+    usage: Edit,
+}
+
+/// How the upstream is asked for usage.
+#[derive(Debug)]
+enum Edit {
+    /// It answers whole, and says it anyway; or it is asked already.
+    None,
+    /// This part of the body is replaced.
+    Replace(Range<usize>, &'static str),
+    /// This is written there.
+    Insert(usize, &'static str),
+}
+
+#[derive(Deserialize)]
+struct Fields<'a> {
+    #[serde(borrow)]
+    model: Option<&'a RawValue>,
+    stream: Option<bool>,
+    #[serde(borrow, default, deserialize_with = "as_it_is")]
+    stream_options: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct StreamOptions<'a> {
+    #[serde(borrow, default, deserialize_with = "as_it_is")]
+    include_usage: Option<&'a RawValue>,
+}
+
+/// A field that is there, be it null: `Option` alone would take that for absent.
+fn as_it_is<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
+
+impl Asked {
+    /// # Errors
+    /// 400 where the body is no object, or one of the few fields is not what it must be.
+    pub(crate) fn read(body: Bytes) -> Result<Self, Error> {
+        let text = std::str::from_utf8(&body).map_err(|_| invalid("The body is not UTF-8."))?;
+        // serde takes an array of a struct's fields for the struct.
+        if !text.trim_start().starts_with('{') {
+            return Err(invalid("The body is no JSON object."));
+        }
+        // serde's own message may repeat a value.
+        let fields: Fields<'_> = serde_json::from_str(text).map_err(|error| {
+            let (kind, line, column) = (error.classify(), error.line(), error.column());
+            invalid(format!("The body is not valid: {kind:?} at line {line}, column {column}."))
+        })?;
+        let name = fields.model.ok_or_else(|| invalid("\"model\" is missing; GET /v1/models lists them."))?;
+        let model: String = serde_json::from_str(name.get()).map_err(|_| invalid("\"model\" is no string."))?;
+        let stream = fields.stream.unwrap_or(false);
+        let (wants_usage, usage) = if stream { usage(text, fields.stream_options)? } else { (true, Edit::None) };
+        Ok(Self {
+            model,
+            stream,
+            wants_usage,
+            most_prompt_tokens: most_tokens(text),
+            name: place(text, name),
+            usage,
+            body,
+        })
+    }
+
+    /// The body for the upstream, which calls the model `name`.
+    pub(crate) fn body_for(&self, name: &str) -> Vec<u8> {
+        let name = serde_json::Value::from(name).to_string();
+        let mut edits = vec![(self.name.clone(), name.as_str())];
+        match &self.usage {
+            Edit::None => {}
+            Edit::Replace(range, text) => edits.push((range.clone(), text)),
+            Edit::Insert(at, text) => edits.push((*at..*at, text)),
+        }
+        edits.sort_by_key(|(range, _)| range.start);
+        let mut out = Vec::with_capacity(self.body.len() + name.len() + 64);
+        let mut from = 0;
+        for (range, text) in edits {
+            out.extend_from_slice(&self.body[from..range.start]);
+            out.extend_from_slice(text.as_bytes());
+            from = range.end;
+        }
+        out.extend_from_slice(&self.body[from..]);
+        out
+    }
+}
+
+/// Whether the client asks for the usage of a stream, and what must be changed for it to be told.
+fn usage(text: &str, options: Option<&RawValue>) -> Result<(bool, Edit), Error> {
+    let Some(options) = options else {
+        let at = text.find('{').map_or(0, |brace| brace + 1);
+        return Ok((false, Edit::Insert(at, r#""stream_options":{"include_usage":true},"#)));
+    };
+    let all = place(text, options);
+    if options.get() == "null" {
+        return Ok((false, Edit::Replace(all, WITH_USAGE)));
+    }
+    let wrong = || invalid("\"stream_options\" is not an object such as {\"include_usage\": true}.");
+    if !options.get().starts_with('{') {
+        return Err(wrong());
+    }
+    let fields: StreamOptions<'_> = serde_json::from_str(options.get()).map_err(|_| wrong())?;
+    Ok(match fields.include_usage {
+        Some(asked) if asked.get() == "true" => (true, Edit::None),
+        Some(not) => (false, Edit::Replace(place(text, not), "true")),
+        None if options.get()[1..].trim_start() == "}" => (false, Edit::Replace(all, WITH_USAGE)),
+        None => (false, Edit::Insert(all.start + 1, r#""include_usage":true,"#)),
+    })
+}
+
+/// Where in `text` a value that was borrowed from it lies.
+fn place(text: &str, value: &RawValue) -> Range<usize> {
+    let start = value.get().as_ptr().addr() - text.as_ptr().addr();
+    start..start + value.get().len()
+}
+
+/// No tokenizer makes more tokens than there are bytes. The bytes of pictures that are sent along are
+/// none of the prompt's; nobody's pictures cost what their base64 is long.
+fn most_tokens(text: &str) -> u64 {
+    let end = |start: usize| text[start..].find('"').unwrap_or(text.len() - start);
+    let of = |pattern: &str| text.match_indices(pattern).map(|(at, _)| end(at + pattern.len())).sum::<usize>();
+    let data = of(r#""url":"data:"#) + of(r#""url": "data:"#);
+    let pictures = text.matches("\"image_url\"").count();
+    (text.len() - data) as u64 + pictures as u64 * PICTURE_TOKENS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(body: &str) -> Asked {
+        Asked::read(Bytes::copy_from_slice(body.as_bytes())).unwrap()
+    }
+
+    #[track_caller]
+    fn check(body: &str, name: &str, expected: &str) {
+        assert_eq!(String::from_utf8(read(body).body_for(name)).unwrap(), expected);
+    }
+
+    #[test]
+    fn nothing_but_the_models_name_is_changed_in_a_plain_request() {
+        check(
+            r#" { "seed":1.0e2 ,"model" : "fast","x": {"model": "é\u00e9"}, "logit_bias":{"1":  -0}, "x":1 } "#,
+            "gpt \"4\"",
+            r#" { "seed":1.0e2 ,"model" : "gpt \"4\"","x": {"model": "é\u00e9"}, "logit_bias":{"1":  -0}, "x":1 } "#,
+        );
+        check(r#"{"model":"fast"}"#, "", r#"{"model":""}"#);
+        // An escaped name of a field is that field.
+        check(r#"{"mod\u0065l":"fast"}"#, "a", r#"{"mod\u0065l":"a"}"#);
+        check(r#"{"model":"fast","stream_options":null}"#, "a", r#"{"model":"a","stream_options":null}"#);
+    }
+
+    #[test]
+    fn a_stream_is_always_asked_for_its_usage() {
+        for (options, wants_usage, expected) in [
+            ("", false, r#"{"stream_options":{"include_usage":true},"model":"a","stream":true}"#),
+            (
+                r#","stream_options":null"#,
+                false,
+                r#"{"model":"a","stream":true,"stream_options":{"include_usage":true}}"#,
+            ),
+            (
+                r#","stream_options":{ }"#,
+                false,
+                r#"{"model":"a","stream":true,"stream_options":{"include_usage":true}}"#,
+            ),
+            (
+                r#","stream_options":{"x":1}"#,
+                false,
+                r#"{"model":"a","stream":true,"stream_options":{"include_usage":true,"x":1}}"#,
+            ),
+            (
+                r#","stream_options":{"x":1,"include_usage": false }"#,
+                false,
+                r#"{"model":"a","stream":true,"stream_options":{"x":1,"include_usage": true }}"#,
+            ),
+            (
+                r#","stream_options":{"include_usage":true}"#,
+                true,
+                r#"{"model":"a","stream":true,"stream_options":{"include_usage":true}}"#,
+            ),
+        ] {
+            let body = format!(r#"{{"model":"fast","stream":true{options}}}"#);
+            check(&body, "a", expected);
+            assert_eq!(read(&body).wants_usage, wants_usage, "{body}");
+        }
+    }
+
+    #[test]
+    fn what_the_proxy_cannot_read_is_refused_and_never_repeated() {
+        for body in [
+            "",
+            "[]",
+            r#"["secret"]"#,
+            r#"{"model": 7}"#,
+            r#"{"messages": "secret"}"#,
+            r#"{"model": "secret", "model": "secret"}"#,
+            r#"{"model": "secret", "stream": "yes"}"#,
+            r#"{"model": "secret", "stream": true, "stream_options": ["secret"]}"#,
+            r#"{"model": "secret", "stream": true, "stream_options": {"include_usage": true, "include_usage": false}}"#,
+            r#"{"model": "secret", "#,
+        ] {
+            let error = Asked::read(Bytes::copy_from_slice(body.as_bytes())).unwrap_err();
+            assert_eq!(error.http_status(), 400, "{body}");
+            assert!(!error.message().contains("secret"), "{error}");
+        }
+        assert_eq!(Asked::read(Bytes::from_static(b"{\"model\": \"\xff\"}")).unwrap_err().http_status(), 400);
+    }
+
+    #[test]
+    fn a_picture_counts_as_one_and_not_as_its_bytes() {
+        let text = r#"{"model":"a","messages":[{"role":"user","content":"hello"}]}"#;
+        assert_eq!(read(text).most_prompt_tokens, text.len() as u64);
+        let picture = "A".repeat(100_000);
+        let part = format!(r#"{{"type":"image_url","image_url":{{"url":"data:image/png;base64,{picture}"}}}}"#);
+        let body = format!(r#"{{"model":"a","messages":[{{"role":"user","content":[{part}]}}]}}"#);
+        let counted = read(&body).most_prompt_tokens;
+        assert!((3000..3200).contains(&counted), "{counted}");
+    }
+}

@@ -1,0 +1,203 @@
+//! Gets an answer to begin: tries, pauses, and the model that stands in. From the first byte of an
+//! answer on nothing is tried again.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use reqwest::Response;
+use shared::llm::models::{Model, Models, SendError};
+use shared::llm::openai::retry_after;
+use shared::llm::sse::{Event, Parser};
+use tokio::time::timeout;
+
+use super::answer::{self, Seen, Usage};
+use super::request::Asked;
+
+/// Tries with one model.
+const MAX_TRIES: u32 = 2;
+/// The first pause between two tries; doubles, with jitter.
+const FIRST_PAUSE: Duration = Duration::from_millis(400);
+/// A server that asks for a longer pause than this is not waited for: its client is told.
+const MAX_PAUSE: Duration = Duration::from_secs(10);
+/// An answer larger than this is not read on.
+const MAX_ANSWER_BYTES: usize = 32 * 1024 * 1024;
+/// Of a refusal, as much is read.
+const MAX_REFUSAL_BYTES: usize = 64 * 1024;
+
+/// An answer that has begun.
+pub(crate) enum Begun {
+    Whole { body: Bytes, usage: Option<Usage> },
+    Stream(Stream),
+}
+
+/// A stream whose first events have come.
+pub(crate) struct Stream {
+    pub(crate) response: Response,
+    pub(crate) parser: Parser,
+    pub(crate) events: Vec<Event>,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// For the log and, where the server has said nothing that can be passed on, for the client.
+    pub(crate) kind: Kind,
+    /// The server's status and body, where it has answered with a refusal that clients may see.
+    pub(crate) said: Option<(u16, Bytes)>,
+    pub(crate) status: Option<u16>,
+    pub(crate) retry_after: Option<Duration>,
+    /// The server may have worked, and may want to be paid for it.
+    pub(crate) may_be_billed: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    RateLimited,
+    Unavailable,
+    Timeout,
+    /// The server does not take the proxy's key.
+    Denied,
+    /// The server does not take the request.
+    Refused,
+    InvalidResponse,
+}
+
+impl Failure {
+    pub(crate) fn new(kind: Kind, may_be_billed: bool) -> Self {
+        Self { kind, said: None, status: None, retry_after: None, may_be_billed }
+    }
+
+    fn is_retryable(&self) -> bool {
+        matches!(self.kind, Kind::RateLimited | Kind::Unavailable | Kind::Timeout)
+    }
+}
+
+/// How it went, beside the answer.
+#[derive(Debug, Default)]
+pub(crate) struct Effort {
+    pub(crate) tries: u32,
+    /// Tries that gave nothing, and that the server may have worked for all the same.
+    pub(crate) perhaps_billed: u64,
+    pub(crate) status: Option<u16>,
+}
+
+/// Asks the model, and the one that stands in for it, until an answer begins or `deadline` is near.
+/// The model that is returned is the last one asked.
+pub(crate) async fn begin(
+    models: &Models,
+    model: &Arc<Model>,
+    asked: &Asked,
+    deadline: Instant,
+    effort: &mut Effort,
+) -> (Arc<Model>, Result<Begun, Failure>) {
+    let fallback = model.fallback.as_deref().and_then(|alias| models.get(alias));
+    let first = with_tries(model, asked, deadline, effort).await;
+    match (first, fallback) {
+        (Err(failure), Some(other)) if failure.is_retryable() && Instant::now() < deadline => {
+            tracing::warn!(llm.model = model.alias, llm.fallback = other.alias, llm.outcome = ?failure.kind, "fallback taken");
+            (Arc::clone(other), with_tries(other, asked, deadline, effort).await)
+        }
+        (result, _) => (Arc::clone(model), result),
+    }
+}
+
+async fn with_tries(model: &Model, asked: &Asked, deadline: Instant, effort: &mut Effort) -> Result<Begun, Failure> {
+    for tried in 1.. {
+        effort.tries += 1;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let attempt = timeout(left.min(model.timeout), attempt(model, asked)).await;
+        let failure = match attempt.unwrap_or_else(|_| Err(Failure::new(Kind::Timeout, true))) {
+            Ok(begun) => {
+                effort.status = Some(200);
+                return Ok(begun);
+            }
+            Err(failure) => failure,
+        };
+        effort.status = failure.status;
+        effort.perhaps_billed += u64::from(failure.may_be_billed);
+        let jitter = FIRST_PAUSE.mul_f64(f64::from(tried) * rand::random_range(0.5..1.0));
+        let pause = failure.retry_after.unwrap_or(jitter);
+        let left = deadline.saturating_duration_since(Instant::now());
+        if !failure.is_retryable() || tried == MAX_TRIES || pause > MAX_PAUSE || pause >= left {
+            return Err(failure);
+        }
+        tokio::time::sleep(pause).await;
+    }
+    Err(Failure::new(Kind::Timeout, false))
+}
+
+async fn attempt(model: &Model, asked: &Asked) -> Result<Begun, Failure> {
+    let mut response = model.send(asked.body_for(&model.name)).await.map_err(not_sent)?;
+    if !response.status().is_success() {
+        return Err(refusal(model, response).await);
+    }
+    let content_type = response.headers().get("content-type").and_then(|value| value.to_str().ok()).unwrap_or("");
+    if asked.stream && !content_type.starts_with("application/json") {
+        return stream(response).await.map(Begun::Stream);
+    }
+    let cut_off = |_| Failure::new(Kind::Unavailable, true);
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(cut_off)? {
+        body.extend_from_slice(&chunk);
+        if body.len() > MAX_ANSWER_BYTES {
+            return Err(Failure::new(Kind::InvalidResponse, true));
+        }
+    }
+    let usage = answer::usage_of(&body).ok_or_else(|| Failure::new(Kind::InvalidResponse, true))?;
+    Ok(Begun::Whole { body: body.into(), usage })
+}
+
+/// Waits for the first events: a stream that breaks off before them has not begun.
+async fn stream(mut response: Response) -> Result<Stream, Failure> {
+    let mut parser = Parser::default();
+    loop {
+        let chunk = response.chunk().await.ok().flatten().ok_or_else(|| Failure::new(Kind::Unavailable, true))?;
+        let events = parser.feed(&chunk).map_err(|_| Failure::new(Kind::InvalidResponse, true))?;
+        if events.first().is_some_and(|event| answer::look(event) == Seen::Error) {
+            return Err(Failure::new(Kind::Unavailable, true));
+        }
+        if !events.is_empty() {
+            return Ok(Stream { response, parser, events });
+        }
+    }
+}
+
+fn not_sent(error: SendError) -> Failure {
+    match error {
+        // Nobody was there to work.
+        SendError::Http(error) => Failure::new(Kind::Unavailable, !error.is_connect()),
+        SendError::Key(error) => {
+            let (code, chain) = (error.code().as_str(), error.chain());
+            tracing::warn!(error.code = code, error.chain = chain, "key of the LLM not read");
+            Failure::new(Kind::Unavailable, false)
+        }
+    }
+}
+
+async fn refusal(model: &Model, mut response: Response) -> Failure {
+    let status = response.status().as_u16();
+    let kind = match status {
+        429 => Kind::RateLimited,
+        408 | 500..=599 => Kind::Unavailable,
+        401 | 403 | 407 => Kind::Denied,
+        _ => Kind::Refused,
+    };
+    let retry_after = retry_after(response.headers());
+    let mut body = Vec::new();
+    while let Ok(Some(chunk)) = response.chunk().await
+        && body.len() + chunk.len() <= MAX_REFUSAL_BYTES
+    {
+        body.extend_from_slice(&chunk);
+    }
+    // What the server says of the proxy's key is the operator's business; servers quote it.
+    let is_fit = kind != Kind::Denied && is_error(&body) && !model.quotes_key(&body).await;
+    let said = is_fit.then(|| (status, Bytes::from(body)));
+    Failure { kind, said, status: Some(status), retry_after, may_be_billed: false }
+}
+
+/// OpenAI's shape of an error.
+fn is_error(body: &[u8]) -> bool {
+    let value = serde_json::from_slice::<serde_json::Value>(body).unwrap_or_default();
+    value["error"]["message"].is_string()
+}
