@@ -2,7 +2,8 @@
 //! those on AWS.
 
 use chrono::TimeDelta;
-use shared::api::admin::{NewKey, Scope};
+use shared::account::{Account, Ask};
+use shared::api::admin::{KeyLimits, NewKey, Scope};
 use shared::auth::keys::ApiKey;
 use shared::clock::{Timestamp, from_millis};
 use shared::job::{
@@ -261,13 +262,15 @@ pub async fn blob_store_suite(store: &impl BlobStore) {
 pub async fn callers_suite(callers: impl Callers) {
     let now = start();
     let new = |caller: &str| NewKey {
-        caller: caller.into(),
-        name: "a name".into(),
-        scopes: vec![Scope::Jobs],
         expires_at: Some(now + TimeDelta::days(1)),
+        models: Some(vec!["fast".into()]),
+        budget_usd_per_month: Some(0.1),
+        ..NewKey::plain(caller.into(), "a name".into(), vec![Scope::Jobs])
     };
     let (first, _) = ApiKey::make(new("alice"), now).unwrap();
     let (second, _) = ApiKey::make(new("bob"), now + TimeDelta::seconds(1)).unwrap();
+
+    let second_id = second.info.id.clone();
 
     // A key is written once and read back as it was.
     assert!(callers.create_key(&first).await.unwrap());
@@ -287,6 +290,21 @@ pub async fn callers_suite(callers: impl Callers) {
     let revoked = callers.find_key(&first.info.id).await.unwrap().unwrap();
     assert_eq!(revoked.info.revoked_at, Some(now + TimeDelta::minutes(1)));
     assert_eq!(callers.find_key(&second.info.id).await.unwrap(), Some(second));
+
+    // An account is written where the version that was read still stands.
+    let (account, key) = (Account::default(), &second_id);
+    assert_eq!(callers.find_account(key).await.unwrap(), account);
+    let limits = KeyLimits::default();
+    let ask = Ask { prompt_tokens: 1, completion_tokens: 2, cost_pico: u64::MAX / 4 };
+    let first_write = account.admit(Uuid::nil(), &limits, ask, now).unwrap();
+    assert!(callers.replace_account(key, 0, &first_write).await.unwrap());
+    assert!(!callers.replace_account(key, 0, &first_write).await.unwrap(), "written twice");
+    assert_eq!(callers.find_account(key).await.unwrap(), first_write);
+    let second_write = first_write.admit(Uuid::max(), &limits, ask, now).unwrap();
+    assert!(callers.replace_account(key, first_write.version, &second_write).await.unwrap());
+    assert!(!callers.replace_account(key, first_write.version, &second_write).await.unwrap());
+    assert_eq!(callers.find_account(key).await.unwrap(), second_write);
+    assert_eq!(callers.find_account("000000000000").await.unwrap(), account, "another key's");
 
     // Requests are counted by caller and window.
     for count in 1..=3 {

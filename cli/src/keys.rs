@@ -1,7 +1,7 @@
 //! `lesion keys`: make, list and revoke API keys.
 
 use chrono::TimeDelta;
-use clap::Subcommand;
+use clap::{Subcommand, value_parser};
 use shared::api::admin::{KeyInfo, NewKey, Scope};
 use shared::clock::Clock;
 
@@ -26,6 +26,18 @@ pub(crate) enum Command {
         /// How long the key works, such as 90d or 12h; for ever without.
         #[arg(long, value_parser = lifetime)]
         expires: Option<TimeDelta>,
+        /// A model below /v1/ that the key may ask, given once for each; all without.
+        #[arg(long, value_name = "NAME")]
+        model: Vec<String>,
+        /// Requests to models, so many at once and then evenly as many a minute.
+        #[arg(long, value_parser = value_parser!(u32).range(1..))]
+        requests_per_minute: Option<u32>,
+        /// Tokens of prompts and answers together.
+        #[arg(long, value_parser = value_parser!(u32).range(1..))]
+        tokens_per_minute: Option<u32>,
+        /// What the key may spend on models in a month of the calendar, in USD.
+        #[arg(long, value_name = "USD")]
+        budget_per_month: Option<f64>,
     },
     /// List the keys, oldest first, without their secrets.
     List,
@@ -39,9 +51,25 @@ pub(crate) enum Command {
 
 pub(crate) async fn run(client: &Client, command: Command, json: bool) -> anyhow::Result<u8> {
     match command {
-        Command::Create { caller, name, scope, expires } => {
-            let expires_at = expires.map(|lifetime| Clock::System.now() + lifetime);
-            let created = client.create_key(&NewKey { caller, name, scopes: scope, expires_at }).await?;
+        Command::Create {
+            caller,
+            name,
+            scope,
+            expires,
+            model,
+            requests_per_minute,
+            tokens_per_minute,
+            budget_per_month,
+        } => {
+            let new = NewKey {
+                expires_at: expires.map(|lifetime| Clock::System.now() + lifetime),
+                models: (!model.is_empty()).then_some(model),
+                requests_per_minute,
+                tokens_per_minute,
+                budget_usd_per_month: budget_per_month,
+                ..NewKey::plain(caller, name, scope)
+            };
+            let created = client.create_key(&new).await?;
             if json {
                 println!("{}", serde_json::to_string(&created)?);
             } else {

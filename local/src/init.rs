@@ -31,7 +31,7 @@ pub async fn init(env: &Env, clock: &Clock, another: bool) -> anyhow::Result<Sec
         );
     }
     let name = "made by local init".to_owned();
-    let new = NewKey { caller: LOCAL.to_owned(), name, scopes: vec![Scope::Jobs, Scope::Admin], expires_at: None };
+    let new = NewKey::plain(LOCAL.to_owned(), name, vec![Scope::Jobs, Scope::Admin]);
     let (key, text) = ApiKey::make(new, clock.now())?;
     if !callers.create_key(&key).await? {
         bail!("the new key's id is taken; try again");

@@ -18,7 +18,7 @@ use std::time::Duration;
 use admin::Admin;
 use anyhow::Context;
 use axum::serve::ListenerExt;
-use chat::{Chat, OnLeave};
+use chat::{Chat, Meter, OnLeave};
 use enrichment::Enrichment;
 use inference::Inference;
 use inference::bundle::Bundle;
@@ -71,7 +71,7 @@ pub struct Host {
     pub results: Arc<Results<Store, Queue, Blobs>>,
     pub sweep: Sweep<Store, Queue, Blobs>,
     pub admin: Arc<Admin<Store, Queue, Keys>>,
-    pub chat: Arc<Chat>,
+    pub chat: Arc<Chat<Keys>>,
     pub access: Arc<Access<Keys>>,
     pub model: Arc<Model>,
     /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
@@ -134,6 +134,12 @@ impl Host {
             policy,
         };
         let sweep = Sweep::new(store.clone(), queue.clone(), blobs.clone(), clock.clone(), policy);
+        let chat = Chat {
+            llm,
+            models: Arc::new(Models::from_env(env)?),
+            meter: Arc::new(Meter::new(callers.clone(), clock.clone())),
+            on_leave: OnLeave::Cancel,
+        };
         let admin =
             Admin { jobs: store.clone(), queue: queue.clone(), callers, clock: clock.clone(), policy: config.policy };
         Ok(Self {
@@ -148,7 +154,7 @@ impl Host {
             results: Arc::new(results),
             sweep,
             admin: Arc::new(admin),
-            chat: Arc::new(Chat { llm, models: Arc::new(Models::from_env(env)?), on_leave: OnLeave::Cancel }),
+            chat: Arc::new(chat),
             access: Arc::new(access),
             model,
             _lock: lock,

@@ -71,6 +71,8 @@ points! {
     AdminLettersReceived = "admin.letters_received",
     AdminLetterSent = "admin.letter_sent",
     AdminDeadLettersMoved = "admin.dead_letters_moved",
+    ChatReserved = "chat.reserved",
+    ChatSettled = "chat.settled",
 }
 
 /// The point, and how often it is still to be met.

@@ -26,6 +26,7 @@ pub enum Code {
     Internal,
     LlmNotConfigured,
     ModelNotFound,
+    InsufficientQuota,
     LlmRefused,
     LlmRateLimited,
     LlmUnavailable,
@@ -48,7 +49,7 @@ impl Code {
             Self::PayloadTooLarge => 413,
             Self::UnsupportedMediaType | Self::HeicNotSupported => 415,
             Self::PhotoUnreadable => 422,
-            Self::TooManyRequests => 429,
+            Self::TooManyRequests | Self::InsufficientQuota => 429,
             Self::Internal => 500,
             Self::LlmRefused | Self::LlmRateLimited | Self::LlmUnavailable | Self::LlmInvalidResponse => 502,
             Self::Unavailable => 503,
@@ -75,6 +76,7 @@ impl Code {
             Self::Internal => "internal",
             Self::LlmNotConfigured => "llm_not_configured",
             Self::ModelNotFound => "model_not_found",
+            Self::InsufficientQuota => "insufficient_quota",
             Self::LlmRefused => "llm_refused",
             Self::LlmRateLimited => "llm_rate_limited",
             Self::LlmUnavailable => "llm_unavailable",
@@ -159,7 +161,7 @@ impl Error {
     /// Whether the same call may succeed later.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        matches!(self.code, Code::Unavailable | Code::TooManyRequests)
+        matches!(self.code, Code::Unavailable | Code::TooManyRequests | Code::InsufficientQuota)
     }
 
     /// The whole chain of causes in one line, for the log.

@@ -248,6 +248,7 @@ mod tests {
             (TooManyRequests, 429),
             (LlmNotConfigured, 404),
             (ModelNotFound, 404),
+            (InsufficientQuota, 429),
             (Internal, 500),
             (LlmRefused, 502),
             (LlmRateLimited, 502),

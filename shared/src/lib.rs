@@ -5,6 +5,7 @@
 //! adds what a function needs (HTTP, photos, LLM, cache, logs), `embedded` the ports of the
 //! embedded host.
 
+pub mod account;
 pub mod api;
 #[cfg(feature = "aws")]
 pub mod aws;

@@ -9,6 +9,7 @@ use std::future::Future;
 
 use uuid::Uuid;
 
+use crate::account::Account;
 use crate::auth::keys::ApiKey;
 use crate::clock::Timestamp;
 use crate::error::Error;
@@ -112,7 +113,8 @@ pub struct DeadLetter {
     pub given_up_at: Option<Timestamp>,
 }
 
-/// Who may call: API keys, and how much each caller has asked in this minute.
+/// Who may call: API keys, what each has had of the models, and how much each caller has asked in
+/// this minute.
 pub trait Callers: Send + Sync + 'static {
     /// Writes a new key; `false` where its id is taken.
     fn create_key(&self, key: &ApiKey) -> impl Future<Output = Result<bool>> + Send;
@@ -125,6 +127,13 @@ pub trait Callers: Send + Sync + 'static {
     /// Revokes a key at `now`; one that was revoked before keeps its moment. `false` where there is
     /// no such key.
     fn revoke_key(&self, id: &str, now: Timestamp) -> impl Future<Output = Result<bool>> + Send;
+
+    /// The account of a key; a new one where nothing was written yet.
+    fn find_account(&self, key_id: &str) -> impl Future<Output = Result<Account>> + Send;
+
+    /// Writes `after` where the account still stands at `version`; `false` where it does not.
+    fn replace_account(&self, key_id: &str, version: u64, after: &Account)
+    -> impl Future<Output = Result<bool>> + Send;
 
     /// Counts one request of `caller` in `window` and returns how many it has made there. Windows
     /// are numbered; a count of one that is over may be forgotten.

@@ -136,7 +136,7 @@ impl Variant {
 /// A key for a caller of its own.
 pub async fn key_of(caller: &str, scopes: &[Scope]) -> String {
     let callers = DynamoCallers::new(&sdk().await, of_stage("CALLERS_TABLE_NAME"));
-    let new = NewKey { caller: caller.into(), name: String::new(), scopes: scopes.to_vec(), expires_at: None };
+    let new = NewKey::plain(caller.into(), String::new(), scopes.to_vec());
     let (key, text) = ApiKey::make(new, Clock::System.now()).unwrap();
     assert!(callers.create_key(&key).await.unwrap());
     text.expose_secret().to_owned()

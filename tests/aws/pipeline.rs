@@ -32,7 +32,7 @@ impl User {
     pub async fn new(caller: &str) -> Self {
         let callers = DynamoCallers::new(&sdk().await, of_stage("CALLERS_TABLE_NAME"));
         let scopes = vec![Scope::Jobs, Scope::Admin];
-        let new = NewKey { caller: caller.into(), name: String::new(), scopes, expires_at: None };
+        let new = NewKey::plain(caller.into(), String::new(), scopes);
         let (key, text) = ApiKey::make(new, Clock::System.now()).unwrap();
         assert!(callers.create_key(&key).await.unwrap());
         let _ = rustls::crypto::ring::default_provider().install_default();

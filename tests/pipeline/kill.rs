@@ -7,11 +7,12 @@ use std::path::Path;
 
 use chrono::{TimeDelta, Utc};
 use reqwest::Client;
+use shared::api::admin::KeyLimits;
 use shared::clock::Clock;
 use shared::crash::Point;
-use shared::embedded::SqliteJobStore;
+use shared::embedded::{SqliteCallers, SqliteJobStore};
 use shared::job::{Record, Status, photo_key};
-use shared::ports::{BlobStore, JobStore};
+use shared::ports::{BlobStore, Callers, JobStore};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -55,6 +56,7 @@ pub(super) const START: &[Point] = &[Point::StartLeaseEnded, Point::StartMessage
 pub(super) const ADMIN_KEYS: &[Point] = &[Point::AdminKeyWritten, Point::AdminKeyRevoked];
 pub(super) const ADMIN_JOB: &[Point] = &[Point::AdminJobRedriven, Point::AdminMessageSent];
 pub(super) const ADMIN_DEAD_LETTERS: &[Point] = &[Point::AdminDeadLettersMoved];
+pub(super) const CHAT: &[Point] = &[Point::ChatReserved, Point::ChatSettled];
 /// Between two requests to SQS, where the embedded queue has one transaction: `tests/aws/kill.rs`.
 pub(super) const AWS_ALONE: &[Point] = &[Point::AdminLettersReceived, Point::AdminLetterSent];
 
@@ -78,6 +80,7 @@ fn every_crash_point_is_in_a_scenario() {
         ADMIN_KEYS,
         ADMIN_JOB,
         ADMIN_DEAD_LETTERS,
+        CHAT,
         AWS_ALONE,
     ];
     let mut tested: Vec<_> = scenarios.concat().iter().map(|point| point.name()).collect();
@@ -560,6 +563,37 @@ async fn a_kill_after_dead_letters_were_moved_loses_and_doubles_nothing() {
         scene.settled(host, &[id], point).await;
     }
     println!("dead letters: killed at {} points", ADMIN_DEAD_LETTERS.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_around_a_completion_leaves_what_it_took_or_a_reservation_that_falls_due() {
+    for &point in CHAT {
+        let scene = Scene::new([]).await;
+        let admin = crate::support::keyed::init(scene.data(), false).await.unwrap();
+        let id = admin.split('_').nth(1).unwrap();
+        let mut host = scene.start(Some(point)).await;
+        let body = serde_json::json!({"model": "m", "messages": [], "max_tokens": 20});
+        let request = scene.http.post(format!("{}/v1/chat/completions", host.url)).bearer_auth(&admin).json(&body);
+        // The answer may be there before its settlement.
+        let _ = request.send().await;
+        host.killed().await;
+        let host = scene.start(None).await;
+        let usage = scene.http.get(format!("{}/admin/keys/{id}/usage", host.url)).bearer_auth(&admin).send().await;
+        let usage: serde_json::Value = usage.unwrap().json().await.unwrap();
+        host.kill().await;
+        let account =
+            SqliteCallers::open(&scene.data().join("callers.sqlite")).unwrap().find_account(id).await.unwrap();
+        let later = account.refilled(&KeyLimits::default(), Utc::now() + TimeDelta::minutes(21));
+        let month = *later.months.values().next().unwrap();
+        let (calls, under_way, estimated, completion_tokens) = match point {
+            Point::ChatReserved => (0, 1, 1, 20),
+            _ => (1, 0, 0, 10),
+        };
+        assert_eq!((scene.llm.calls(), usage["under_way"].as_u64()), (calls, Some(under_way)), "{}", point.name());
+        assert_eq!((month.requests, month.estimated_requests), (1, estimated), "{}", point.name());
+        assert_eq!((month.completion_tokens, later.under_way()), (completion_tokens, 0), "{}", point.name());
+    }
+    println!("chat: killed at {} points", CHAT.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,6 +18,7 @@ mod faults;
 mod fuzz;
 mod kill;
 mod leaks;
+mod limits;
 mod llm;
 mod logs;
 mod models;

@@ -107,7 +107,7 @@ async fn the_pieces_of_a_stream_arrive_as_they_are_made() {
     let mut response = ask(&host, &asked(true)).await;
     let mut text = String::new();
     while text.len() < pieces[..2].concat().len() {
-        text.push_str(&String::from_utf8(response.chunk().await.unwrap().unwrap().to_vec()).unwrap());
+        text.push_str(str::from_utf8(&response.chunk().await.unwrap().unwrap()).unwrap());
     }
     // The server has said nothing more for a second by then.
     assert_eq!(text, pieces[..2].concat());

@@ -1,4 +1,4 @@
-//! `POST /admin/keys`, `GET /admin/keys`, `DELETE /admin/keys/{id}`.
+//! `POST /admin/keys`, `GET /admin/keys`, `DELETE /admin/keys/{id}`, `GET /admin/keys/{id}/usage`.
 
 use std::sync::Arc;
 
@@ -8,7 +8,8 @@ use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use secrecy::ExposeSecret;
-use shared::api::admin::{CreatedKey, KeyList, NewKey};
+use shared::account::Month;
+use shared::api::admin::{CreatedKey, KeyList, KeyUsage, MonthUsage, NewKey};
 use shared::auth::Admin as Allowed;
 use shared::auth::keys::ApiKey;
 use shared::crash::{self, Point};
@@ -43,7 +44,7 @@ pub(crate) async fn create_key<J: JobStore, Q: JobQueue, C: Callers>(
     Allowed(who): Allowed,
     request: Request,
 ) -> Result<Response, Error> {
-    let shape = r#"{"caller", "name", "scopes": ["jobs", "admin"], "expires_at"}, all but the first optional"#;
+    let shape = r#"{"caller", "name", "scopes": ["jobs", "admin"], "expires_at", "models", "requests_per_minute", "tokens_per_minute", "budget_usd_per_month"}, all but the first optional"#;
     let new: NewKey = body::json(request, MAX_BODY_BYTES, shape).await?;
     let (key, text) = ApiKey::make(new, admin.clock.now())?;
     if !admin.callers.create_key(&key).await? {
@@ -100,7 +101,6 @@ pub(crate) async fn revoke_key<J: JobStore, Q: JobQueue, C: Callers>(
     Allowed(who): Allowed,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<StatusCode, Error> {
-    let unknown = || Error::new(Code::NotFound, "There is no key of this id. GET /admin/keys lists them.");
     let Path(id) = id.map_err(|_| unknown())?;
     if !admin.callers.revoke_key(&id, admin.clock.now()).await? {
         return Err(unknown());
@@ -108,4 +108,49 @@ pub(crate) async fn revoke_key<J: JobStore, Q: JobQueue, C: Callers>(
     crash::here(Point::AdminKeyRevoked);
     log(&who, "key_revoked", &id);
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Look at what a key has had of the models
+///
+/// Requests below `/v1/`, by the month. What is not settled 20 minutes after its beginning counts as
+/// if all that was reserved for it had been taken.
+#[utoipa::path(
+    get,
+    path = "/admin/keys/{id}/usage",
+    tag = "admin",
+    params(("id" = String, Path, description = "The id of the key, not the key.")),
+    responses(
+        (status = 200, description = "The key's ledger.", body = KeyUsage),
+        (status = 401, description = "No credentials.", body = ErrorBody),
+        (status = 403, description = "Without the scope admin; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 404, description = "No such key.", body = ErrorBody),
+        (status = 429, description = "Too many requests in this minute.", body = ErrorBody),
+        (status = 503, description = "The key store is not available.", body = ErrorBody),
+    )
+)]
+pub(crate) async fn key_usage<J: JobStore, Q: JobQueue, C: Callers>(
+    State(admin): State<Arc<Admin<J, Q, C>>>,
+    _: Allowed,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Response, Error> {
+    let Path(id) = id.map_err(|_| unknown())?;
+    let key = admin.callers.find_key(&id).await?.ok_or_else(unknown)?;
+    let account = admin.callers.find_account(&id).await?.refilled(&key.info.limits, admin.clock.now());
+    let usd = |pico: u64| pico as f64 / 1e12;
+    let month = |(name, month): (&String, &Month)| MonthUsage {
+        month: name.clone(),
+        requests: month.requests,
+        prompt_tokens: month.prompt_tokens,
+        completion_tokens: month.completion_tokens,
+        cost_usd: usd(month.cost_pico),
+        estimated_requests: month.estimated_requests,
+        estimated_tokens: month.estimated_tokens,
+        estimated_cost_usd: usd(month.estimated_cost_pico),
+    };
+    let usage = KeyUsage { under_way: account.under_way() as u64, months: account.months.iter().map(month).collect() };
+    Ok(([(header::CACHE_CONTROL, "no-store")], Json(usage)).into_response())
+}
+
+fn unknown() -> Error {
+    Error::new(Code::NotFound, "There is no key of this id. GET /admin/keys lists them.")
 }

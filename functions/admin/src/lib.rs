@@ -13,7 +13,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::routing::{delete, get, post};
 use shared::api::admin::{
-    CreatedKey, DeadLetterList, KeyList, NewKey, RedriveDeadLetters, RedrivenDeadLetters, RedrivenJob,
+    CreatedKey, DeadLetterList, KeyList, KeyUsage, NewKey, RedriveDeadLetters, RedrivenDeadLetters, RedrivenJob,
 };
 use shared::auth::Identity;
 use shared::clock::Clock;
@@ -41,6 +41,7 @@ pub struct Admin<J, Q, C> {
         keys::create_key,
         keys::list_keys,
         keys::revoke_key,
+        keys::key_usage,
         dead_letters::list_dead_letters,
         dead_letters::redrive_dead_letters,
         jobs::redrive_job
@@ -49,6 +50,7 @@ pub struct Admin<J, Q, C> {
         NewKey,
         CreatedKey,
         KeyList,
+        KeyUsage,
         DeadLetterList,
         RedriveDeadLetters,
         RedrivenDeadLetters,
@@ -63,6 +65,7 @@ pub fn router<J: JobStore, Q: JobQueue, C: Callers>(admin: Arc<Admin<J, Q, C>>) 
     Router::new()
         .route("/admin/keys", post(keys::create_key::<J, Q, C>).get(keys::list_keys::<J, Q, C>))
         .route("/admin/keys/{id}", delete(keys::revoke_key::<J, Q, C>))
+        .route("/admin/keys/{id}/usage", get(keys::key_usage::<J, Q, C>))
         .route("/admin/dead-letters", get(dead_letters::list_dead_letters::<J, Q, C>))
         .route("/admin/dead-letters/redrive", post(dead_letters::redrive_dead_letters::<J, Q, C>))
         .route("/admin/jobs/{request_id}/redrive", post(jobs::redrive_job::<J, Q, C>))

@@ -1,8 +1,9 @@
 //! `POST /chat`: one answer of the LLM to a conversation; and `/v1/…`, which clients of OpenAI's API
 //! take for that API.
 //!
-//! Triggered by HTTP. Reads and writes nothing: the conversation goes to the LLM and its answer to
-//! the caller. A caller who leaves `/chat` ends the call.
+//! Triggered by HTTP. The conversation goes to the LLM and its answer to the caller; neither is kept.
+//! Below `/v1/` the account of the caller's key is read and written. A caller who leaves `/chat` ends
+//! the call.
 
 mod body;
 mod proxy;
@@ -12,23 +13,29 @@ use std::time::{Duration, Instant};
 
 use axum::extract::{Request, State};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
+use shared::api::admin::KeyLimits;
 use shared::api::chat::{ChatAnswer, ChatBody, TokenUsage};
+use shared::auth::Identity;
 use shared::error::{Code, Error, ErrorBody, OpenAiErrorBody};
 use shared::http::{self, Caller};
 use shared::llm::models::Models;
 use shared::llm::{Answer, Llm, LlmError, Prompt};
+use shared::ports::Callers;
 use utoipa::OpenApi;
 use uuid::Uuid;
 
 /// The longest that a request is held open, tries and pauses included.
 const TIME: Duration = Duration::from_secs(120);
 
+pub use proxy::meter::Meter;
+
 /// What chat works with.
-pub struct Chat {
+pub struct Chat<C> {
     pub llm: Arc<Llm>,
     /// The models of the proxy.
     pub models: Arc<Models>,
+    pub meter: Arc<Meter<C>>,
     pub on_leave: OnLeave,
 }
 
@@ -50,12 +57,12 @@ pub enum OnLeave {
 pub struct Api;
 
 /// This function's routes.
-pub fn router(chat: Arc<Chat>) -> Router {
+pub fn router<C: Callers>(chat: Arc<Chat<C>>) -> Router {
     Router::new()
-        .route("/chat", post(self::chat))
-        .route("/v1/chat/completions", post(proxy::completions))
-        .route("/v1/models", get(proxy::models))
-        .route("/v1/models/{model}", get(proxy::model))
+        .route("/chat", post(self::chat::<C>))
+        .route("/v1/chat/completions", post(proxy::completions::<C>))
+        .route("/v1/models", get(proxy::models::<C>))
+        .route("/v1/models/{model}", get(proxy::model::<C>))
         .with_state(chat)
 }
 
@@ -83,14 +90,23 @@ pub fn router(chat: Arc<Chat>) -> Router {
         (status = 504, description = "The LLM took too long.", body = ErrorBody),
     )
 )]
-async fn chat(State(chat): State<Arc<Chat>>, caller: Caller, request: Request) -> Result<Json<ChatAnswer>, Error> {
+async fn chat<C: Callers>(
+    State(chat): State<Arc<Chat<C>>>,
+    caller: Caller,
+    Extension(identity): Extension<Identity>,
+    request: Request,
+) -> Result<Json<ChatAnswer>, Error> {
     if caller.is_guest() {
         return Err(Error::new(Code::Forbidden, "The LLM answers to callers with credentials."));
+    }
+    // Nobody counts here what a limit is about.
+    if identity.limits != KeyLimits::default() {
+        return Err(Error::new(Code::Forbidden, "This key has limits, which are kept at /v1/chat/completions alone."));
     }
     chat.answer(body::read(request).await?).await.map(Json)
 }
 
-impl Chat {
+impl<C> Chat<C> {
     async fn answer(&self, prompt: Prompt) -> Result<ChatAnswer, Error> {
         let Llm::OpenAi(server) = &*self.llm else {
             return Err(Error::new(Code::LlmNotConfigured, "This host has no LLM; its operator sets LLM_BASE_URL."));

@@ -2,10 +2,11 @@
 //! in front of any server that speaks it.
 //!
 //! Triggered by HTTP. The request goes to the model's server and its answer to the client, as they
-//! came but for the model's name and the usage of streams. Wire format: OpenAI's API reference, "Create
+//! came but for the model's name and the usage of streams; the account of the caller's key is written. Wire format: OpenAI's API reference, "Create
 //! chat completion" and "Streaming".
 
 mod answer;
+pub(crate) mod meter;
 mod relay;
 mod request;
 mod upstream;
@@ -14,23 +15,27 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use futures_util::StreamExt;
 use futures_util::stream::poll_fn;
+use shared::account::{Ask, Lefts, Refused, Used};
 use shared::api::chat::{ModelInfo, ModelList};
+use shared::auth::Identity;
 use shared::error::{Code, Error, OpenAiErrorBody};
 use shared::http::body::{bytes, media_type};
 use shared::http::{self, Caller};
-use shared::llm::models::Model;
+use shared::llm::models::{Model, Models};
+use shared::ports::Callers;
 use tokio::sync::oneshot;
 use tracing::Instrument;
 
-use self::relay::{Answer, Outcome, Relay};
+use self::meter::{Closed, Meter};
+use self::relay::{Answer, Head, Outcome, Relay};
 use self::request::Asked;
 use self::upstream::{Failure, Kind};
 use crate::Chat;
@@ -65,9 +70,10 @@ const MAX_BODY_BYTES: usize = 6 * 1024 * 1024;
         (status = "5XX", description = "The model's server has failed, in its own words.", body = OpenAiErrorBody),
     )
 )]
-pub(crate) async fn completions(
-    State(chat): State<Arc<Chat>>,
+pub(crate) async fn completions<C: Callers>(
+    State(chat): State<Arc<Chat<C>>>,
     caller: Caller,
+    Extension(identity): Extension<Identity>,
     request: Request,
 ) -> Result<Response, Error> {
     not_for_guests(&caller)?;
@@ -76,7 +82,8 @@ pub(crate) async fn completions(
     }
     let too_long = || Error::new(Code::PayloadTooLarge, "The body is longer than 6 MiB.");
     let asked = Asked::read(bytes(request.into_body(), MAX_BODY_BYTES, too_long).await?)?;
-    let model = chat.models.get(&asked.model).ok_or_else(no_model)?;
+    let model = chat.models.get(&asked.model).filter(|_| identity.limits.allow(&asked.model)).ok_or_else(no_model)?;
+    let ask = most(&chat.models, model, &asked);
     let relay = Relay {
         models: Arc::clone(&chat.models),
         model: Arc::clone(model),
@@ -84,28 +91,84 @@ pub(crate) async fn completions(
         on_leave: chat.on_leave,
         request_id: http::request_id(),
     };
-    let (head, answer) = oneshot::channel();
-    let work = async move {
-        let (started, streamed) = (Instant::now(), relay.asked.stream);
-        let outcome = relay.run(head).await;
-        log(&outcome, started, streamed);
+    let ((entry, entered), (head, answer)) = (oneshot::channel(), oneshot::channel());
+    // Whoever leaves at whatever moment, what was reserved is settled.
+    tokio::spawn(work(Arc::clone(&chat.meter), identity, ask, relay, entry, head).in_current_span());
+    let ended = |_| Error::internal("the task of a completion has ended without an answer");
+    let (mut response, lefts) = match entered.await.map_err(ended)? {
+        Ok(lefts) => (answered(answer.await.map_err(ended)?), lefts),
+        Err(Closed::Limit(refused, lefts)) => (closed(refused), lefts),
+        Err(Closed::Store(error)) => return Err(error),
     };
-    tokio::spawn(work.in_current_span());
-    match answer.await {
-        Ok(Ok(Answer::Whole(body))) => Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response()),
-        Ok(Ok(Answer::Stream(mut pieces))) => {
+    meter::write(lefts, response.headers_mut());
+    Ok(response)
+}
+
+/// One request from the entry to the settlement. Without a key there is no account.
+async fn work<C: Callers>(
+    meter: Arc<Meter<C>>,
+    identity: Identity,
+    ask: Ask,
+    relay: Relay,
+    entry: oneshot::Sender<Result<Lefts, Closed>>,
+    head: oneshot::Sender<Head>,
+) {
+    let admitted = match &identity.key_id {
+        None => None,
+        Some(key_id) => match meter.admit(key_id, &identity.limits, ask).await {
+            Ok(admitted) => Some(admitted),
+            Err(closed) => {
+                let _ = entry.send(Err(closed));
+                return;
+            }
+        },
+    };
+    // Who has left by now is found to have left when the answer is to go out.
+    let _ = entry.send(Ok(admitted.as_ref().map(|admitted| admitted.lefts).unwrap_or_default()));
+    let (started, streamed) = (Instant::now(), relay.asked.stream);
+    let outcome = relay.run(head).await;
+    let used = outcome.used();
+    if let Some(admitted) = admitted {
+        meter.settle(&admitted, used).await;
+    }
+    log(&outcome, used, started, streamed);
+}
+
+/// The most that a request can take, with the model or with the one that stands in.
+fn most(models: &Models, model: &Model, asked: &Asked) -> Ask {
+    let fallback = model.fallback.as_deref().and_then(|alias| models.get(alias));
+    let either = || std::iter::once(model).chain(fallback.map(AsRef::as_ref));
+    let bound = |model: &Model| model.max_completion_tokens.saturating_mul(asked.choices);
+    let prompt_tokens = asked.most_prompt_tokens;
+    let completion_tokens = asked.max_completion_tokens.unwrap_or(either().map(bound).max().unwrap_or(0));
+    let costs = either().map(|model| model.cost_pico(prompt_tokens, completion_tokens));
+    Ask { prompt_tokens, completion_tokens, cost_pico: costs.max().unwrap_or(0) }
+}
+
+fn answered(head: Head) -> Response {
+    match head {
+        Ok(Answer::Whole(body)) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
+        Ok(Answer::Stream(mut pieces)) => {
             let pieces = poll_fn(move |context| pieces.poll_recv(context)).map(Ok::<_, Infallible>);
             let headers = [
                 (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
                 (header::CACHE_CONTROL, "no-cache"),
                 // nginx would collect it.
-                (header::HeaderName::from_static("x-accel-buffering"), "no"),
+                (HeaderName::from_static("x-accel-buffering"), "no"),
             ];
-            Ok((headers, Body::from_stream(pieces)).into_response())
+            (headers, Body::from_stream(pieces)).into_response()
         }
-        Ok(Err(failure)) => Ok(refusal(failure)),
-        Err(_) => Err(Error::internal("the task of a completion has ended without an answer")),
+        Err(failure) => refusal(failure),
     }
+}
+
+/// A limit that is used up. OpenAI's clients ask again by themselves: not for a month.
+fn closed(refused: Refused) -> Response {
+    let mut response = meter::told(refused).into_response();
+    if matches!(refused, Refused::Budget(_)) {
+        response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
+    }
+    response
 }
 
 /// List the models
@@ -123,9 +186,13 @@ pub(crate) async fn completions(
         (status = 503, description = "A store is not available.", body = OpenAiErrorBody),
     )
 )]
-pub(crate) async fn models(State(chat): State<Arc<Chat>>, caller: Caller) -> Result<Json<ModelList>, Error> {
+pub(crate) async fn models<C: Callers>(
+    State(chat): State<Arc<Chat<C>>>,
+    caller: Caller,
+    Extension(identity): Extension<Identity>,
+) -> Result<Json<ModelList>, Error> {
     not_for_guests(&caller)?;
-    let data = chat.models.iter().map(info).collect();
+    let data = chat.models.iter().filter(|model| identity.limits.allow(&model.alias)).map(info).collect();
     Ok(Json(ModelList { object: "list".to_owned(), data }))
 }
 
@@ -144,14 +211,16 @@ pub(crate) async fn models(State(chat): State<Arc<Chat>>, caller: Caller) -> Res
         (status = 503, description = "A store is not available.", body = OpenAiErrorBody),
     )
 )]
-pub(crate) async fn model(
-    State(chat): State<Arc<Chat>>,
+pub(crate) async fn model<C: Callers>(
+    State(chat): State<Arc<Chat<C>>>,
     caller: Caller,
+    Extension(identity): Extension<Identity>,
     alias: Result<Path<String>, PathRejection>,
 ) -> Result<Json<ModelInfo>, Error> {
     not_for_guests(&caller)?;
     let Path(alias) = alias.map_err(|_| no_model())?;
-    chat.models.get(&alias).map(|model| Json(info(model))).ok_or_else(no_model)
+    let model = chat.models.get(&alias).filter(|_| identity.limits.allow(&alias)).ok_or_else(no_model)?;
+    Ok(Json(info(model)))
 }
 
 fn not_for_guests(caller: &Caller) -> Result<(), Error> {
@@ -207,7 +276,7 @@ fn told(failure: &Failure) -> Error {
 }
 
 /// One line for each request: neither prompt nor answer.
-fn log(outcome: &Outcome, started: Instant, streamed: bool) {
+fn log(outcome: &Outcome, used: Used, started: Instant, streamed: bool) {
     let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     tracing::info!(
         llm.model = outcome.model.alias,
@@ -216,8 +285,10 @@ fn log(outcome: &Outcome, started: Instant, streamed: bool) {
         llm.tries = outcome.effort.tries,
         llm.streamed = streamed,
         llm.client_left = outcome.left,
-        llm.prompt_tokens = outcome.usage.map(|usage| usage.prompt_tokens),
-        llm.completion_tokens = outcome.usage.map(|usage| usage.completion_tokens),
+        llm.prompt_tokens = used.prompt_tokens,
+        llm.completion_tokens = used.completion_tokens,
+        llm.estimated = used.estimated,
+        llm.cost_usd = used.cost_pico as f64 / 1e12,
         llm.first_byte_ms = outcome.first_byte.map(millis),
         llm.latency_ms = millis(started.elapsed()),
         "completion relayed"

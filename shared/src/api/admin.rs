@@ -46,6 +46,61 @@ pub struct NewKey {
     #[serde(default)]
     #[schema(value_type = Option<String>, format = DateTime)]
     pub expires_at: Option<Timestamp>,
+    /// As in [`KeyLimits`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_items = 1, max_items = 100)]
+    pub models: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub requests_per_minute: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub tokens_per_minute: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 1000000)]
+    pub budget_usd_per_month: Option<f64>,
+}
+
+impl NewKey {
+    /// A key without an end and without limits.
+    #[must_use]
+    pub fn plain(caller: String, name: String, scopes: Vec<Scope>) -> Self {
+        Self {
+            caller,
+            name,
+            scopes,
+            expires_at: None,
+            models: None,
+            requests_per_minute: None,
+            tokens_per_minute: None,
+            budget_usd_per_month: None,
+        }
+    }
+}
+
+/// What a key may ask of the models below `/v1/`; absent is unlimited.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct KeyLimits {
+    /// The models that the key may ask, by the names that clients use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub models: Option<Vec<String>>,
+    /// So many at once, and then evenly as many a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_per_minute: Option<u32>,
+    /// Of prompts and answers together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_per_minute: Option<u32>,
+    /// By the month of the calendar, in UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget_usd_per_month: Option<f64>,
+}
+
+impl KeyLimits {
+    /// Whether the key may ask this model.
+    #[must_use]
+    pub fn allow(&self, model: &str) -> bool {
+        self.models.as_ref().is_none_or(|models| models.iter().any(|allowed| allowed == model))
+    }
 }
 
 fn jobs() -> Vec<Scope> {
@@ -53,7 +108,7 @@ fn jobs() -> Vec<Scope> {
 }
 
 /// A key as it may be shown again and again: without its secret.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct KeyInfo {
     /// The part of the key between its underscores; no secret.
     pub id: String,
@@ -66,6 +121,8 @@ pub struct KeyInfo {
     pub expires_at: Option<Timestamp>,
     #[schema(value_type = Option<String>, format = DateTime)]
     pub revoked_at: Option<Timestamp>,
+    #[serde(flatten)]
+    pub limits: KeyLimits,
 }
 
 /// The answer to `POST /admin/keys`.
@@ -82,6 +139,35 @@ pub struct CreatedKey {
 pub struct KeyList {
     /// Oldest first, revoked and expired ones included.
     pub keys: Vec<KeyInfo>,
+}
+
+/// `GET /admin/keys/{id}/usage`: what a key has had of the models.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeyUsage {
+    /// Requests that are under way, each with its reservation.
+    pub under_way: u64,
+    /// Oldest first; a month without requests is absent.
+    pub months: Vec<MonthUsage>,
+}
+
+/// One month's ledger.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct MonthUsage {
+    /// In UTC.
+    #[schema(example = "2026-11")]
+    pub month: String,
+    /// Those that have ended, the estimated ones included.
+    pub requests: u64,
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    /// 0 where the models have no prices.
+    pub cost_usd: f64,
+    /// Requests whose usage no server has told: their clients left, or their servers broke off.
+    pub estimated_requests: u64,
+    /// Of the tokens above.
+    pub estimated_tokens: u64,
+    /// Of the cost above.
+    pub estimated_cost_usd: f64,
 }
 
 /// A message that was received too often and given up.

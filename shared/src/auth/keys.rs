@@ -7,7 +7,7 @@ use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use crate::api::admin::{KeyInfo, NewKey};
+use crate::api::admin::{KeyInfo, KeyLimits, NewKey};
 use crate::auth::GUEST;
 use crate::clock::Timestamp;
 use crate::error::{Code, Error};
@@ -18,7 +18,7 @@ const SECRET_BYTES: usize = 32;
 const MAX_NAME_CHARS: usize = 100;
 
 /// A key as it is stored.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ApiKey {
     pub info: KeyInfo,
     /// SHA-256 of the secret as it is written in the key. A slow, salted hash is for passwords,
@@ -47,6 +47,12 @@ impl ApiKey {
             created_at: now,
             expires_at: new.expires_at,
             revoked_at: None,
+            limits: KeyLimits {
+                models: new.models,
+                requests_per_minute: new.requests_per_minute,
+                tokens_per_minute: new.tokens_per_minute,
+                budget_usd_per_month: new.budget_usd_per_month,
+            },
         };
         Ok((Self { info, secret_sha256: hash(&secret) }, text))
     }
@@ -88,10 +94,20 @@ fn check(new: &NewKey, now: Timestamp) -> Result<(), Error> {
         "\"scopes\" names at least one of jobs and admin."
     } else if new.expires_at.is_some_and(|end| end <= now) {
         "\"expires_at\" has passed."
+    } else if new.models.as_ref().is_some_and(|models| !are_models(models)) {
+        "\"models\" is 1 to 100 names of GET /v1/models, each of at most 200 characters."
+    } else if new.requests_per_minute == Some(0) || new.tokens_per_minute == Some(0) {
+        "\"requests_per_minute\" and \"tokens_per_minute\" are at least 1."
+    } else if new.budget_usd_per_month.is_some_and(|budget| !(0.0..=1e6).contains(&budget)) {
+        "\"budget_usd_per_month\" is 0 to 1000000."
     } else {
         return Ok(());
     };
     Err(Error::new(Code::InvalidRequest, problem))
+}
+
+fn are_models(names: &[String]) -> bool {
+    (1..=100).contains(&names.len()) && names.iter().all(|name| !name.is_empty() && name.len() <= 200)
 }
 
 fn is_caller(name: &str) -> bool {
@@ -122,7 +138,7 @@ mod tests {
     use crate::clock::from_millis;
 
     fn new(caller: &str) -> NewKey {
-        NewKey { caller: caller.into(), name: String::new(), scopes: vec![Scope::Jobs], expires_at: None }
+        NewKey::plain(caller.into(), String::new(), vec![Scope::Jobs])
     }
 
     #[test]

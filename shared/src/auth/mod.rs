@@ -17,7 +17,7 @@ use axum::http::{Extensions, HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
-use crate::api::admin::Scope;
+use crate::api::admin::{KeyLimits, Scope};
 use crate::clock::Clock;
 use crate::config::{ConfigError, Env};
 use crate::error::{Code, Error};
@@ -36,12 +36,14 @@ const MAX_CREDENTIAL_BYTES: usize = 8 * 1024;
 pub(crate) const WINDOW_SECONDS: i64 = 60;
 
 /// Who sent a request, and what for they may.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Identity {
     pub caller: String,
     pub scopes: Vec<Scope>,
     /// Absent for a token, a guest, and on a host without keys.
     pub key_id: Option<String>,
+    /// The key's.
+    pub limits: KeyLimits,
 }
 
 impl Identity {
@@ -59,7 +61,7 @@ impl Identity {
     }
 
     fn with_jobs(caller: String) -> Self {
-        Self { caller, scopes: vec![Scope::Jobs], key_id: None }
+        Self { caller, scopes: vec![Scope::Jobs], key_id: None, limits: KeyLimits::default() }
     }
 }
 
@@ -127,7 +129,12 @@ pub async fn authenticate<C: Callers>(
     next: Next,
 ) -> Result<Response, Error> {
     let identity = match &*access {
-        Access::Keyless => Identity { caller: LOCAL.to_owned(), scopes: vec![Scope::Jobs, Scope::Admin], key_id: None },
+        Access::Keyless => Identity {
+            caller: LOCAL.to_owned(),
+            scopes: vec![Scope::Jobs, Scope::Admin],
+            key_id: None,
+            limits: KeyLimits::default(),
+        },
         Access::Checked(checks) => {
             let identity = checks.identify(request.headers()).await?;
             checks.count(&identity).await?;
@@ -163,7 +170,12 @@ impl<C: Callers> Checks<C> {
         if !key.is_live(self.clock.now()) {
             return Err(refused("ended_key", "This API key has expired or was revoked."));
         }
-        Ok(Identity { caller: key.info.caller, scopes: key.info.scopes, key_id: Some(key.info.id) })
+        Ok(Identity {
+            caller: key.info.caller,
+            scopes: key.info.scopes,
+            key_id: Some(key.info.id),
+            limits: key.info.limits,
+        })
     }
 
     async fn count(&self, identity: &Identity) -> Result<(), Error> {

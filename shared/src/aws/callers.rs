@@ -4,15 +4,19 @@
 //! | item | `id` | beside it |
 //! | --- | --- | --- |
 //! | API key | `key#<id>` | the key as JSON, `revoked_at`, and `listed` with `created_at` for the index `keys` |
+//! | account of one key | `account#<id>` | the account as JSON, `version`, `write_id` |
 //! | requests of one caller in one window | `requests#<window>#<caller>` | `count`, `ttl` |
 
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::error::SdkError;
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
-use aws_sdk_dynamodb::types::ReturnValue;
+use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue, ReturnValuesOnConditionCheckFailure};
+use uuid::Uuid;
 
 use super::dynamodb::{Item, millis, number, text};
+use crate::account::Account;
 use crate::api::admin::KeyInfo;
 use crate::auth::WINDOW_SECONDS;
 use crate::auth::keys::ApiKey;
@@ -48,7 +52,7 @@ impl Callers for DynamoCallers {
             .item("id", text(key_id(&key.info.id)))
             .item("listed", text(LISTED))
             .item("created_at", number(key.info.created_at.timestamp_millis()))
-            .item("secret_sha256", aws_sdk_dynamodb::types::AttributeValue::B(key.secret_sha256.clone().into()))
+            .item("secret_sha256", AttributeValue::B(key.secret_sha256.clone().into()))
             .item("info", text(info))
             .condition_expression("attribute_not_exists(id)");
         match put.send().await {
@@ -106,6 +110,45 @@ impl Callers for DynamoCallers {
         }
     }
 
+    async fn find_account(&self, key_id: &str) -> Result<Account, Error> {
+        let get = self.client.get_item().table_name(&self.table).key("id", text(account_id(key_id)));
+        let Some(item) = get.consistent_read(true).send().await.map_err(unavailable)?.item else {
+            return Ok(Account::default());
+        };
+        let account = item.get("account").and_then(|account| account.as_s().ok());
+        let account = account.and_then(|account| serde_json::from_str(account).ok());
+        account.ok_or_else(|| Error::internal("an account that cannot be read"))
+    }
+
+    async fn replace_account(&self, key_id: &str, version: u64, after: &Account) -> Result<bool, Error> {
+        let account = serde_json::to_string(after).map_err(Error::internal)?;
+        let write_id = Uuid::new_v4().to_string();
+        let put = self
+            .client
+            .put_item()
+            .table_name(&self.table)
+            .item("id", text(account_id(key_id)))
+            .item("account", text(account))
+            .item("version", AttributeValue::N(after.version.to_string()))
+            .item("write_id", text(write_id.clone()))
+            .return_values_on_condition_check_failure(ReturnValuesOnConditionCheckFailure::AllOld);
+        let put = match version {
+            0 => put.condition_expression("attribute_not_exists(id)"),
+            _ => put
+                .condition_expression("version = :version")
+                .expression_attribute_values(":version", AttributeValue::N(version.to_string())),
+        };
+        match put.send().await.map_err(SdkError::into_service_error) {
+            Ok(_) => Ok(true),
+            Err(PutItemError::ConditionalCheckFailedException(failed)) => {
+                // Ours where the answer was lost and the SDK has asked once more.
+                let found = failed.item().and_then(|item| item.get("write_id")?.as_s().ok());
+                Ok(found == Some(&write_id))
+            }
+            Err(error) => Err(unavailable(error)),
+        }
+    }
+
     async fn count_request(&self, caller: &str, window: i64) -> Result<u32, Error> {
         let update = self
             .client
@@ -123,6 +166,10 @@ impl Callers for DynamoCallers {
         let count = updated.attributes().and_then(|item| item.get("count")?.as_n().ok()?.parse().ok());
         count.ok_or_else(|| Error::internal("a count that is no number"))
     }
+}
+
+fn account_id(key_id: &str) -> String {
+    format!("account#{key_id}")
 }
 
 fn key_id(id: &str) -> String {

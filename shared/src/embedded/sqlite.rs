@@ -87,8 +87,20 @@ impl Sqlite {
     /// Opens or creates the file. `schema` is run where the file is new; a file of another
     /// `version` is refused.
     pub(super) fn open(path: &Path, what: &'static str, version: u32, schema: &str) -> Result<Self, Error> {
+        Self::open_upgraded(path, what, version, schema, &[])
+    }
+
+    /// As [`Sqlite::open`], where a file of an earlier version is brought to this one by the last of
+    /// `changes`, one a version.
+    pub(super) fn open_upgraded(
+        path: &Path,
+        what: &'static str,
+        version: u32,
+        schema: &str,
+        changes: &[&str],
+    ) -> Result<Self, Error> {
         let unavailable = |error| Error::unavailable(what, error);
-        let connection = connect(path, version, schema).map_err(unavailable)?;
+        let connection = connect(path, version, schema, changes).map_err(unavailable)?;
         let reader = Arc::new(Mutex::new(connect_reader(path).map_err(unavailable)?));
         let (calls, inbox) = channel();
         let scrub = Arc::new(AtomicBool::new(true));
@@ -155,7 +167,7 @@ impl Sqlite {
     }
 }
 
-fn connect(path: &Path, version: u32, schema: &str) -> rusqlite::Result<Connection> {
+fn connect(path: &Path, version: u32, schema: &str, changes: &[&str]) -> rusqlite::Result<Connection> {
     create_private(path)?;
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
@@ -169,6 +181,11 @@ fn connect(path: &Path, version: u32, schema: &str) -> rusqlite::Result<Connecti
     let found: u32 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
     if found == 0 {
         transaction.execute_batch(schema)?;
+        transaction.pragma_update(None, "user_version", version)?;
+    } else if let Some(missing @ 1..) = version.checked_sub(found)
+        && let Some(from) = changes.len().checked_sub(missing as usize)
+    {
+        changes[from..].iter().try_for_each(|change| transaction.execute_batch(change))?;
         transaction.pragma_update(None, "user_version", version)?;
     } else if found != version {
         let message = format!("the file has schema version {found}, this build reads {version}");

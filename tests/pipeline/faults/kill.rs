@@ -27,9 +27,9 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::kill::{
-    ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_RETRY,
-    PROMPT, RESULT, START, SUBMIT, SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD, ask,
-    long_answer,
+    ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, CHAT, ENRICHMENT, ENRICHMENT_RETRY, INFERENCE,
+    INFERENCE_RETRY, PROMPT, RESULT, START, SUBMIT, SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD,
+    UPLOAD, ask, long_answer,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
@@ -92,7 +92,7 @@ const SCENES: &[(Kind, &[Point])] = &[
 ];
 /// Points that no job meets on its way: keys belong to none, dead letters are moved all at once, here
 /// as on AWS, and a start takes up what the last kill cut off, a few jobs, before anything else is done.
-const NOT_ON_A_JOBS_WAY: &[&[Point]] = &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, AWS_ALONE];
+const NOT_ON_A_JOBS_WAY: &[&[Point]] = &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, CHAT, AWS_ALONE];
 
 #[test]
 fn every_crash_point_is_met_with_500_jobs_or_is_on_no_jobs_way() {

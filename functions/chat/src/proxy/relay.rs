@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use reqwest::Response;
+use shared::account::Used;
 use shared::error::{Error, OpenAiErrorBody};
 use shared::llm::models::{Model, Models};
 use shared::llm::sse::Event;
@@ -70,10 +71,25 @@ pub(crate) struct Outcome {
     pub(crate) usage: Option<Usage>,
     /// Where it does not, by what was seen of the answer.
     pub(crate) guessed: Usage,
+    /// About so many are in the prompt.
+    prompt_tokens: u64,
     /// From the request to the first byte of the answer.
     pub(crate) first_byte: Option<Duration>,
     /// The client left before the end, whether or not the answer was read on.
     pub(crate) left: bool,
+}
+
+impl Outcome {
+    /// What it took: as the server says, or as it is guessed where nobody says, tries that may be
+    /// billed included.
+    pub(crate) fn used(&self) -> Used {
+        let Usage { prompt_tokens, completion_tokens } = self.usage.unwrap_or(self.guessed);
+        let again = self.effort.perhaps_billed * self.prompt_tokens;
+        let estimated = again > 0 || (self.usage.is_none() && self.guessed != Usage::default());
+        let prompt_tokens = prompt_tokens + again;
+        let cost_pico = self.model.cost_pico(prompt_tokens, completion_tokens);
+        Used { prompt_tokens, completion_tokens, cost_pico, estimated }
+    }
 }
 
 /// The way to the client.
@@ -132,8 +148,10 @@ impl Relay {
     pub(crate) async fn run(self, head: oneshot::Sender<Head>) -> Outcome {
         let started = Instant::now();
         let mut client = Client { head: Some(head), body: None, on_leave: self.on_leave, left: false };
+        let prompt_tokens = self.asked.most_prompt_tokens.div_ceil(TOKEN_BYTES);
         let mut outcome = Outcome {
             end: End::Left,
+            prompt_tokens,
             model: Arc::clone(&self.model),
             effort: Effort::default(),
             usage: None,
@@ -141,7 +159,6 @@ impl Relay {
             first_byte: None,
             left: false,
         };
-        let prompt_tokens = self.asked.most_prompt_tokens.div_ceil(TOKEN_BYTES);
         let begun = self.begin(started + LONGEST, &mut client, &mut outcome).await;
         outcome.first_byte = begun.as_ref().and_then(|begun| begun.is_ok().then(|| started.elapsed()));
         match begun {
@@ -168,7 +185,6 @@ impl Relay {
                 self.stream(stream, started + LONGEST, &mut client, &mut outcome).await;
             }
         }
-        outcome.guessed.prompt_tokens += outcome.effort.perhaps_billed * prompt_tokens;
         outcome.left = client.left;
         outcome
     }

@@ -26,6 +26,10 @@ pub(crate) struct Asked {
     /// No more than so many tokens are in the prompt: a token has at least a byte, and pictures are
     /// counted apart.
     pub(crate) most_prompt_tokens: u64,
+    /// What the client lets all choices together have at most.
+    pub(crate) max_completion_tokens: Option<u64>,
+    /// How many answers are asked for.
+    pub(crate) choices: u64,
     /// The model's name, quotes included.
     name: Range<usize>,
     usage: Edit,
@@ -49,6 +53,9 @@ struct Fields<'a> {
     stream: Option<bool>,
     #[serde(borrow, default, deserialize_with = "as_it_is")]
     stream_options: Option<&'a RawValue>,
+    max_tokens: Option<u64>,
+    max_completion_tokens: Option<u64>,
+    n: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -80,11 +87,15 @@ impl Asked {
         let model: String = serde_json::from_str(name.get()).map_err(|_| invalid("\"model\" is no string."))?;
         let stream = fields.stream.unwrap_or(false);
         let (wants_usage, usage) = if stream { usage(text, fields.stream_options)? } else { (true, Edit::None) };
+        let choices = fields.n.unwrap_or(1).max(1);
+        let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
         Ok(Self {
             model,
             stream,
             wants_usage,
             most_prompt_tokens: most_tokens(text),
+            max_completion_tokens: max_tokens.map(|tokens| tokens.saturating_mul(choices)),
+            choices,
             name: place(text, name),
             usage,
             body,
@@ -226,6 +237,7 @@ mod tests {
             r#"{"model": "secret", "stream": "yes"}"#,
             r#"{"model": "secret", "stream": true, "stream_options": ["secret"]}"#,
             r#"{"model": "secret", "stream": true, "stream_options": {"include_usage": true, "include_usage": false}}"#,
+            r#"{"model": "secret", "max_tokens": -1}"#,
             r#"{"model": "secret", "#,
         ] {
             let error = Asked::read(Bytes::copy_from_slice(body.as_bytes())).unwrap_err();
@@ -244,5 +256,13 @@ mod tests {
         let body = format!(r#"{{"model":"a","messages":[{{"role":"user","content":[{part}]}}]}}"#);
         let counted = read(&body).most_prompt_tokens;
         assert!((3000..3200).contains(&counted), "{counted}");
+    }
+
+    #[test]
+    fn the_bound_of_an_answer_is_for_all_its_choices() {
+        let bound = |body: &str| (read(body).max_completion_tokens, read(body).choices);
+        assert_eq!(bound(r#"{"model":"a"}"#), (None, 1));
+        assert_eq!(bound(r#"{"model":"a","max_tokens":7,"n":3}"#), (Some(21), 3));
+        assert_eq!(bound(r#"{"model":"a","max_tokens":7,"max_completion_tokens":9}"#), (Some(9), 1));
     }
 }

@@ -1,0 +1,381 @@
+//! What a key may ask of the models, and what it has had: its buckets, its months, and what is
+//! reserved for requests that are under way. Pure: who keeps it writes it whole, where the version that
+//! was read still stands.
+//!
+//! A request is let in while there is something left, and reserves the most that it can take. So no
+//! limit is exceeded by more than one request, and a single large one is not refused for its bound.
+
+use std::collections::BTreeMap;
+
+use chrono::{Datelike, TimeDelta, TimeZone, Utc};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::api::admin::KeyLimits;
+use crate::clock::Timestamp;
+
+/// Beyond the longest that a request can be under way: what is not settled by then never will be.
+const RESERVED_FOR: TimeDelta = TimeDelta::minutes(20);
+/// Requests of one key under way at once; an account must stay small enough to be written whole.
+const MAX_UNDER_WAY: usize = 1000;
+const PICO_PER_USD: f64 = 1e12;
+
+/// The account of one key. `default` is that of a key that has asked nothing yet.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Account {
+    /// Grows with every write; 0 before the first.
+    pub version: u64,
+    requests: Bucket,
+    tokens: Bucket,
+    /// By their names, such as `2026-11`, in UTC.
+    pub months: BTreeMap<String, Month>,
+    reservations: BTreeMap<Uuid, Reservation>,
+}
+
+/// What was taken and has not come back yet; it comes back evenly, a limit's worth a minute.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+struct Bucket {
+    taken: f64,
+    at: Timestamp,
+}
+
+/// One month's ledger.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Month {
+    /// Settled requests, the estimated ones included.
+    pub requests: u64,
+    /// Those whose usage nobody has told: their clients left, or their servers broke off.
+    pub estimated_requests: u64,
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    /// In picodollars (10⁻¹² USD).
+    pub cost_pico: u64,
+    /// Of the tokens and the cost above, what was estimated.
+    pub estimated_tokens: u64,
+    pub estimated_cost_pico: u64,
+}
+
+/// The most that a request can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ask {
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    pub cost_pico: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Reservation {
+    #[serde(flatten)]
+    ask: Ask,
+    month: String,
+    due_at: Timestamp,
+}
+
+/// What a request has taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Used {
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    pub cost_pico: u64,
+    /// Nobody has told: it counts as no more than what was reserved.
+    pub estimated: bool,
+}
+
+/// Why a request is not let in, and after how many seconds it may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    Requests(u32),
+    Tokens(u32),
+    UnderWay(u32),
+    Budget(u32),
+}
+
+/// What is left of one limit, for the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Left {
+    pub limit: u32,
+    pub remaining: u32,
+    /// Until all of it is there again, in seconds.
+    pub reset_seconds: u32,
+}
+
+/// What is left of both.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lefts {
+    pub requests: Option<Left>,
+    pub tokens: Option<Left>,
+}
+
+impl Bucket {
+    /// As it is at `now`. A clock that goes back gives nothing back.
+    fn at(self, now: Timestamp, limit: u32) -> Self {
+        let seconds = (now - self.at).num_milliseconds().max(0) as f64 / 1e3;
+        Self { taken: (self.taken - seconds * f64::from(limit) / 60.0).max(0.0), at: now.max(self.at) }
+    }
+
+    /// Until no more than `target` is taken.
+    fn seconds_to(self, target: f64, limit: u32) -> u32 {
+        ((self.taken - target).max(0.0) * 60.0 / f64::from(limit.max(1))).ceil() as u32
+    }
+
+    fn left(self, limit: u32) -> Left {
+        let remaining = (f64::from(limit) - self.taken).max(0.0) as u32;
+        Left { limit, remaining, reset_seconds: self.seconds_to(0.0, limit) }
+    }
+}
+
+impl Account {
+    /// The account with a request let in under `id`.
+    ///
+    /// # Errors
+    /// [`Refused`] where a limit is used up.
+    pub fn admit(&self, id: Uuid, limits: &KeyLimits, ask: Ask, now: Timestamp) -> Result<Self, Refused> {
+        let mut after = self.refilled(limits, now);
+        let month = month_of(now);
+        if let Some(limit) = limits.requests_per_minute
+            && after.requests.taken + 1.0 > f64::from(limit) + 1e-6
+        {
+            return Err(Refused::Requests(after.requests.seconds_to(f64::from(limit) - 1.0, limit).max(1)));
+        }
+        if let Some(limit) = limits.tokens_per_minute
+            && after.tokens.taken >= f64::from(limit)
+        {
+            return Err(Refused::Tokens(after.tokens.seconds_to(f64::from(limit) - 1.0, limit).max(1)));
+        }
+        if let Some(budget) = limits.budget_usd_per_month
+            && after.committed_pico(&month) >= (budget * PICO_PER_USD).round() as u64
+        {
+            return Err(Refused::Budget(seconds_to_next_month(now)));
+        }
+        if after.reservations.len() >= MAX_UNDER_WAY {
+            return Err(Refused::UnderWay(1));
+        }
+        after.requests.taken += 1.0;
+        after.tokens.taken += ask.tokens() as f64;
+        after.reservations.insert(id, Reservation { ask, month, due_at: now + RESERVED_FOR });
+        after.version += 1;
+        Ok(after)
+    }
+
+    /// The account with what `id` has really taken in the place of what was reserved for it; `None`
+    /// where that was settled before, or has fallen due.
+    #[must_use]
+    pub fn settle(&self, id: Uuid, used: Used, limits: &KeyLimits, now: Timestamp) -> Option<Self> {
+        let mut after = self.refilled(limits, now);
+        let reservation = after.reservations.remove(&id)?;
+        after.enter(&reservation, used);
+        after.version += 1;
+        Some(after)
+    }
+
+    /// What is left at `now`.
+    #[must_use]
+    pub fn lefts(&self, limits: &KeyLimits, now: Timestamp) -> Lefts {
+        let account = self.refilled(limits, now);
+        Lefts {
+            requests: limits.requests_per_minute.map(|limit| account.requests.left(limit)),
+            tokens: limits.tokens_per_minute.map(|limit| account.tokens.left(limit)),
+        }
+    }
+
+    /// Requests under way, or whose function died.
+    #[must_use]
+    pub fn under_way(&self) -> usize {
+        self.reservations.len()
+    }
+
+    /// At `now`: buckets refilled, and what has fallen due entered as if all of it had been taken.
+    #[must_use]
+    pub fn refilled(&self, limits: &KeyLimits, now: Timestamp) -> Self {
+        let mut after = self.clone();
+        after.requests = after.requests.at(now, limits.requests_per_minute.unwrap_or(u32::MAX));
+        after.tokens = after.tokens.at(now, limits.tokens_per_minute.unwrap_or(u32::MAX));
+        let (due, open) = after.reservations.into_iter().partition(|(_, reservation)| reservation.due_at <= now);
+        after.reservations = open;
+        for reservation in due.values() {
+            let Ask { prompt_tokens, completion_tokens, cost_pico } = reservation.ask;
+            after.enter(reservation, Used { prompt_tokens, completion_tokens, cost_pico, estimated: true });
+        }
+        after
+    }
+
+    fn enter(&mut self, reservation: &Reservation, used: Used) {
+        let ask = reservation.ask;
+        let used = if used.estimated { used.within(ask) } else { used };
+        let tokens = used.prompt_tokens.saturating_add(used.completion_tokens);
+        self.tokens.taken = (self.tokens.taken + tokens as f64 - ask.tokens() as f64).max(0.0);
+        let month = self.months.entry(reservation.month.clone()).or_default();
+        let add = |sum: &mut u64, part: u64| *sum = sum.saturating_add(part);
+        add(&mut month.requests, 1);
+        add(&mut month.prompt_tokens, used.prompt_tokens);
+        add(&mut month.completion_tokens, used.completion_tokens);
+        add(&mut month.cost_pico, used.cost_pico);
+        if used.estimated {
+            add(&mut month.estimated_requests, 1);
+            add(&mut month.estimated_tokens, tokens);
+            add(&mut month.estimated_cost_pico, used.cost_pico);
+        }
+    }
+
+    /// Spent in a month, or reserved in it.
+    fn committed_pico(&self, month: &str) -> u64 {
+        let spent = self.months.get(month).map_or(0, |month| month.cost_pico);
+        let reserved = self.reservations.values().filter(|reservation| reservation.month == month);
+        reserved.fold(spent, |sum, reservation| sum.saturating_add(reservation.ask.cost_pico))
+    }
+}
+
+impl Ask {
+    fn tokens(self) -> u64 {
+        self.prompt_tokens.saturating_add(self.completion_tokens)
+    }
+}
+
+impl Used {
+    fn within(self, ask: Ask) -> Self {
+        Self {
+            prompt_tokens: self.prompt_tokens.min(ask.prompt_tokens),
+            completion_tokens: self.completion_tokens.min(ask.completion_tokens),
+            cost_pico: self.cost_pico.min(ask.cost_pico),
+            estimated: true,
+        }
+    }
+}
+
+fn month_of(now: Timestamp) -> String {
+    now.format("%Y-%m").to_string()
+}
+
+fn seconds_to_next_month(now: Timestamp) -> u32 {
+    let (year, month) = if now.month() == 12 { (now.year() + 1, 1) } else { (now.year(), now.month() + 1) };
+    let next = Utc.with_ymd_and_hms(year, month, 1, 0, 0, 0).single().unwrap_or(now);
+    u32::try_from((next - now).num_seconds()).unwrap_or(0).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::from_millis;
+
+    const ASK: Ask = Ask { prompt_tokens: 100, completion_tokens: 50, cost_pico: 500 };
+    const USED: Used = Used { prompt_tokens: 20, completion_tokens: 10, cost_pico: 90, estimated: false };
+
+    /// 2026-11-30T23:59:00Z.
+    fn start() -> Timestamp {
+        Utc.with_ymd_and_hms(2026, 11, 30, 23, 59, 0).unwrap()
+    }
+
+    fn seconds(count: i64) -> TimeDelta {
+        TimeDelta::seconds(count)
+    }
+
+    fn limits(requests: Option<u32>, tokens: Option<u32>, usd: Option<f64>) -> KeyLimits {
+        KeyLimits { models: None, requests_per_minute: requests, tokens_per_minute: tokens, budget_usd_per_month: usd }
+    }
+
+    /// Lets in as many as it can.
+    fn admit_all(mut account: Account, limits: &KeyLimits, now: Timestamp) -> (Account, Vec<Uuid>, Refused) {
+        let mut ids = Vec::new();
+        loop {
+            let id = Uuid::from_u128(account.version.into());
+            match account.admit(id, limits, ASK, now) {
+                Ok(after) => account = after,
+                Err(refused) => return (account, ids, refused),
+            }
+            ids.push(id);
+        }
+    }
+
+    #[test]
+    fn requests_come_back_evenly_and_a_clock_that_goes_back_gives_none() {
+        let limits = limits(Some(20), None, None);
+        let (account, ids, refused) = admit_all(Account::default(), &limits, start());
+        assert_eq!((ids.len(), refused), (20, Refused::Requests(3)));
+        let left = account.lefts(&limits, start()).requests.unwrap();
+        assert_eq!(left, Left { limit: 20, remaining: 0, reset_seconds: 60 });
+        assert_eq!(admit_all(account.clone(), &limits, start() - seconds(100)).1.len(), 0);
+        assert_eq!(admit_all(account.clone(), &limits, start() + seconds(2)).1.len(), 0);
+        assert_eq!(admit_all(account.clone(), &limits, start() + seconds(3)).1.len(), 1);
+        assert_eq!(admit_all(account, &limits, start() + seconds(3600)).1.len(), 20);
+    }
+
+    #[test]
+    fn tokens_are_exceeded_by_one_request_at_most_and_come_back_when_it_took_less() {
+        let limits = limits(None, Some(400), None);
+        let (account, ids, refused) = admit_all(Account::default(), &limits, start());
+        // 450 of 400: the third was let in with 100 left.
+        assert_eq!((ids.len(), refused), (3, Refused::Tokens(8)));
+        let account = account.settle(ids[0], USED, &limits, start()).unwrap();
+        assert_eq!(account.lefts(&limits, start()).tokens.unwrap().remaining, 400 - 30 - 300);
+        assert_eq!(admit_all(account, &limits, start()).1.len(), 1);
+        // One that is larger than the limit is let in alone.
+        let huge = Ask { prompt_tokens: 100_000, ..ASK };
+        let account = Account::default().admit(Uuid::nil(), &limits, huge, start()).unwrap();
+        assert_eq!(admit_all(account, &limits, start()).1.len(), 0);
+    }
+
+    #[test]
+    fn a_budget_counts_what_is_reserved_and_is_there_anew_with_the_next_month() {
+        let limits = limits(None, None, Some(1200.0 / PICO_PER_USD));
+        let (account, ids, refused) = admit_all(Account::default(), &limits, start());
+        assert_eq!((ids.len(), refused), (3, Refused::Budget(60)));
+        let account = ids.iter().fold(account, |account, id| account.settle(*id, USED, &limits, start()).unwrap());
+        assert_eq!(account.months["2026-11"].cost_pico, 270);
+        assert_eq!(admit_all(account.clone(), &limits, start()).1.len(), 2);
+        let december = start() + seconds(60);
+        let (account, ids, _) = admit_all(account, &limits, december);
+        assert_eq!(ids.len(), 3);
+        // What began in a month is that month's, whenever it ends.
+        let account = account.settle(ids[0], USED, &limits, december + TimeDelta::minutes(5)).unwrap();
+        assert_eq!(account.months.keys().collect::<Vec<_>>(), ["2026-11", "2026-12"]);
+    }
+
+    #[test]
+    fn what_is_settled_is_settled_once() {
+        let none = KeyLimits::default();
+        let account = Account::default().admit(Uuid::nil(), &none, ASK, start()).unwrap();
+        let settled = account.settle(Uuid::nil(), USED, &none, start()).unwrap();
+        assert_eq!(settled.settle(Uuid::nil(), USED, &none, start()), None);
+        let month = settled.months["2026-11"];
+        assert_eq!((month.requests, month.prompt_tokens, month.completion_tokens), (1, 20, 10));
+        assert_eq!((month.estimated_requests, month.estimated_tokens, settled.under_way()), (0, 0, 0));
+    }
+
+    #[test]
+    fn an_estimate_is_flagged_and_never_more_than_what_was_reserved() {
+        let none = KeyLimits::default();
+        let account = Account::default().admit(Uuid::nil(), &none, ASK, start()).unwrap();
+        let wild = Used { prompt_tokens: 7, completion_tokens: 9999, cost_pico: 9999, estimated: true };
+        let month = account.settle(Uuid::nil(), wild, &none, start()).unwrap().months["2026-11"];
+        assert_eq!((month.prompt_tokens, month.completion_tokens, month.cost_pico), (7, 50, 500));
+        assert_eq!((month.estimated_requests, month.estimated_tokens, month.estimated_cost_pico), (1, 57, 500));
+        // What the server says counts, more or less.
+        let real = Used { estimated: false, ..wild };
+        assert_eq!(
+            account.settle(Uuid::nil(), real, &none, start()).unwrap().months["2026-11"].completion_tokens,
+            9999
+        );
+    }
+
+    #[test]
+    fn what_nobody_settles_falls_due_as_if_all_of_it_had_been_taken() {
+        let limits = limits(None, None, Some(500.0 / PICO_PER_USD));
+        let account = Account::default().admit(Uuid::nil(), &limits, ASK, from_millis(0)).unwrap();
+        let due = from_millis(0) + RESERVED_FOR;
+        assert_eq!(account.refilled(&limits, due - TimeDelta::milliseconds(1)).under_way(), 1);
+        let after = account.refilled(&limits, due);
+        let month = after.months["1970-01"];
+        assert_eq!((after.under_way(), month.estimated_requests, month.estimated_cost_pico), (0, 1, 500));
+        assert!(matches!(account.admit(Uuid::max(), &limits, ASK, due), Err(Refused::Budget(_))));
+        assert_eq!(account.settle(Uuid::nil(), USED, &limits, due), None);
+    }
+
+    #[test]
+    fn an_account_is_read_as_it_was_written() {
+        let limits = limits(Some(7), Some(11), Some(0.5));
+        let (account, ids, _) = admit_all(Account::default(), &limits, start());
+        let account = account.settle(ids[0], USED, &limits, start() + seconds(1)).unwrap();
+        let text = serde_json::to_string(&account).unwrap();
+        assert_eq!(serde_json::from_str::<Account>(&text).unwrap(), account);
+    }
+}
