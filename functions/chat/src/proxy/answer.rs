@@ -34,6 +34,13 @@ struct Choice<'a> {
     finish_reason: Option<IgnoredAny>,
 }
 
+impl Choice<'_> {
+    /// LiteLLM sends the usage with one of these.
+    fn is_empty(&self) -> bool {
+        self.finish_reason.is_none() && self.delta.is_none_or(|delta| matches!(delta.get(), "{}" | "null"))
+    }
+}
+
 /// The usage in a whole answer; `None` in the outer place where it is no JSON object at all.
 pub(crate) fn usage_of(body: &[u8]) -> Option<Option<Usage>> {
     serde_json::from_slice::<Body>(body).ok().map(|body| body.usage)
@@ -67,7 +74,7 @@ pub(crate) fn look(event: &Event) -> Seen {
     };
     match usage {
         _ if error.is_some() => Seen::Error,
-        Some(usage) if choices.is_empty() => Seen::UsageAlone(usage),
+        Some(usage) if choices.iter().all(Choice::is_empty) => Seen::UsageAlone(usage),
         usage => {
             // Most servers send a token a chunk; where they send more there are about four bytes to one.
             let of = |choice: &Choice<'_>| {
@@ -100,6 +107,7 @@ mod tests {
         check(r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#, part(1, true, None));
         let numbers = r#""usage":{"prompt_tokens":3,"completion_tokens":5,"total_tokens":8}"#;
         check(&format!(r#"{{"choices":[],{numbers}}}"#), Seen::UsageAlone(USAGE));
+        check(&format!(r#"{{"choices":[{{"index":0,"delta":{{}}}}],{numbers}}}"#), Seen::UsageAlone(USAGE));
         check(
             &format!(r#"{{"choices":[{{"delta":{{}},"finish_reason":"stop"}}],{numbers}}}"#),
             part(1, true, Some(USAGE)),
