@@ -1,11 +1,13 @@
 //! What every implementation of a port must do: one suite, over the embedded adapters and over
 //! those on AWS.
 
+use chat::{Closed, Meter};
 use chrono::TimeDelta;
-use shared::account::{Account, Ask};
+use futures_util::future::join_all;
+use shared::account::{Account, Ask, Refused, Used};
 use shared::api::admin::{KeyLimits, NewKey, Scope};
 use shared::auth::keys::ApiKey;
-use shared::clock::{Timestamp, from_millis};
+use shared::clock::{Clock, Timestamp, from_millis};
 use shared::job::{
     AnswerContent, Input, Job, LlmAnswer, NewJob, Photo, Policy, Record, StoredPrompt, Tombstone, Upload, new_id,
 };
@@ -312,4 +314,32 @@ pub async fn callers_suite(callers: impl Callers) {
     }
     assert_eq!(callers.count_request("bob", 7).await.unwrap(), 1);
     assert_eq!(callers.count_request("alice", 8).await.unwrap(), 1);
+}
+
+/// Twenty processes that ask for one key at once let in what it may, and not one more.
+pub async fn accounts_suite(callers: impl Callers + Clone) {
+    let clock = Clock::manual(start());
+    let limits = KeyLimits { requests_per_minute: Some(30), ..KeyLimits::default() };
+    let ask = Ask { prompt_tokens: 100, completion_tokens: 50, cost_pico: 7 };
+    let used = Used { prompt_tokens: 10, completion_tokens: 5, cost_pico: 3, estimated: false };
+    let process = |_| async {
+        // Each with a meter of its own: what they share is the store.
+        let meter = Meter::new(callers.clone(), clock.clone());
+        let mut let_in = 0;
+        for _ in 0..3 {
+            match meter.admit("0123456789ab", &limits, ask).await {
+                Ok(admitted) => {
+                    meter.settle(&admitted, used).await;
+                    let_in += 1;
+                }
+                Err(Closed::Limit(Refused::Requests(2), _)) => {}
+                Err(other) => panic!("{other:?}"),
+            }
+        }
+        let_in
+    };
+    let let_in: u64 = join_all((0..20).map(process)).await.into_iter().sum();
+    let account = callers.find_account("0123456789ab").await.unwrap();
+    let month = account.months["2023-11"];
+    assert_eq!((let_in, month.requests, month.prompt_tokens, account.under_way()), (30, 30, 300, 0));
 }

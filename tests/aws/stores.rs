@@ -13,7 +13,8 @@ use shared::ports::{BlobStore, Callers, Created, Creation, JobQueue, JobStore, P
 use uuid::Uuid;
 
 use crate::ports::{
-    blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite, queued_bytes_suite, start,
+    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite,
+    queued_bytes_suite, start,
 };
 use crate::support::{fresh_table, of_stage, sdk};
 
@@ -34,6 +35,12 @@ async fn the_job_store_counts_what_is_queued() {
 async fn the_key_store_keeps_its_contract() {
     let sdk = sdk().await;
     callers_suite(DynamoCallers::new(&sdk, fresh_table(&sdk, "CALLERS_TABLE_NAME").await)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_holds_for_many_functions_at_once() {
+    let sdk = sdk().await;
+    accounts_suite(DynamoCallers::new(&sdk, fresh_table(&sdk, "CALLERS_TABLE_NAME").await)).await;
 }
 
 #[tokio::test]

@@ -9,7 +9,8 @@ use shared::ports::{BlobStore, JobQueue, JobStore};
 use uuid::Uuid;
 
 use crate::ports::{
-    blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite, queued_bytes_suite, start,
+    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite,
+    queued_bytes_suite, start,
 };
 
 #[tokio::test]
@@ -146,4 +147,10 @@ async fn the_feed_shows_each_write_until_the_cursor_has_passed_it() {
 async fn the_key_store_keeps_its_contract() {
     let folder = tempfile::tempdir().unwrap();
     callers_suite(SqliteCallers::open(&folder.path().join("callers.sqlite")).unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_holds_for_many_meters_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    accounts_suite(SqliteCallers::open(&folder.path().join("callers.sqlite")).unwrap()).await;
 }

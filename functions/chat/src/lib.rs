@@ -28,7 +28,7 @@ use uuid::Uuid;
 /// The longest that a request is held open, tries and pauses included.
 const TIME: Duration = Duration::from_secs(120);
 
-pub use proxy::meter::Meter;
+pub use proxy::meter::{Admitted, Closed, Meter};
 
 /// What chat works with.
 pub struct Chat<C> {

@@ -30,16 +30,17 @@ pub struct Meter<C> {
 
 /// A request that was let in.
 #[derive(Debug, Clone)]
-pub(crate) struct Admitted {
+pub struct Admitted {
     id: Uuid,
     key_id: String,
     limits: KeyLimits,
     /// For the client, right after it was let in.
-    pub(crate) lefts: Lefts,
+    pub lefts: Lefts,
 }
 
 /// Why a request does not go out.
-pub(crate) enum Closed {
+#[derive(Debug)]
+pub enum Closed {
     Limit(Refused, Lefts),
     Store(Error),
 }
@@ -50,7 +51,10 @@ impl<C: Callers> Meter<C> {
     }
 
     /// Reserves the most that a request can take.
-    pub(crate) async fn admit(&self, key_id: &str, limits: &KeyLimits, ask: Ask) -> Result<Admitted, Closed> {
+    ///
+    /// # Errors
+    /// [`Closed`] where the request must not go out.
+    pub async fn admit(&self, key_id: &str, limits: &KeyLimits, ask: Ask) -> Result<Admitted, Closed> {
         let id = Uuid::new_v4();
         let rule = |account: &Account, now: Timestamp| match account.admit(id, limits, ask, now) {
             Ok(after) => Ok(after),
@@ -63,7 +67,7 @@ impl<C: Callers> Meter<C> {
     }
 
     /// Enters what a request has taken. Where that fails the reservation falls due by itself.
-    pub(crate) async fn settle(&self, admitted: &Admitted, used: Used) {
+    pub async fn settle(&self, admitted: &Admitted, used: Used) {
         // What has fallen due was entered then.
         let rule = |account: &Account, now: Timestamp| {
             account.settle(admitted.id, used, &admitted.limits, now).ok_or(Closed::Store(Error::not_found()))
