@@ -108,7 +108,11 @@ locals {
     { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.enrichment_failures.arn] },
   ]
 
-  may_chat = [local.may_read_secret]
+  may_chat = [
+    local.may_read_secret,
+    # The accounts of keys.
+    { actions = ["dynamodb:PutItem"], resources = local.callers },
+  ]
 
   may_sweep = [
     local.may_write_jobs,

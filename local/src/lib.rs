@@ -18,7 +18,7 @@ use std::time::Duration;
 use admin::Admin;
 use anyhow::Context;
 use axum::serve::ListenerExt;
-use chat::{Chat, Meter, OnLeave};
+use chat::{Cache, Chat, Meter, OnLeave};
 use enrichment::Enrichment;
 use inference::Inference;
 use inference::bundle::Bundle;
@@ -138,6 +138,7 @@ impl Host {
             llm,
             models: Arc::new(Models::from_env(env)?),
             meter: Arc::new(Meter::new(callers.clone(), clock.clone())),
+            cache: Cache::default(),
             on_leave: OnLeave::Cancel,
         };
         let admin =

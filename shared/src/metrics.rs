@@ -5,6 +5,8 @@
 //! embedded host nobody listens. Every metric has the dimension `STAGE`, cold starts `FUNCTION`
 //! besides; what is of a job, a caller or a request is in no dimension.
 
+use std::time::Duration;
+
 use metrics::{Unit, counter, describe_histogram, histogram};
 
 use crate::job::{Job, LlmCall, Status};
@@ -25,6 +27,8 @@ const LLM_PROMPT_TOKENS: &str = "LlmPromptTokens";
 const LLM_COMPLETION_TOKENS: &str = "LlmCompletionTokens";
 const LLM_COST: &str = "LlmCost";
 const LLM_DURATION: &str = "LlmDuration";
+const LLM_FIRST_BYTE_DURATION: &str = "LlmFirstByteDuration";
+const LLM_CACHE_HITS: &str = "LlmCacheHits";
 const QUEUED_DURATION: &str = "QueuedDuration";
 const FETCH_DURATION: &str = "FetchDuration";
 const DECODE_DURATION: &str = "DecodeDuration";
@@ -45,6 +49,8 @@ pub const ALL: &[(&str, Option<Unit>)] = &[
     (LLM_COMPLETION_TOKENS, Some(Unit::Count)),
     (LLM_COST, None),
     (LLM_DURATION, Some(Unit::Milliseconds)),
+    (LLM_FIRST_BYTE_DURATION, Some(Unit::Milliseconds)),
+    (LLM_CACHE_HITS, Some(Unit::Count)),
     (QUEUED_DURATION, Some(Unit::Milliseconds)),
     (FETCH_DURATION, Some(Unit::Milliseconds)),
     (DECODE_DURATION, Some(Unit::Milliseconds)),
@@ -107,6 +113,36 @@ pub fn llm_called(call: &LlmCall, failed: bool) {
     if let Some(cost) = call.cost_usd {
         histogram!(LLM_COST).record(cost);
     }
+}
+
+/// A completion that the proxy has passed on, or has not got.
+pub struct Completion {
+    pub failed: bool,
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    pub cost_usd: Option<f64>,
+    /// From the request to its end.
+    pub duration: Duration,
+    /// From the request to the first byte of the answer.
+    pub first_byte: Option<Duration>,
+}
+
+/// A completion at its end.
+pub fn completion_relayed(completion: &Completion) {
+    let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
+    counter!(LLM_FAILURES).increment(u64::from(completion.failed));
+    counter!(LLM_PROMPT_TOKENS).increment(completion.prompt_tokens);
+    counter!(LLM_COMPLETION_TOKENS).increment(completion.completion_tokens);
+    histogram!(LLM_DURATION).record(millis(completion.duration));
+    duration(LLM_FIRST_BYTE_DURATION, completion.first_byte.map(millis));
+    if let Some(cost) = completion.cost_usd {
+        histogram!(LLM_COST).record(cost);
+    }
+}
+
+/// A completion that the proxy had from before.
+pub fn completion_cached() {
+    counter!(LLM_CACHE_HITS).increment(1);
 }
 
 fn duration(name: &'static str, millis: Option<f64>) {

@@ -87,7 +87,7 @@ const SCENES: &[(Kind, &[Point])] = &[
 ];
 
 /// Between writes of the embedded adapters and of the embedded host's start, its queue and its feed:
-/// on AWS the services do that. `chat` is not deployed yet.
+/// on AWS the services do that. The proxy's account is written around a completion by the same code as here.
 const EMBEDDED_ALONE: &[Point] = &[
     Point::BlobWritten,
     Point::QueueBeforeAck,

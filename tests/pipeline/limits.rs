@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::{Extension, Router};
-use chat::{Chat, Meter, OnLeave};
+use chat::{Cache, Chat, Meter, OnLeave};
 use chrono::TimeDelta;
 use futures_util::future::join_all;
 use reqwest::{Method, Response};
@@ -274,6 +274,7 @@ async fn where_an_answer_is_read_to_its_end_for_a_client_that_left_the_ledger_is
         llm: Arc::new(Llm::Offline),
         models: Arc::new(Models::from_env(&Env::of([("LLM_MODELS_FILE", path.as_str())])).unwrap()),
         meter: Arc::new(Meter::new(callers.clone(), Clock::System)),
+        cache: Cache::default(),
         on_leave: OnLeave::Drain,
     };
     let identity = Identity {

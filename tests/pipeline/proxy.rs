@@ -287,3 +287,47 @@ async fn a_client_that_leaves_ends_the_call_and_nothing_is_tried_again() {
         assert_eq!(llm.calls(), 1);
     }
 }
+
+#[tokio::test]
+async fn the_same_deterministic_request_is_answered_from_the_cache_and_says_so() {
+    let llm = LlmServer::start([]).await;
+    let host = host(&llm).await;
+    let ask = async |body: &Value, headers: &[(&str, &str)]| {
+        let mut request = host.http.post(format!("{}/v1/chat/completions", host.url)).json(body);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        let cache = response.headers().get("x-cache").map(|value| value.to_str().unwrap().to_owned());
+        response.bytes().await.unwrap();
+        cache.unwrap_or_default()
+    };
+    let with = |temperature: Value, stream: bool| {
+        let mut body = asked(stream);
+        body["temperature"] = temperature;
+        body
+    };
+    for (body, headers, first, second, calls) in [
+        (with(json!(0), false), &[][..], "miss", "hit", 1),
+        (with(json!(0.0), false), &[], "miss", "hit", 1),
+        (with(json!(0.5), false), &[], "", "", 2),
+        (asked(false), &[], "", "", 2),
+        (asked(false), &[("x-cache", "use")], "miss", "hit", 1),
+        (with(json!(0), true), &[("x-cache", "use")], "", "", 2),
+        (with(json!(0), false), &[("cache-control", "no-cache")], "", "", 2),
+    ] {
+        let before = llm.calls();
+        assert_eq!((ask(&body, headers).await, ask(&body, headers).await), (first.into(), second.into()), "{body}");
+        assert_eq!(llm.calls() - before, calls, "{body}");
+    }
+    // What failed is not kept.
+    let mut other = with(json!(0), false);
+    other["seed"] = json!(1);
+    llm.behave(Behaviour::Refuse(400, "no".into()));
+    for _ in 0..2 {
+        assert_eq!(crate::proxy::ask(&host, &other).await.status(), 400);
+    }
+    llm.behave(Behaviour::Answer("A growth.".into()));
+    assert_eq!(ask(&other, &[]).await, "miss");
+}

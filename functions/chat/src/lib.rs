@@ -28,6 +28,7 @@ use uuid::Uuid;
 /// The longest that a request is held open, tries and pauses included.
 const TIME: Duration = Duration::from_secs(120);
 
+pub use proxy::cache::Cache;
 pub use proxy::meter::{Admitted, Closed, Meter};
 
 /// What chat works with.
@@ -36,6 +37,7 @@ pub struct Chat<C> {
     /// The models of the proxy.
     pub models: Arc<Models>,
     pub meter: Arc<Meter<C>>,
+    pub cache: Cache,
     pub on_leave: OnLeave,
 }
 

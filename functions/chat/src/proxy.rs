@@ -6,6 +6,7 @@
 //! chat completion" and "Streaming".
 
 mod answer;
+pub(crate) mod cache;
 pub(crate) mod meter;
 mod relay;
 mod request;
@@ -15,7 +16,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
@@ -30,13 +31,14 @@ use shared::error::{Code, Error, OpenAiErrorBody};
 use shared::http::body::{bytes, media_type};
 use shared::http::{self, Caller};
 use shared::llm::models::{Model, Models};
+use shared::metrics::{self, Completion};
 use shared::ports::Callers;
 use tokio::sync::oneshot;
 use tracing::Instrument;
 
 use self::meter::{Closed, Meter};
-use self::relay::{Answer, Head, Outcome, Relay};
-use self::request::Asked;
+use self::relay::{Answer, End, Head, Outcome, Relay};
+use self::request::{Asked, CACHE, Wish};
 use self::upstream::{Failure, Kind};
 use crate::Chat;
 
@@ -47,7 +49,7 @@ const MAX_BODY_BYTES: usize = 6 * 1024 * 1024;
 ///
 /// Any field of OpenAI's API is taken and passed on to the model's server; `model` is a name of
 /// `GET /v1/models`. With `"stream": true` the answer comes as server-sent events as it is made, with
-/// comments while the model is silent. Nothing of it is stored or logged. The answer is the model's
+/// comments while the model is silent. Nothing of it is written to a disk or a log. The answer is the model's
 /// own: unlike a description it is held against no prediction, so show it as what it is.
 #[utoipa::path(
     post,
@@ -81,8 +83,15 @@ pub(crate) async fn completions<C: Callers>(
         return Err(Error::new(Code::UnsupportedMediaType, "Send the request as application/json."));
     }
     let too_long = || Error::new(Code::PayloadTooLarge, "The body is longer than 6 MiB.");
+    let wish = Wish::of(request.headers());
     let asked = Asked::read(bytes(request.into_body(), MAX_BODY_BYTES, too_long).await?)?;
     let model = chat.models.get(&asked.model).filter(|_| identity.limits.allow(&asked.model)).ok_or_else(no_model)?;
+    let cached = asked.key(&caller.0, wish);
+    if let Some(answer) = cached.and_then(|key| chat.cache.get(key, chat.meter.now())) {
+        metrics::completion_cached();
+        tracing::info!(llm.model = model.alias, "completion taken from the cache");
+        return Ok(whole(answer, Some("hit")));
+    }
     let ask = most(&chat.models, model, &asked);
     let relay = Relay {
         models: Arc::clone(&chat.models),
@@ -96,7 +105,13 @@ pub(crate) async fn completions<C: Callers>(
     tokio::spawn(work(Arc::clone(&chat.meter), identity, ask, relay, entry, head).in_current_span());
     let ended = |_| Error::internal("the task of a completion has ended without an answer");
     let (mut response, lefts) = match entered.await.map_err(ended)? {
-        Ok(lefts) => (answered(answer.await.map_err(ended)?), lefts),
+        Ok(lefts) => {
+            let answer = answer.await.map_err(ended)?;
+            if let (Some(key), Ok(Answer::Whole(body))) = (cached, &answer) {
+                chat.cache.put(key, body, chat.meter.now());
+            }
+            (answered(answer, cached.map(|_| "miss")), lefts)
+        }
         Err(Closed::Limit(refused, lefts)) => (closed(refused), lefts),
         Err(Closed::Store(error)) => return Err(error),
     };
@@ -126,12 +141,13 @@ async fn work<C: Callers>(
     // Who has left by now is found to have left when the answer is to go out.
     let _ = entry.send(Ok(admitted.as_ref().map(|admitted| admitted.lefts).unwrap_or_default()));
     let (started, streamed) = (Instant::now(), relay.asked.stream);
-    let outcome = relay.run(head).await;
+    let mut outcome = relay.run(head).await;
     let used = outcome.used();
     if let Some(admitted) = admitted {
         meter.settle(&admitted, used).await;
     }
-    log(&outcome, used, started, streamed);
+    tell(&outcome, used, started, streamed);
+    outcome.release();
 }
 
 /// The most that a request can take, with the model or with the one that stands in.
@@ -145,9 +161,18 @@ fn most(models: &Models, model: &Model, asked: &Asked) -> Ask {
     Ask { prompt_tokens, completion_tokens, cost_pico: costs.max().unwrap_or(0) }
 }
 
-fn answered(head: Head) -> Response {
+/// `cache` is said where the answer might have been in it.
+fn whole(body: Bytes, cache: Option<&'static str>) -> Response {
+    let mut response = ([(header::CONTENT_TYPE, "application/json")], body).into_response();
+    if let Some(cache) = cache {
+        response.headers_mut().insert(CACHE, HeaderValue::from_static(cache));
+    }
+    response
+}
+
+fn answered(head: Head, cache: Option<&'static str>) -> Response {
     match head {
-        Ok(Answer::Whole(body)) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
+        Ok(Answer::Whole(body)) => whole(body, cache),
         Ok(Answer::Stream(mut pieces)) => {
             let pieces = poll_fn(move |context| pieces.poll_recv(context)).map(Ok::<_, Infallible>);
             let headers = [
@@ -275,8 +300,16 @@ fn told(failure: &Failure) -> Error {
     }
 }
 
-/// One line for each request: neither prompt nor answer.
-fn log(outcome: &Outcome, used: Used, started: Instant, streamed: bool) {
+/// One line for each request, neither prompt nor answer, and its metrics.
+fn tell(outcome: &Outcome, used: Used, started: Instant, streamed: bool) {
+    metrics::completion_relayed(&Completion {
+        failed: matches!(outcome.end, End::Failed(_)),
+        prompt_tokens: used.prompt_tokens,
+        completion_tokens: used.completion_tokens,
+        cost_usd: (used.cost_pico > 0).then_some(used.cost_pico as f64 / 1e12),
+        duration: started.elapsed(),
+        first_byte: outcome.first_byte,
+    });
     let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     tracing::info!(
         llm.model = outcome.model.alias,

@@ -50,6 +50,10 @@ impl<C: Callers> Meter<C> {
         Self { callers, clock, turn: Mutex::default() }
     }
 
+    pub(crate) fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
     /// Reserves the most that a request can take.
     ///
     /// # Errors

@@ -77,9 +77,29 @@ pub(crate) struct Outcome {
     pub(crate) first_byte: Option<Duration>,
     /// The client left before the end, whether or not the answer was read on.
     pub(crate) left: bool,
+    /// What the client is still to get.
+    held: Held,
+}
+
+/// The end of an answer. A Lambda stands still once its client has everything, so there this waits for
+/// what must be done before.
+#[derive(Default)]
+struct Held {
+    head: Option<(oneshot::Sender<Head>, Head)>,
+    /// A stream ends with this.
+    body: Option<mpsc::Sender<Bytes>>,
 }
 
 impl Outcome {
+    /// Gives the client the rest.
+    pub(crate) fn release(&mut self) {
+        let Held { head, body } = std::mem::take(&mut self.held);
+        drop(body);
+        if let Some((sender, head)) = head {
+            self.left |= sender.send(head).is_err();
+        }
+    }
+
     /// What it took: as the server says, or as it is guessed where nobody says, tries that may be
     /// billed included.
     pub(crate) fn used(&self) -> Used {
@@ -94,6 +114,7 @@ impl Outcome {
 
 /// The way to the client.
 struct Client {
+    held: Held,
     head: Option<oneshot::Sender<Head>>,
     body: Option<mpsc::Sender<Bytes>>,
     on_leave: OnLeave,
@@ -130,7 +151,7 @@ impl Client {
     /// Tells of a failure: by a status where nothing was sent yet, else by an event.
     async fn fail(&mut self, failure: Failure, request_id: &str) {
         match self.head.take() {
-            Some(head) => self.left |= head.send(Err(failure)).is_err(),
+            Some(head) => self.held.head = Some((head, Err(failure))),
             None => {
                 self.send(error_event(&told(&failure), request_id)).await;
             }
@@ -147,7 +168,8 @@ impl Relay {
     /// Runs until the answer is with the client, or nobody wants it any more.
     pub(crate) async fn run(self, head: oneshot::Sender<Head>) -> Outcome {
         let started = Instant::now();
-        let mut client = Client { head: Some(head), body: None, on_leave: self.on_leave, left: false };
+        let mut client =
+            Client { held: Held::default(), head: Some(head), body: None, on_leave: self.on_leave, left: false };
         let prompt_tokens = self.asked.most_prompt_tokens.div_ceil(TOKEN_BYTES);
         let mut outcome = Outcome {
             end: End::Left,
@@ -158,6 +180,7 @@ impl Relay {
             guessed: Usage::default(),
             first_byte: None,
             left: false,
+            held: Held::default(),
         };
         let begun = self.begin(started + LONGEST, &mut client, &mut outcome).await;
         outcome.first_byte = begun.as_ref().and_then(|begun| begun.is_ok().then(|| started.elapsed()));
@@ -174,7 +197,7 @@ impl Relay {
                 outcome.guessed = Usage { prompt_tokens, completion_tokens };
                 outcome.usage = usage;
                 if let Some(head) = client.head.take() {
-                    client.left = head.send(Ok(Answer::Whole(body))).is_err();
+                    client.held.head = Some((head, Ok(Answer::Whole(body))));
                 } else {
                     // Its client was promised a stream, and the server has none.
                     client.send(as_events(&body)).await;
@@ -186,6 +209,10 @@ impl Relay {
             }
         }
         outcome.left = client.left;
+        outcome.held = Held { body: client.body.take(), ..client.held };
+        if self.on_leave == OnLeave::Cancel {
+            outcome.release();
+        }
         outcome
     }
 
@@ -227,8 +254,11 @@ impl Relay {
             }
             if let Some(end) = taken.end {
                 outcome.end = end;
-                // Whoever reads may go; the connection can be used again once it is read to its end.
-                (client.head, client.body) = (None, None);
+                if self.on_leave == OnLeave::Cancel {
+                    // Whoever reads may go.
+                    client.body = None;
+                }
+                // The connection can be used again once it is read to its end.
                 let _ = timeout(LAST_BYTES, response.chunk()).await;
                 return;
             }

@@ -5,14 +5,45 @@
 use std::ops::Range;
 
 use axum::body::Bytes;
+use axum::http::{HeaderMap, HeaderName, header};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use shared::error::Error;
 use shared::http::body::invalid;
 
+use super::cache::Key;
+
 /// What one mention of a picture counts in a bound of the prompt's tokens; a picture has two.
 const PICTURE_TOKENS: u64 = 1500;
 const WITH_USAGE: &str = r#"{"include_usage":true}"#;
+
+/// What tells of the cache in an answer, and lets it be used in a request.
+pub(crate) const CACHE: HeaderName = HeaderName::from_static("x-cache");
+
+/// What the client wants of the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// That what is the same each time anyway comes from there.
+    Default,
+    /// `x-cache: use`: that this request's answer does, be it another each time.
+    Use,
+    /// `cache-control: no-cache` or `no-store`: to be asked anew, and not kept.
+    Avoid,
+}
+
+impl Wish {
+    pub(crate) fn of(headers: &HeaderMap) -> Self {
+        let has = |name: HeaderName, word: &str| {
+            let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+            values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(word))
+        };
+        match () {
+            () if has(header::CACHE_CONTROL, "no-cache") || has(header::CACHE_CONTROL, "no-store") => Self::Avoid,
+            () if has(CACHE, "use") => Self::Use,
+            () => Self::Default,
+        }
+    }
+}
 
 /// A request that can be passed on.
 #[derive(Debug)]
@@ -30,6 +61,8 @@ pub(crate) struct Asked {
     pub(crate) max_completion_tokens: Option<u64>,
     /// How many answers are asked for.
     pub(crate) choices: u64,
+    /// The same request has the same answer, as far as a model can.
+    deterministic: bool,
     /// The model's name, quotes included.
     name: Range<usize>,
     usage: Edit,
@@ -56,6 +89,8 @@ struct Fields<'a> {
     max_tokens: Option<u64>,
     max_completion_tokens: Option<u64>,
     n: Option<u64>,
+    #[serde(borrow)]
+    temperature: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -96,10 +131,17 @@ impl Asked {
             most_prompt_tokens: most_tokens(text),
             max_completion_tokens: max_tokens.map(|tokens| tokens.saturating_mul(choices)),
             choices,
+            deterministic: fields.temperature.is_some_and(|value| value.get().parse() == Ok(0.0)),
             name: place(text, name),
             usage,
             body,
         })
+    }
+
+    /// Under which the answer may be kept for `caller`, if it may.
+    pub(crate) fn key(&self, caller: &str, wish: Wish) -> Option<Key> {
+        let may = !self.stream && (wish == Wish::Use || wish == Wish::Default && self.deterministic);
+        may.then(|| Key::of(caller, &self.body))
     }
 
     /// The body for the upstream, which calls the model `name`.
