@@ -290,16 +290,20 @@ async fn every_described_operation_answers_and_every_answer_is_described() {
         "DELETE /result/{request_id}",
         "GET /admin/dead-letters",
         "GET /admin/keys",
+        "GET /admin/keys/{id}/usage",
         "GET /healthz",
         "GET /result",
         "GET /result/{request_id}",
         "GET /results",
+        "GET /v1/models",
+        "GET /v1/models/{model}",
         "POST /admin/dead-letters/redrive",
         "POST /admin/jobs/{request_id}/redrive",
         "POST /admin/keys",
         "POST /chat",
         "POST /submit",
         "POST /uploads",
+        "POST /v1/chat/completions",
     ];
     assert_eq!(operations, expected);
 }

@@ -198,7 +198,7 @@ async fn a_budget_is_kept_and_the_ledger_agrees_with_the_server_through_retries_
 }
 
 #[tokio::test]
-async fn a_key_sees_and_asks_the_models_that_it_may_and_chat_is_closed_to_it() {
+async fn a_key_sees_and_asks_the_models_that_it_may_and_finds_no_way_around_its_limits() {
     let scene = Scene::new([]).await;
     let key = scene.key(json!({"models": ["slow"]})).await;
     assert_eq!(scene.ask(&key, &asked(false)).await.status(), 404);
@@ -208,9 +208,11 @@ async fn a_key_sees_and_asks_the_models_that_it_may_and_chat_is_closed_to_it() {
     let listed: Value = scene.host.get("/v1/models", &key.key).await.json().await.unwrap();
     assert_eq!(listed["data"].as_array().unwrap().len(), 1);
     assert_eq!(scene.host.status(Method::GET, "/v1/models/fast", &key.key).await, 404);
-    let chat = scene.host.request(Method::POST, "/chat", &key.key);
-    let chat = chat.json(&json!({"messages": [{"role": "user", "content": "?"}]})).send().await.unwrap();
-    assert_eq!(chat.status(), 403);
+    for path in ["/chat", "/submit"] {
+        let elsewhere = scene.host.request(Method::POST, path, &key.key);
+        let elsewhere = elsewhere.json(&json!({"messages": [{"role": "user", "content": "?"}]})).send().await.unwrap();
+        assert_eq!(elsewhere.status(), 403, "{path}");
+    }
     assert_eq!(scene.llm.calls(), 1);
     let month = scene.ledger(&key).await;
     assert_eq!((&month["requests"], &month["cost_usd"]), (&json!(1), &json!(0.0)), "slow has no price");

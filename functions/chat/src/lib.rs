@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use axum::extract::{Request, State};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
-use shared::api::admin::KeyLimits;
 use shared::api::chat::{ChatAnswer, ChatBody, TokenUsage};
 use shared::auth::Identity;
 use shared::error::{Code, Error, ErrorBody, OpenAiErrorBody};
@@ -82,7 +81,7 @@ pub fn router<C: Callers>(chat: Arc<Chat<C>>) -> Router {
         (status = 200, description = "The answer.", body = ChatAnswer),
         (status = 400, description = "The body is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
-        (status = 403, description = "Without the scope jobs, or a guest; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs, with limits, or a guest; or not addressed to a loopback name.", body = ErrorBody),
         (status = 404, description = "This host has no LLM.", body = ErrorBody),
         (status = 413, description = "More than 1 MiB.", body = ErrorBody),
         (status = 415, description = "Not JSON.", body = ErrorBody),
@@ -101,10 +100,7 @@ async fn chat<C: Callers>(
     if caller.is_guest() {
         return Err(Error::new(Code::Forbidden, "The LLM answers to callers with credentials."));
     }
-    // Nobody counts here what a limit is about.
-    if identity.limits != KeyLimits::default() {
-        return Err(Error::new(Code::Forbidden, "This key has limits, which are kept at /v1/chat/completions alone."));
-    }
+    identity.without_limits()?;
     chat.answer(body::read(request).await?).await.map(Json)
 }
 

@@ -13,14 +13,15 @@ mod uploads;
 
 use std::sync::Arc;
 
-use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use axum::{Extension, Router};
 use chrono::TimeDelta;
 use sha2::{Digest, Sha256};
 use shared::api::{SubmitBody, Submitted, UploadBody, UploadPermit};
+use shared::auth::Identity;
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::create;
@@ -111,7 +112,7 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
             )),
         (status = 400, description = "The body, a parameter or a header is not valid.", body = ErrorBody),
         (status = 401, description = "No credentials.", body = ErrorBody),
-        (status = 403, description = "Without the scope jobs; a guest's prompt; or not addressed to a loopback name.", body = ErrorBody),
+        (status = 403, description = "Without the scope jobs; a prompt of a guest, or of a key with limits; or not addressed to a loopback name.", body = ErrorBody),
         (status = 404, description = "Nothing was uploaded under this `image_key`; or a prompt, and this host has no LLM.", body = ErrorBody),
         (status = 409, description = "The key was used for other content, or the upload for another job.", body = ErrorBody),
         (status = 413, description = "A photo of more than 4 MiB, 50 megapixels, or 200 MB decoded; a prompt of more than 1 MiB.", body = ErrorBody),
@@ -124,6 +125,7 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
 async fn submit<J: JobStore, Q: JobQueue, B: BlobStore>(
     State(submit): State<Arc<Submit<J, Q, B>>>,
     caller: Caller,
+    Extension(identity): Extension<Identity>,
     request: Request,
 ) -> Result<Response, Error> {
     let key = idempotency_key(request.headers())?;
@@ -132,7 +134,10 @@ async fn submit<J: JobStore, Q: JobQueue, B: BlobStore>(
         Asked::Upload { image_key, describe } => {
             (submit.accept_upload(&caller, key, image_key, describe).await?, Status::Pending)
         }
-        Asked::Prompt(prompt) => (submit.accept_prompt(&caller, key, &prompt).await?, Status::AwaitingDescription),
+        Asked::Prompt(prompt) => {
+            identity.without_limits()?;
+            (submit.accept_prompt(&caller, key, &prompt).await?, Status::AwaitingDescription)
+        }
     };
     let body = Submitted { request_id: id, status };
     let mut response = (StatusCode::ACCEPTED, axum::Json(body)).into_response();

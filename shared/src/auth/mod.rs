@@ -60,6 +60,17 @@ impl Identity {
         Err(Error::new(Code::Forbidden, format!("These credentials do not have the scope \"{}\".", scope.as_str())))
     }
 
+    /// For what asks an LLM without a look at the limits of keys.
+    ///
+    /// # Errors
+    /// 403 for a key that has some.
+    pub fn without_limits(&self) -> Result<(), Error> {
+        if self.limits == KeyLimits::default() {
+            return Ok(());
+        }
+        Err(Error::new(Code::Forbidden, "This key has limits, which are kept at /v1/chat/completions alone."))
+    }
+
     fn with_jobs(caller: String) -> Self {
         Self { caller, scopes: vec![Scope::Jobs], key_id: None, limits: KeyLimits::default() }
     }
