@@ -6,7 +6,7 @@ locals {
   # No claim outlives the longest invocation of a function that claims. One of enrichment's may be as
   # long as a prompt takes; the claim on a description in it ends with LEASE_SECONDS.
   lease_seconds              = max(var.function_timeout_seconds, var.enrichment_timeout_seconds)
-  enrichment_timeout_seconds = max(var.enrichment_timeout_seconds, var.llm_base_url == null ? 0 : var.prompt_timeout_seconds)
+  enrichment_timeout_seconds = max(var.enrichment_timeout_seconds, local.has_llm ? var.prompt_timeout_seconds : 0)
 
   # Of all functions.
   environment = {
@@ -38,26 +38,31 @@ locals {
   # Made by scripts/package --with-model.
   other_packages     = var.model_uri == "package" ? { inference = "inference-with-model" } : {}
   secret_environment = { SECRET_ARN = aws_secretsmanager_secret.functions.arn }
+  # Which LLM there is, if any; submit is told as much, and takes prompts.
+  has_llm = var.llm_base_url != null || var.bedrock_agent != null
+  llm_name = {
+    LLM_BASE_URL     = var.llm_base_url
+    BEDROCK_AGENT_ID = try(var.bedrock_agent.agent_id, null)
+  }
   # Without a server its settings are of no use, and refused.
-  llm_environment = var.llm_base_url == null ? {} : {
-    LLM_BASE_URL                   = var.llm_base_url
+  llm_environment = !local.has_llm ? {} : merge(local.llm_name, {
     LLM_MODEL                      = var.llm_model
-    LLM_MAX_TOKENS                 = var.llm_max_tokens
-    LLM_TEMPERATURE                = var.llm_temperature
+    LLM_MAX_TOKENS                 = var.llm_base_url == null ? null : var.llm_max_tokens
+    LLM_TEMPERATURE                = var.llm_base_url == null ? null : var.llm_temperature
     LLM_TIMEOUT_SECONDS            = var.llm_timeout_seconds
     LLM_PROMPT_USD_PER_MILLION     = var.llm_prompt_usd_per_million
     LLM_COMPLETION_USD_PER_MILLION = var.llm_completion_usd_per_million
-  }
+    BEDROCK_AGENT_ALIAS_ID         = try(var.bedrock_agent.alias_id, null)
+    BEDROCK_AGENT_MEMORY           = try(var.bedrock_agent.has_memory, null)
+  })
 
   functions = {
     submit = {
       # Shows each photo to a decoder.
       memory_mb       = 1024
       timeout_seconds = local.http_timeout_seconds
-      environment = merge(local.queue_environment, local.blob_environment, local.caller_environment, {
+      environment = merge(local.queue_environment, local.blob_environment, local.caller_environment, local.llm_name, {
         MAX_QUEUED_MB = var.max_queued_mb
-        # Says that prompts are taken; enrichment calls it.
-        LLM_BASE_URL = var.llm_base_url
       })
       permissions = concat(local.may_submit, local.may_check_callers)
     }
@@ -91,14 +96,14 @@ locals {
       memory_mb       = 256
       timeout_seconds = local.enrichment_timeout_seconds
       environment     = merge(local.blob_environment, local.secret_environment, local.llm_environment)
-      permissions     = local.may_enrich
+      permissions     = concat(local.may_enrich, local.may_invoke_agent)
     }
     chat = {
       memory_mb = 256
       # Lambda's longest: an LLM takes its time, and says when it is over.
       timeout_seconds = 900
       environment     = merge(local.secret_environment, local.llm_environment, local.caller_environment)
-      permissions     = concat(local.may_chat, local.may_check_callers)
+      permissions     = concat(local.may_chat, local.may_invoke_agent, local.may_check_callers)
     }
     sweep = {
       memory_mb       = 256

@@ -1,3 +1,12 @@
+# Of an agent's ARN, which is made elsewhere.
+data "aws_caller_identity" "this" {
+  count = var.bedrock_agent == null ? 0 : 1
+}
+
+data "aws_partition" "this" {
+  count = var.bedrock_agent == null ? 0 : 1
+}
+
 # What each function may do: every action and every resource by name.
 locals {
   jobs    = [aws_dynamodb_table.jobs.arn]
@@ -113,6 +122,14 @@ locals {
     # The accounts of keys.
     { actions = ["dynamodb:PutItem"], resources = local.callers },
   ]
+
+  # One alias of one agent; what the agent itself may do is its own role's affair.
+  may_invoke_agent = [for agent in var.bedrock_agent[*] : {
+    actions = ["bedrock:InvokeAgent"]
+    resources = [
+      "arn:${one(data.aws_partition.this[*].partition)}:bedrock:${var.region}:${one(data.aws_caller_identity.this[*].account_id)}:agent-alias/${agent.agent_id}/${agent.alias_id}",
+    ]
+  }]
 
   may_sweep = [
     local.may_write_jobs,

@@ -266,6 +266,17 @@ variable "llm_base_url" {
   default     = null
 }
 
+variable "bedrock_agent" {
+  description = "An agent of Amazon Bedrock in the stage's region and account, instead of a server: its id, its alias's, and whether it has a memory (BEDROCK_AGENT_ID, BEDROCK_AGENT_ALIAS_ID, BEDROCK_AGENT_MEMORY)."
+  type        = object({ agent_id = string, alias_id = string, has_memory = optional(bool, false) })
+  default     = null
+
+  validation {
+    condition     = var.bedrock_agent == null || var.llm_base_url == null
+    error_message = "bedrock_agent and llm_base_url are two LLMs: set one."
+  }
+}
+
 variable "llm_model" {
   description = "The model to ask for (LLM_MODEL)."
   type        = string

@@ -12,7 +12,6 @@ use shared::Error;
 use shared::crash::{self, Point};
 use shared::embedded::Change;
 use shared::job::{Dispatch, Record};
-use shared::llm::Llm;
 use shared::ports::JobStore;
 use tokio::sync::watch::Receiver;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -42,7 +41,7 @@ struct Turns {
 
 impl Turns {
     fn new(host: &Host) -> Self {
-        let offline = matches!(*host.enrichment.llm, Llm::Offline);
+        let offline = host.enrichment.llm.is_offline();
         let descriptions = Semaphore::new(if offline { OFFLINE_DESCRIPTIONS } else { DESCRIPTIONS });
         Self { descriptions, prompts: Semaphore::new(PROMPTS) }
     }

@@ -102,7 +102,7 @@ impl Host {
         let (library, sessions) = (config.ort_library.clone(), config.inference_workers);
         let model = Arc::new(tokio::task::spawn_blocking(move || Model::load(bundle, &library, sessions)).await??);
 
-        let llm = Arc::new(Llm::from_env(env)?);
+        let llm = Arc::new(llm(env).await?);
         let submit = Submit {
             jobs: store.clone(),
             queue: queue.clone(),
@@ -110,7 +110,7 @@ impl Host {
             clock: clock.clone(),
             policy,
             max_queued_bytes: config.max_queued_bytes,
-            has_llm: matches!(*llm, Llm::OpenAi(_)),
+            has_llm: !llm.is_offline(),
             upload_turns: Semaphore::new(UPLOAD_TURNS),
         };
         let results =
@@ -231,4 +231,13 @@ async fn access(config: &Config, env: &Env, callers: &Keys, clock: &Clock) -> an
     }
     let (callers, limits, clock) = (callers.clone(), config.limits, clock.clone());
     Ok(Access::Checked(Box::new(Checks { callers, tokens, limits, clock })))
+}
+
+/// Who answers. Only for an agent of Bedrock is AWS's SDK asked, which may look for credentials in the network.
+async fn llm(env: &Env) -> anyhow::Result<Llm> {
+    #[cfg(feature = "bedrock")]
+    if env.text("BEDROCK_AGENT_ID")?.is_some() {
+        return Ok(Llm::with_agents(env, &shared::aws::sdk_config().await)?);
+    }
+    Ok(Llm::from_env(env)?)
 }

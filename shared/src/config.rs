@@ -93,6 +93,19 @@ impl Env {
         }
     }
 
+    /// That none of some variables is set.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for the first that is, and `why` it may not be.
+    pub fn none_of(&self, names: &[&str], why: &str) -> Result<(), ConfigError> {
+        for name in names {
+            if self.text(name)?.is_some() {
+                return Err(ConfigError::new(name, why));
+            }
+        }
+        Ok(())
+    }
+
     /// A value that must never be printed.
     ///
     /// # Errors
@@ -139,12 +152,12 @@ pub fn max_queued_bytes(env: &Env) -> Result<u64, ConfigError> {
     Ok(env.number("MAX_QUEUED_MB", 4096, 1, 1_000_000)? * 1_000_000)
 }
 
-/// Whether `LLM_BASE_URL` is set, for a function that does not call the LLM itself.
+/// Whether `LLM_BASE_URL` or `BEDROCK_AGENT_ID` is set, for a function that does not call the LLM itself.
 ///
 /// # Errors
-/// [`ConfigError`] where it is not UTF-8.
+/// [`ConfigError`] where one is not UTF-8.
 pub fn has_llm(env: &Env) -> Result<bool, ConfigError> {
-    Ok(env.text("LLM_BASE_URL")?.is_some())
+    Ok(env.text("LLM_BASE_URL")?.is_some() || env.text("BEDROCK_AGENT_ID")?.is_some())
 }
 
 #[cfg(test)]

@@ -51,6 +51,32 @@ run "with_the_cache_in_redis" {
   }
 }
 
+run "an_agent_is_invoked_by_those_who_ask_and_through_its_alias_alone" {
+  command = plan
+
+  variables {
+    bedrock_agent = { agent_id = "AGENT12345", alias_id = "TSTALIASID" }
+  }
+
+  assert {
+    condition     = [for key, it in module.function : key if can(regex("bedrock:InvokeAgent", it.policy))] == ["chat", "enrichment"]
+    error_message = "Others have nothing to ask an agent."
+  }
+
+  assert {
+    condition = alltrue([
+      for key in ["chat", "enrichment"] :
+      can(regex("\\[\"bedrock:InvokeAgent\"\\],\"Effect\":\"Allow\",\"Resource\":\\[\"arn:aws:bedrock:eu-central-1:111122223333:agent-alias/AGENT12345/TSTALIASID\"\\]", module.function[key].policy))
+    ])
+    error_message = "Another agent, or another alias, could be invoked."
+  }
+
+  assert {
+    condition     = local.functions["submit"].environment.BEDROCK_AGENT_ID == "AGENT12345" && local.functions["enrichment"].timeout_seconds >= 300
+    error_message = "Submit would refuse prompts, or their answers be cut off."
+  }
+}
+
 run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
   command = plan
 

@@ -236,6 +236,18 @@ run "chat_is_open_through_its_address_alone" {
   }
 }
 
+run "two_llms_are_refused" {
+  command = plan
+
+  variables {
+    llm_base_url  = "https://llm.example/v1"
+    llm_model     = "m"
+    bedrock_agent = { agent_id = "AGENT12345", alias_id = "TSTALIASID" }
+  }
+
+  expect_failures = [var.bedrock_agent]
+}
+
 run "the_bundle_is_pinned" {
   command = plan
 

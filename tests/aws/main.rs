@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod bedrock;
 mod chat;
 mod events;
 mod kill;

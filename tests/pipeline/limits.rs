@@ -273,7 +273,7 @@ async fn where_an_answer_is_read_to_its_end_for_a_client_that_left_the_ledger_is
     let (folder, path) = models_file(&json!({"fast": {"base_url": llm.base_url()}}));
     let callers = SqliteCallers::open(&folder.path().join("callers.sqlite")).unwrap();
     let chat = Chat {
-        llm: Arc::new(Llm::Offline),
+        llm: Arc::new(Llm::from_env(&Env::of([] as [(&str, &str); 0])).unwrap()),
         models: Arc::new(Models::from_env(&Env::of([("LLM_MODELS_FILE", path.as_str())])).unwrap()),
         meter: Arc::new(Meter::new(callers.clone(), Clock::System)),
         cache: Cache::default(),

@@ -3,21 +3,23 @@
 use axum::extract::Request;
 use shared::api::chat::{ChatBody, ChatMessage, MAX_BODY_BYTES, check};
 use shared::error::Error;
+use shared::http::Caller;
 use shared::http::body::{invalid, json};
-use shared::llm::{Format, Message, Prompt};
+use shared::llm::{Format, Message, Prompt, session_of};
 
 /// # Errors
 /// 400, 413 or 415.
-pub(crate) async fn read(request: Request) -> Result<Prompt, Error> {
+pub(crate) async fn read(request: Request, caller: &Caller) -> Result<Prompt, Error> {
     let shape = r#"{"messages": [{"role", "content"}], "temperature", "max_tokens"}, the last two optional"#;
-    prompt(json(request, MAX_BODY_BYTES, shape).await?)
+    prompt(json(request, MAX_BODY_BYTES, shape).await?, caller)
 }
 
-fn prompt(body: ChatBody) -> Result<Prompt, Error> {
+fn prompt(body: ChatBody, caller: &Caller) -> Result<Prompt, Error> {
     let ChatBody { messages, temperature, max_tokens } = body;
     check(&messages, temperature, max_tokens).map_err(invalid)?;
     let messages = messages.into_iter().map(|ChatMessage { role, content }| Message { role, content }).collect();
-    Ok(Prompt { messages, temperature, max_tokens, format: Format::Text })
+    let session = Some(session_of(&caller.0));
+    Ok(Prompt { messages, temperature, max_tokens, format: Format::Text, session })
 }
 
 #[cfg(test)]
@@ -29,7 +31,7 @@ mod tests {
     use super::*;
 
     fn parse(body: &str) -> Result<Prompt, Error> {
-        prompt(object(body.as_bytes(), "a conversation")?)
+        prompt(object(body.as_bytes(), "a conversation")?, &Caller("ward".to_owned()))
     }
 
     fn refused(body: &str) -> String {

@@ -101,16 +101,16 @@ async fn chat<C: Callers>(
         return Err(Error::new(Code::Forbidden, "The LLM answers to callers with credentials."));
     }
     identity.without_limits()?;
-    chat.answer(body::read(request).await?).await.map(Json)
+    chat.answer(body::read(request, &caller).await?).await.map(Json)
 }
 
 impl<C> Chat<C> {
     async fn answer(&self, prompt: Prompt) -> Result<ChatAnswer, Error> {
-        let Llm::OpenAi(server) = &*self.llm else {
+        if self.llm.is_offline() {
             return Err(Error::new(Code::LlmNotConfigured, "This host has no LLM; its operator sets LLM_BASE_URL."));
-        };
+        }
         let started = Instant::now();
-        let (answer, tries) = server.complete(&prompt, started + TIME).await;
+        let (answer, tries) = self.llm.complete(&prompt, started + TIME).await;
         let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let tokens = |of: fn(&Answer) -> Option<u64>| answer.as_ref().ok().and_then(of);
         tracing::info!(
@@ -124,7 +124,7 @@ impl<C> Chat<C> {
         let answer = answer.map_err(trouble)?;
         Ok(ChatAnswer {
             id: answer.id.unwrap_or_else(|| format!("chatcmpl-{}", Uuid::new_v4().simple())),
-            model: answer.model.unwrap_or_else(|| server.model().to_owned()),
+            model: answer.model.unwrap_or_else(|| self.llm.model().to_owned()),
             content: answer.text,
             finish_reason: answer.finish_reason,
             usage: TokenUsage { prompt_tokens: answer.prompt_tokens, completion_tokens: answer.completion_tokens },

@@ -10,17 +10,15 @@ use shared::api::describe;
 use shared::aws::{Stage, flush_after};
 use shared::clock::Clock;
 use shared::http;
-use shared::llm::Llm;
 use shared::llm::models::Models;
 use utoipa::OpenApi;
 
 #[tokio::main]
 async fn main() -> Result<(), lambda_http::Error> {
     let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
-    let secrets = stage.secrets()?;
     let chat = Chat {
-        models: Arc::new(Models::with_secrets(&stage.env, &secrets)?),
-        llm: Llm::from_env(&stage.env)?.with_secrets(secrets).into(),
+        models: Arc::new(Models::with_secrets(&stage.env, &stage.secrets()?)?),
+        llm: stage.llm()?.into(),
         meter: Arc::new(Meter::new(stage.callers()?, Clock::System)),
         cache: Cache::default(),
         // A function is not stopped when its client leaves.

@@ -11,7 +11,7 @@ use shared::api::chat::{ChatMessage, Role};
 use shared::api::prompt::{AnswerFormat, PromptRequest};
 use shared::crash::{self, Point};
 use shared::job::{AnswerContent, FailureCode, Job, LlmAnswer, LlmCall, LlmTrouble, prompt_key};
-use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt};
+use shared::llm::{Answer, Format, LlmError, Message, Prompt, session_of};
 use shared::ports::{BlobStore, JobStore};
 use shared::transition::transition;
 
@@ -29,14 +29,16 @@ const NO_STORE: LlmTrouble = LlmTrouble { code: FailureCode::AttemptsExhausted, 
 impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
     /// Works a claimed prompt.
     pub(crate) async fn answer(&self, job: &Job) -> Result<(), Error> {
-        let Llm::OpenAi(server) = &*self.llm else { return self.release(job, NO_LLM, None, None).await };
+        if self.llm.is_offline() {
+            return self.release(job, NO_LLM, None, None).await;
+        }
         let request = match self.request(job).await {
             Ok(Some(request)) => request,
             Ok(None) => return self.release(job, NO_PROMPT, None, None).await,
             Err(error) => return self.store_failed(job, &error, None).await,
         };
         let format = request.format;
-        let (answer, mut call) = self.ask(server, &prompt(request), job).await;
+        let (answer, mut call) = self.ask(&prompt(request, &job.caller), job).await;
         crash::here(Point::EnrichmentAnswered);
         let failed = answer.is_err();
         let usable = answer.map_err(|error| (trouble(&error), error.wait())).and_then(|answer| {
@@ -113,7 +115,7 @@ impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
     }
 }
 
-fn prompt(request: PromptRequest) -> Prompt {
+fn prompt(request: PromptRequest, caller: &str) -> Prompt {
     let PromptRequest { mut messages, max_tokens, temperature, format } = request;
     let format = match format {
         AnswerFormat::Text => Format::Text,
@@ -124,7 +126,7 @@ fn prompt(request: PromptRequest) -> Prompt {
         messages.insert(0, ChatMessage { role: Role::System, content: SPEAK_JSON.to_owned() });
     }
     let messages = messages.into_iter().map(|ChatMessage { role, content }| Message { role, content }).collect();
-    Prompt { messages, max_tokens, temperature, format }
+    Prompt { messages, max_tokens, temperature, format, session: Some(session_of(caller)) }
 }
 
 /// What the caller is shown of an answer; `None` where it is not the JSON that was asked for.
@@ -183,7 +185,7 @@ mod tests {
         ] {
             let messages_in = vec![ChatMessage { role: Role::User, content: content.to_owned() }];
             let request = PromptRequest { messages: messages_in, max_tokens: None, temperature: None, format };
-            assert_eq!(prompt(request).messages.len(), messages, "{content}");
+            assert_eq!(prompt(request, "ward").messages.len(), messages, "{content}");
         }
     }
 }

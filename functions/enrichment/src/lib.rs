@@ -21,7 +21,7 @@ use shared::api::chat::Role;
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::job::{Description, DescriptionSource, Input, Job, LlmCall, Policy, Reading, Record, Refused};
-use shared::llm::{Answer, Format, Llm, LlmError, Message, OpenAi, Prompt, template};
+use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt, template};
 use shared::metrics;
 use shared::ports::{BlobStore, JobStore};
 use shared::telemetry;
@@ -155,8 +155,10 @@ impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
     /// A description, and the call to the LLM that it took. Errors are those that a later call may
     /// not meet.
     async fn describe(&self, job: &Job, reading: &Reading) -> (Result<Description, LlmError>, Option<LlmCall>) {
-        let Llm::OpenAi(server) = &*self.llm else { return (Ok(template::describe(reading, None)), None) };
-        let (answer, mut call) = self.ask(server, &prompt(reading), job).await;
+        if self.llm.is_offline() {
+            return (Ok(template::describe(reading, None)), None);
+        }
+        let (answer, mut call) = self.ask(&prompt(reading), job).await;
         let failed = answer.is_err();
         let described = match answer {
             Ok(answer) => Ok(description(reading, &answer).unwrap_or_else(|code| {
@@ -173,14 +175,14 @@ impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
 
     /// Asks the LLM within the claim's lease. A prompt's answer may take all of it, a description's
     /// as long as `LLM_TIMEOUT_SECONDS` gives each try. The call is for the ledger.
-    async fn ask(&self, server: &OpenAi, prompt: &Prompt, job: &Job) -> (Result<Answer, LlmError>, LlmCall) {
+    async fn ask(&self, prompt: &Prompt, job: &Job) -> (Result<Answer, LlmError>, LlmCall) {
         let at = self.clock.now();
         let lease = job.lease_until.and_then(|until| (until - at).to_std().ok()).unwrap_or(Duration::ZERO);
         let started = Instant::now();
         let deadline = started + (lease - MARGIN.min(lease / 4));
         let (answer, tries) = match job.is_prompt() {
-            true => server.complete_at_length(prompt, deadline).await,
-            false => server.complete(prompt, deadline).await,
+            true => self.llm.complete_at_length(prompt, deadline).await,
+            false => self.llm.complete(prompt, deadline).await,
         };
         let answered = answer.as_ref().ok();
         let call = LlmCall {
@@ -192,7 +194,7 @@ impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
             finish_reason: answered.and_then(|answer| answer.finish_reason.clone()),
             prompt_tokens: answered.and_then(|answer| answer.prompt_tokens),
             completion_tokens: answered.and_then(|answer| answer.completion_tokens),
-            cost_usd: answered.and_then(|answer| server.cost_usd(answer)),
+            cost_usd: answered.and_then(|answer| self.llm.cost_usd(answer)),
         };
         (answer, call)
     }
@@ -293,6 +295,8 @@ fn prompt(reading: &Reading) -> Prompt {
         max_tokens: None,
         temperature: None,
         format: Format::Schema { name: "explanation", schema },
+        // Of its own: no description shall know of another.
+        session: None,
     }
 }
 

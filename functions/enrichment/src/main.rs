@@ -4,7 +4,6 @@ use enrichment::{Enrichment, Event};
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use shared::aws::Stage;
 use shared::clock;
-use shared::llm::Llm;
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
@@ -12,7 +11,7 @@ async fn main() -> Result<(), Error> {
     let enrichment = Enrichment {
         jobs: stage.jobs()?,
         blobs: stage.blobs()?,
-        llm: Llm::from_env(&stage.env)?.with_secrets(stage.secrets()?).into(),
+        llm: stage.llm()?.into(),
         clock: stage.clock.clone(),
         policy: stage.policy,
     };

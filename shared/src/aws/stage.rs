@@ -10,6 +10,7 @@ use crate::cache::PredictionCache;
 use crate::clock::Clock;
 use crate::config::{self, ConfigError, Env};
 use crate::job::Policy;
+use crate::llm::Llm;
 
 /// The stage that this process serves; each port names its variables.
 pub struct Stage {
@@ -85,6 +86,15 @@ impl Stage {
             limits: Limits::from_env(&self.env)?,
             clock: self.clock.clone(),
         }))))
+    }
+
+    /// Who answers: the agent of `BEDROCK_AGENT_ID`, or the server of `LLM_BASE_URL` with the key of the
+    /// stage's secret.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for the first variable that is not right.
+    pub fn llm(&self) -> Result<Llm, ConfigError> {
+        Ok(Llm::with_agents(&self.env, &self.sdk)?.with_secrets(self.secrets()?))
     }
 
     /// `SECRET_ARN`.

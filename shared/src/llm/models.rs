@@ -12,7 +12,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use super::key::Key;
-use super::openai::{self, Prices};
+use super::terms::{self, Prices};
 #[cfg(feature = "aws")]
 use crate::aws::Secrets;
 use crate::config::{ConfigError, Env};
@@ -140,7 +140,7 @@ impl Models {
         let mut model = settings
             .model(alias.to_owned(), key, client)
             .map_err(|problem| ConfigError::new("LLM_BASE_URL", problem))?;
-        model.prices = openai::prices(env)?;
+        model.prices = terms::prices(env)?;
         Ok(Self(BTreeMap::from([(alias.to_owned(), Arc::new(model))])))
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Wire format: OpenAI's API reference, "Create chat completion".
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
@@ -11,19 +11,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::key::Key;
-use super::{Answer, Format, LlmError, Prompt};
+use super::{Answer, Format, LlmError, MAX_ANSWER_BYTES, Prompt, finally, retryable};
 #[cfg(feature = "aws")]
 use crate::aws::Secrets;
 use crate::config::{ConfigError, Env};
 use crate::error::Error;
-
-/// An answer larger than this is not read on. A million characters of content fit; written into the
-/// answer of a Lambda, which escapes it once more, it stays below the 6 MB that Lambda takes.
-const MAX_RESPONSE_BYTES: usize = 5 * 1024 * 1024 / 2;
-/// The first pause between two tries; doubles, with full jitter.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// Tries within one call of [`OpenAi::complete`].
-const MAX_TRIES: u32 = 3;
 
 /// A server that speaks OpenAI's protocol.
 pub struct OpenAi {
@@ -33,16 +25,6 @@ pub struct OpenAi {
     key: Key,
     max_tokens: u32,
     temperature: f32,
-    /// For one try, from connect to the last byte.
-    attempt_timeout: Duration,
-    prices: Option<Prices>,
-}
-
-/// What a million tokens cost, in USD.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Prices {
-    pub(super) prompt: f64,
-    pub(super) completion: f64,
 }
 
 /// Under which the stage's secret holds the key.
@@ -51,28 +33,12 @@ const SECRET_NAME: &str = "LLM_API_KEY";
 
 impl OpenAi {
     /// `LLM_BASE_URL` (such as `https://api.openai.com/v1`), `LLM_MODEL`, `LLM_API_KEY`,
-    /// `LLM_MAX_TOKENS`, `LLM_TEMPERATURE`, `LLM_TIMEOUT_SECONDS`, and the prices of tokens; `None` where
-    /// there is no base URL.
+    /// `LLM_MAX_TOKENS`, `LLM_TEMPERATURE`; `None` where there is no base URL.
     ///
     /// # Errors
     /// [`ConfigError`] where one does not parse, or the model is missing.
     pub fn from_env(env: &Env) -> Result<Option<Self>, ConfigError> {
-        let Some(base) = env.text("LLM_BASE_URL")? else {
-            for name in [
-                "LLM_MODEL",
-                "LLM_API_KEY",
-                "LLM_MAX_TOKENS",
-                "LLM_TEMPERATURE",
-                "LLM_TIMEOUT_SECONDS",
-                "LLM_PROMPT_USD_PER_MILLION",
-                "LLM_COMPLETION_USD_PER_MILLION",
-            ] {
-                if env.text(name)?.is_some() {
-                    return Err(ConfigError::new(name, "is of no use without LLM_BASE_URL"));
-                }
-            }
-            return Ok(None);
-        };
+        let Some(base) = env.text("LLM_BASE_URL")? else { return Ok(None) };
         let url = format!("{}/chat/completions", base.trim_end_matches('/'));
         let url: reqwest::Url =
             url.parse().map_err(|_| ConfigError::new("LLM_BASE_URL", "is no URL such as https://api.openai.com/v1"))?;
@@ -101,60 +67,13 @@ impl OpenAi {
             key,
             max_tokens: env.number("LLM_MAX_TOKENS", 500, 1, 100_000)?,
             temperature: env.number("LLM_TEMPERATURE", 0.7, 0.0, 2.0)?,
-            attempt_timeout: Duration::from_secs(env.number("LLM_TIMEOUT_SECONDS", 30, 1, 600)?),
-            prices: prices(env)?,
         }))
-    }
-
-    /// What an answer cost, where prices are set and the server says what it has used.
-    #[must_use]
-    pub fn cost_usd(&self, answer: &Answer) -> Option<f64> {
-        let prices = self.prices?;
-        let (prompt, completion) = (answer.prompt_tokens? as f64, answer.completion_tokens? as f64);
-        Some((prompt * prices.prompt + completion * prices.completion) / 1e6)
     }
 
     /// `LLM_MODEL`.
     #[must_use]
     pub fn model(&self) -> &str {
         &self.model
-    }
-
-    /// Asks, and asks again where that may help, until `deadline`. Gives the answer, or the error
-    /// of the last try, and how many tries it took.
-    pub async fn complete(&self, prompt: &Prompt, deadline: Instant) -> (Result<Answer, LlmError>, u32) {
-        self.complete_within(self.attempt_timeout, prompt, deadline).await
-    }
-
-    /// As [`OpenAi::complete`], for whoever waits longer: one try may take all the time that is left.
-    pub async fn complete_at_length(&self, prompt: &Prompt, deadline: Instant) -> (Result<Answer, LlmError>, u32) {
-        self.complete_within(Duration::MAX, prompt, deadline).await
-    }
-
-    async fn complete_within(
-        &self,
-        attempt_timeout: Duration,
-        prompt: &Prompt,
-        deadline: Instant,
-    ) -> (Result<Answer, LlmError>, u32) {
-        let body = self.body(prompt);
-        let mut tries = 1;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let error = match tokio::time::timeout(left.min(attempt_timeout), self.attempt(&body)).await {
-                Ok(Ok(answer)) => return (Ok(answer), tries),
-                Ok(Err(error)) => error,
-                Err(_) => retryable("llm_timeout"),
-            };
-            let jitter = FIRST_PAUSE.mul_f64(f64::from(1 << (tries - 1)) * rand::random_range(0.5..1.0));
-            let pause = error.retry_after.unwrap_or(jitter);
-            let left = deadline.saturating_duration_since(Instant::now());
-            if !error.retryable || tries == MAX_TRIES || pause >= left {
-                return (Err(error), tries);
-            }
-            tokio::time::sleep(pause).await;
-            tries += 1;
-        }
     }
 
     fn body(&self, prompt: &Prompt) -> Value {
@@ -190,7 +109,9 @@ impl OpenAi {
         Self { key: Key::Stage { secrets, name: SECRET_NAME.to_owned() }, ..self }
     }
 
-    async fn attempt(&self, body: &Value) -> Result<Answer, LlmError> {
+    /// One try.
+    pub(super) async fn attempt(&self, prompt: &Prompt) -> Result<Answer, LlmError> {
+        let body = &self.body(prompt);
         let key = self.key.current().await.map_err(no_key)?;
         let mut response = self.send(body, key.as_ref()).await?;
         if response.status() == StatusCode::UNAUTHORIZED
@@ -206,7 +127,7 @@ impl OpenAi {
         let mut bytes = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|_| retryable("llm_unavailable"))? {
             bytes.extend_from_slice(&chunk);
-            if bytes.len() > MAX_RESPONSE_BYTES {
+            if bytes.len() > MAX_ANSWER_BYTES {
                 return Err(finally("llm_invalid_response"));
             }
         }
@@ -224,34 +145,9 @@ impl OpenAi {
     }
 }
 
-/// `LLM_PROMPT_USD_PER_MILLION` and `LLM_COMPLETION_USD_PER_MILLION`; without them nobody counts money.
-pub(super) fn prices(env: &Env) -> Result<Option<Prices>, ConfigError> {
-    let (prompt, completion) = ("LLM_PROMPT_USD_PER_MILLION", "LLM_COMPLETION_USD_PER_MILLION");
-    let prices = (env.parse("LLM_PROMPT_USD_PER_MILLION")?, env.parse("LLM_COMPLETION_USD_PER_MILLION")?);
-    let in_bounds = |name: &str, price: f64| {
-        // Written so that NaN is refused as well.
-        let wrong = || ConfigError::new(name, "must lie between 0 and 10000");
-        (0.0..=10_000.0).contains(&price).then_some(price).ok_or_else(wrong)
-    };
-    match prices {
-        (None, None) => Ok(None),
-        (Some(a), Some(b)) => Ok(Some(Prices { prompt: in_bounds(prompt, a)?, completion: in_bounds(completion, b)? })),
-        (Some(_), None) => Err(ConfigError::new(completion, format!("is needed with {prompt}"))),
-        (None, Some(_)) => Err(ConfigError::new(prompt, format!("is needed with {completion}"))),
-    }
-}
-
 fn no_key(error: Error) -> LlmError {
     tracing::warn!(error.code = error.code().as_str(), error.chain = error.chain(), "key of the LLM not read");
     retryable("llm_unavailable")
-}
-
-fn retryable(code: &'static str) -> LlmError {
-    LlmError { code, retryable: true, retry_after: None }
-}
-
-fn finally(code: &'static str) -> LlmError {
-    LlmError { code, retryable: false, retry_after: None }
 }
 
 fn refusal(status: StatusCode, headers: &HeaderMap) -> LlmError {

@@ -44,6 +44,12 @@ mock_resource "aws_sns_topic" {
 mock_resource "aws_elasticache_serverless_cache" {
   defaults = { endpoint = [{ address = "cache.example", port = 6379 }] }
 }
+mock_data "aws_caller_identity" {
+  defaults = { account_id = "111122223333" }
+}
+mock_data "aws_partition" {
+  defaults = { partition = "aws" }
+}
 mock_data "aws_availability_zones" {
   defaults = { names = ["eu-central-1a", "eu-central-1b"] }
 }

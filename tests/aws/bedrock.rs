@@ -1,0 +1,291 @@
+//! Agents of Bedrock: a stand-in whose frames AWS's own library writes, for what an agent may do
+//! wrong; and the emulator's, which answers in one piece.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use aws_config::SdkConfig;
+use aws_smithy_eventstream::frame::write_message_to;
+use aws_smithy_types::event_stream::{Header, HeaderValue, Message as Frame};
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use local::{Config, Host};
+use reqwest::Client;
+use serde_json::{Value, json};
+use shared::api::chat::Role;
+use shared::clock::Clock;
+use shared::config::Env;
+use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt, session_of};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use crate::events::Functions;
+use crate::support::{root, sdk, within};
+
+const AGENT: &str = "AGENT12345";
+const ALIAS: &str = "TSTALIASID";
+const SETTINGS: [(&str, &str); 4] = [
+    ("BEDROCK_AGENT_ID", AGENT),
+    ("BEDROCK_AGENT_ALIAS_ID", ALIAS),
+    ("LLM_PROMPT_USD_PER_MILLION", "1"),
+    ("LLM_COMPLETION_USD_PER_MILLION", "4"),
+];
+
+/// What the stand-in does with one call.
+enum Behaviour {
+    /// Frames, and then the end of the stream.
+    Frames(Vec<Vec<u8>>),
+    /// Frames, and then the connection breaks.
+    CutOff(Vec<Vec<u8>>),
+    /// A status, and the exception's name.
+    Exception(u16, &'static str),
+}
+
+/// What an agent was asked.
+#[derive(Clone)]
+struct Asked {
+    agent: String,
+    alias: String,
+    session: String,
+    body: Value,
+}
+
+struct Agent {
+    script: Mutex<VecDeque<Behaviour>>,
+    asked: Mutex<Vec<Asked>>,
+}
+
+/// The stand-in, and a client of it.
+async fn agent(script: impl IntoIterator<Item = Behaviour>, extra: &[(&str, &str)]) -> (Arc<Agent>, Llm) {
+    let agent = Arc::new(Agent { script: Mutex::new(script.into_iter().collect()), asked: Mutex::default() });
+    let path = "/agents/{agent}/agentAliases/{alias}/sessions/{session}/text";
+    let router = Router::new().route(path, post(invoke)).with_state(Arc::clone(&agent));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    // Not the loaded configuration with another address: the environment's would win.
+    let loaded = sdk().await;
+    let mut config = SdkConfig::builder().endpoint_url(url).region(loaded.region().cloned());
+    config
+        .set_behavior_version(loaded.behavior_version())
+        .set_credentials_provider(loaded.credentials_provider())
+        .set_http_client(loaded.http_client())
+        .set_sleep_impl(loaded.sleep_impl());
+    let config = config.build();
+    let llm = Llm::with_agents(&Env::of([&SETTINGS, extra].concat()), &config).unwrap();
+    (agent, llm)
+}
+
+async fn invoke(
+    State(state): State<Arc<Agent>>,
+    Path((agent, alias, session)): Path<(String, String, String)>,
+    body: axum::body::Bytes,
+) -> Response {
+    let body = serde_json::from_slice(&body).unwrap();
+    state.asked.lock().unwrap().push(Asked { agent, alias, session, body });
+    let next = state.script.lock().unwrap().pop_front();
+    let stream = [("content-type", "application/vnd.amazon.eventstream")];
+    match next.unwrap() {
+        Behaviour::Frames(frames) => (stream, frames.concat()).into_response(),
+        Behaviour::CutOff(frames) => {
+            let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+            let parts = frames.into_iter().map(Ok).chain([Err(broken)]);
+            (stream, Body::from_stream(futures_util::stream::iter(parts))).into_response()
+        }
+        Behaviour::Exception(status, name) => {
+            let status = StatusCode::from_u16(status).unwrap();
+            (status, [("x-amzn-errortype", name)], "{\"message\": \"secret\"}").into_response()
+        }
+    }
+}
+
+fn frame(headers: [(&'static str, &'static str); 2], payload: &Value) -> Vec<u8> {
+    let header = |(name, value): (&'static str, &'static str)| Header::new(name, HeaderValue::String(value.into()));
+    let mut message = Frame::new(payload.to_string().into_bytes());
+    for named in headers.into_iter().chain([(":content-type", "application/json")]) {
+        message = message.add_header(header(named));
+    }
+    let mut bytes = Vec::new();
+    write_message_to(&message, &mut bytes).unwrap();
+    bytes
+}
+
+fn event(name: &'static str, payload: &Value) -> Vec<u8> {
+    frame([(":message-type", "event"), (":event-type", name)], payload)
+}
+
+fn chunk(bytes: &[u8]) -> Vec<u8> {
+    event("chunk", &json!({"bytes": STANDARD.encode(bytes)}))
+}
+
+fn exception(name: &'static str) -> Vec<u8> {
+    frame([(":message-type", "exception"), (":exception-type", name)], &json!({"message": "secret"}))
+}
+
+/// A trace as an agent sends it of each model that it asks.
+fn usage(stage: &str, prompt: u64, completion: u64) -> Vec<u8> {
+    let usage = json!({"inputTokens": prompt, "outputTokens": completion});
+    let output = json!({"traceId": "t", "metadata": {"usage": usage}});
+    event("trace", &json!({"sessionId": "s", "trace": {stage: {"modelInvocationOutput": output}}}))
+}
+
+fn prompt(text: &str, session: Option<String>) -> Prompt {
+    let said = |role, content: &str| Message { role, content: content.to_owned() };
+    let earlier = [said(Role::User, "Earlier."), said(Role::Assistant, "Answered.")];
+    let messages = [vec![said(Role::System, "Be short.")], earlier.into(), vec![said(Role::User, text)]].concat();
+    Prompt { messages, max_tokens: None, temperature: None, format: Format::Text, session }
+}
+
+async fn ask(llm: &Llm) -> (Result<Answer, LlmError>, u32) {
+    llm.complete(&prompt("Hello?", Some(session_of("ward"))), Instant::now() + Duration::from_secs(30)).await
+}
+
+#[tokio::test]
+async fn chunks_are_one_answer_and_traces_say_what_it_took() {
+    let whole = "A naevus \u{2013} a mole.".as_bytes();
+    // The dash is three bytes, and comes in two pieces.
+    let frames = vec![
+        usage("preProcessingTrace", 100, 10),
+        chunk(&whole[..10]),
+        event("trace", &json!({"sessionId": "s", "trace": {"orchestrationTrace": {"rationale": {"text": "secret"}}}})),
+        chunk(&whole[10..]),
+        usage("orchestrationTrace", 20, 5),
+    ];
+    let (agent, llm) = agent([Behaviour::Frames(frames)], &[]).await;
+    let (answer, tries) = ask(&llm).await;
+    let answer = answer.unwrap();
+    assert_eq!((answer.text.as_bytes(), tries), (whole, 1));
+    assert_eq!((answer.prompt_tokens, answer.completion_tokens), (Some(120), Some(15)));
+    assert_eq!(llm.cost_usd(&answer), Some((120.0 + 60.0) / 1e6));
+    let asked = agent.asked.lock().unwrap()[0].clone();
+    assert_eq!((asked.agent.as_str(), asked.alias.as_str()), (AGENT, ALIAS));
+    // What was said before it has in its session.
+    assert_eq!(asked.body["inputText"], "Be short.\n\nHello?");
+    assert!(asked.body.get("memoryId").is_none(), "{}", asked.body);
+}
+
+#[tokio::test]
+async fn what_breaks_in_the_middle_is_asked_again_and_nothing_of_it_is_kept() {
+    let half = || vec![chunk(b"Half an ")];
+    let broken = || Behaviour::Frames([half(), vec![exception("dependencyFailedException")]].concat());
+    let whole = Behaviour::Frames(vec![chunk(b"Whole.")]);
+    let (_, llm) = agent([broken(), Behaviour::CutOff(half()), whole], &[]).await;
+    let (answer, tries) = ask(&llm).await;
+    assert_eq!((answer.unwrap().text.as_str(), tries), ("Whole.", 3));
+    let (_, llm) = agent([broken(), broken(), broken()], &[]).await;
+    let (answer, tries) = ask(&llm).await;
+    let error = answer.unwrap_err();
+    assert_eq!((error.code, error.retryable, tries), ("llm_unavailable", true, 3));
+}
+
+#[tokio::test]
+async fn each_exception_has_the_code_of_its_kind() {
+    for (status, name, code, tries) in [
+        (429, "ThrottlingException", "llm_rate_limited", 3),
+        (400, "ServiceQuotaExceededException", "llm_rate_limited", 3),
+        (403, "AccessDeniedException", "llm_refused", 1),
+        (404, "ResourceNotFoundException", "llm_refused", 1),
+        (400, "ValidationException", "llm_refused", 1),
+        (500, "InternalServerException", "llm_unavailable", 3),
+    ] {
+        let (agent, llm) = agent((0..tries).map(|_| Behaviour::Exception(status, name)), &[]).await;
+        let (answer, tried) = ask(&llm).await;
+        assert_eq!((answer.unwrap_err().code, tried), (code, tries), "{name}");
+        assert_eq!(agent.asked.lock().unwrap().len(), tries as usize);
+    }
+    // In the middle of a stream as well.
+    let throttled = || Behaviour::Frames(vec![chunk(b"Half"), exception("throttlingException")]);
+    let (_, llm) = agent([throttled(), throttled(), throttled()], &[]).await;
+    assert_eq!(ask(&llm).await.0.unwrap_err().code, "llm_rate_limited");
+}
+
+#[tokio::test]
+async fn what_is_no_text_or_too_much_of_it_is_no_answer() {
+    let control = event("returnControl", &json!({"invocationId": "i", "invocationInputs": []}));
+    for frames in [vec![control], vec![chunk(&[0xC3])], vec![chunk(&[b'x'; 60_000]); 50]] {
+        let (_, llm) = agent([Behaviour::Frames(frames)], &[]).await;
+        let (answer, tries) = ask(&llm).await;
+        assert_eq!((answer.unwrap_err().code, tries), ("llm_invalid_response", 1));
+    }
+}
+
+#[tokio::test]
+async fn a_caller_has_one_session_and_memory_and_nobody_elses() {
+    let answers = || (0..4).map(|_| Behaviour::Frames(vec![chunk(b"Yes.")]));
+    let (agent, llm) = agent(answers(), &[("BEDROCK_AGENT_MEMORY", "true")]).await;
+    let ward = Some(session_of("ward"));
+    for session in [ward.clone(), ward, Some(session_of("surgery")), None] {
+        llm.complete(&prompt("Hello?", session), Instant::now() + Duration::from_secs(30)).await.0.unwrap();
+    }
+    let asked = agent.asked.lock().unwrap().clone();
+    let sessions: Vec<_> = asked.iter().map(|asked| asked.session.as_str()).collect();
+    assert_eq!(sessions[0], sessions[1]);
+    assert!(sessions[1] != sessions[2] && sessions[2] != sessions[3] && sessions[3] != sessions[1], "{sessions:?}");
+    assert!(sessions.iter().all(|session| !session.contains("ward") && session.len() <= 100), "{sessions:?}");
+    let memories: Vec<_> = asked.iter().map(|asked| asked.body["memoryId"].as_str()).collect();
+    assert_eq!(memories, [Some(sessions[0]), Some(sessions[0]), Some(sessions[2]), None]);
+}
+
+#[tokio::test]
+async fn settings_that_make_no_sense_keep_a_function_from_starting() {
+    let sdk = sdk().await;
+    for (settings, named) in [
+        (vec![("BEDROCK_AGENT_ID", AGENT)], "BEDROCK_AGENT_ALIAS_ID"),
+        (vec![("BEDROCK_AGENT_ID", "../else"), ("BEDROCK_AGENT_ALIAS_ID", ALIAS)], "BEDROCK_AGENT_ID"),
+        ([&SETTINGS[..2], &[("LLM_MODEL", "m")]].concat(), "LLM_MODEL"),
+        ([&SETTINGS[..2], &[("LLM_BASE_URL", "http://x/v1"), ("LLM_MODEL", "m")]].concat(), "BEDROCK_AGENT_ID"),
+    ] {
+        let error = Llm::with_agents(&Env::of(settings), &sdk).err().unwrap();
+        assert_eq!(error.name, named, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn the_embedded_host_answers_conversations_and_prompts_by_an_agent() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, library) =
+        (root().join("model"), Env::of_process().text("ORT_DYLIB_PATH").unwrap().unwrap().to_owned());
+    let own = [
+        ("DATA_DIR", folder.path().to_str().unwrap()),
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+        ("MODEL_DIR", model.to_str().unwrap()),
+        ("ORT_DYLIB_PATH", library.as_str()),
+    ];
+    let env = Env::of([&SETTINGS[..], &own].concat());
+    let host = Host::open(Config::from_env(&env).unwrap(), &env, Clock::System).await.unwrap();
+    let ((stop, stopped), (ready, address)) = (oneshot::channel::<()>(), oneshot::channel());
+    let running = tokio::spawn(host.run(async { drop(stopped.await) }, |address| ready.send(address).unwrap()));
+    let (url, http) = (format!("http://{}", address.await.unwrap()), Client::builder().no_proxy().build().unwrap());
+    let post = async |path: &str, body: Value| -> Value {
+        http.post(format!("{url}{path}")).json(&body).send().await.unwrap().json().await.unwrap()
+    };
+    let said =
+        |text: &Value| text.as_str().is_some_and(|text| text.contains(AGENT) && text.contains("reply for prompt#"));
+    let answer = post("/chat", json!({"messages": [{"role": "user", "content": "Hello?"}]})).await;
+    assert!(said(&answer["content"]) && answer["model"] == format!("{AGENT}/{ALIAS}"), "{answer}");
+    let id = post("/submit", json!({"prompt": "Hello?"})).await["request_id"].as_str().unwrap().to_owned();
+    within("the prompt is answered", async || {
+        let result: Value = http.get(format!("{url}/result/{id}")).send().await.unwrap().json().await.unwrap();
+        assert_ne!(result["status"], "failed", "{result}");
+        said(&result["content"])
+    })
+    .await;
+    drop(stop);
+    running.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn enrichment_asks_the_agent_from_its_package_and_does_not_take_every_answer() {
+    let mut functions = Functions::start("bea", &SETTINGS).await;
+    let job = functions.run("mole-drawn.png").await;
+    // The emulator's agent says that it is one, and not what a naevus is.
+    assert_eq!(job.description.unwrap().fallback.as_deref(), Some("llm_invalid_answer"));
+    assert_eq!(job.llm_calls.iter().map(|call| call.outcome.as_str()).collect::<Vec<_>>(), ["llm_invalid_answer"]);
+}
