@@ -2,8 +2,9 @@
 //! in front of any server that speaks it.
 //!
 //! Triggered by HTTP. The request goes to the model's server and its answer to the client, as they
-//! came but for the model's name and the usage of streams; the account of the caller's key is written. Wire format: OpenAI's API reference, "Create
-//! chat completion" and "Streaming".
+//! came but for the model's name and the usage of streams; the account of the caller's key is written.
+//!
+//! Wire format: OpenAI's API reference, "Create chat completion" and "Streaming".
 
 mod answer;
 pub(crate) mod cache;
