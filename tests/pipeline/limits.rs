@@ -241,6 +241,7 @@ async fn limits_that_cannot_be_are_refused_when_a_key_is_made() {
         json!({"requests_per_minute": 0}),
         json!({"tokens_per_minute": 0}),
         json!({"tokens_per_minute": -1}),
+        json!({"tokens_per_minute": 1_000_000_001}),
         json!({"budget_usd_per_month": -0.1}),
         json!({"budget_usd_per_month": 1e7}),
     ] {

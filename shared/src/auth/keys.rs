@@ -3,6 +3,8 @@
 //! Triggered by a request that carries one, and by whoever makes one. Reads and writes nothing by
 //! itself.
 
+use std::ops::RangeInclusive;
+
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -16,6 +18,8 @@ const PREFIX: &str = "lesion_";
 const ID_BYTES: usize = 6;
 const SECRET_BYTES: usize = 32;
 const MAX_NAME_CHARS: usize = 100;
+/// Requests or tokens a minute.
+const LIMITS: RangeInclusive<u32> = 1..=1_000_000_000;
 
 /// A key as it is stored.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,8 +100,8 @@ fn check(new: &NewKey, now: Timestamp) -> Result<(), Error> {
         "\"expires_at\" has passed."
     } else if new.models.as_ref().is_some_and(|models| !are_models(models)) {
         "\"models\" is 1 to 100 names of GET /v1/models, each of at most 200 characters."
-    } else if new.requests_per_minute == Some(0) || new.tokens_per_minute == Some(0) {
-        "\"requests_per_minute\" and \"tokens_per_minute\" are at least 1."
+    } else if [new.requests_per_minute, new.tokens_per_minute].iter().flatten().any(|limit| !LIMITS.contains(limit)) {
+        "\"requests_per_minute\" and \"tokens_per_minute\" are 1 to 1000000000."
     } else if new.budget_usd_per_month.is_some_and(|budget| !(0.0..=1e6).contains(&budget)) {
         "\"budget_usd_per_month\" is 0 to 1000000."
     } else {
