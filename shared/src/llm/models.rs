@@ -246,7 +246,7 @@ impl Model {
     /// Whether `text` holds the key of the model's server, as a refusal that quotes it does.
     pub async fn quotes_key(&self, text: &[u8]) -> bool {
         match self.key.current().await {
-            Ok(Some(key)) => text.windows(key.expose_secret().len()).any(|part| part == key.expose_secret().as_bytes()),
+            Ok(Some(key)) => holds(text, key.expose_secret()),
             Ok(None) => false,
             Err(_) => true,
         }
@@ -268,6 +268,11 @@ pub enum SendError {
     Http(#[from] reqwest::Error),
     #[error(transparent)]
     Key(#[from] Error),
+}
+
+/// A stage's secret may hold an empty key, which nothing quotes.
+fn holds(text: &[u8], key: &str) -> bool {
+    !key.is_empty() && text.windows(key.len()).any(|part| part == key.as_bytes())
 }
 
 // A file to read takes the embedded host's temporary folders.
@@ -330,5 +335,13 @@ mod tests {
         let keyed = format!(r#"{{"models": {{"a": {{{url}, "api_key_name": "NO_SUCH"}}}}}}"#);
         assert_eq!(read(&keyed, &[]).err().unwrap().name, "NO_SUCH");
         assert_eq!(read(&keyed, &[("NO_SUCH", "sk\n-secret")]).err().unwrap().name, "NO_SUCH");
+    }
+
+    #[test]
+    fn a_key_is_found_wherever_it_stands_and_an_empty_one_nowhere() {
+        assert!(holds(b"Incorrect API key provided: sk-7.", "sk-7"));
+        assert!(!holds(b"Incorrect API key provided: sk-*.", "sk-7"));
+        assert!(!holds(b"sk", "sk-7"));
+        assert!(!holds(b"Incorrect API key provided: .", ""));
     }
 }
