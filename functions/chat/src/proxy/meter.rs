@@ -109,8 +109,8 @@ impl<C: Callers> Meter<C> {
 /// What a client is told of a limit that is used up.
 pub(crate) fn told(refused: Refused) -> Error {
     let (message, seconds) = match refused {
-        Refused::Requests(seconds) => ("This key has made its requests for now.", seconds),
-        Refused::Tokens(seconds) => ("This key has used its tokens for now.", seconds),
+        Refused::Requests(seconds) => ("This key has used up its requests.", seconds),
+        Refused::Tokens(seconds) => ("This key has used up its tokens.", seconds),
         Refused::UnderWay(seconds) => ("Too many requests of this key are under way.", seconds),
         Refused::Budget(seconds) => {
             let message = "This key has spent its budget, or has reserved the rest, until the next month begins.";

@@ -16,8 +16,8 @@ use super::request::Asked;
 
 /// Tries with one model.
 const MAX_TRIES: u32 = 2;
-/// The first pause between two tries; doubles, with jitter.
-const FIRST_PAUSE: Duration = Duration::from_millis(400);
+/// The longest pause between the tries, where the server asks for none.
+const PAUSE: Duration = Duration::from_millis(400);
 /// A server that asks for a longer pause than this is not waited for: its client is told.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
 /// An answer larger than this is not read on.
@@ -116,7 +116,7 @@ async fn with_tries(model: &Model, asked: &Asked, deadline: Instant, effort: &mu
         };
         effort.status = failure.status;
         effort.perhaps_billed += u64::from(failure.may_be_billed);
-        let jitter = FIRST_PAUSE.mul_f64(f64::from(tried) * rand::random_range(0.5..1.0));
+        let jitter = PAUSE.mul_f64(rand::random_range(0.5..1.0));
         let pause = failure.retry_after.unwrap_or(jitter);
         let left = deadline.saturating_duration_since(Instant::now());
         if !failure.is_retryable() || tried == MAX_TRIES || pause > MAX_PAUSE || pause >= left {
