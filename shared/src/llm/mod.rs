@@ -15,6 +15,8 @@ mod terms;
 use std::time::{Duration, Instant};
 
 use chrono::TimeDelta;
+use reqwest::Client;
+use reqwest::redirect::Policy;
 use sha2::{Digest, Sha256};
 
 use crate::api::chat::Role;
@@ -243,6 +245,22 @@ impl Llm {
             Provider::Bedrock(agent) => agent.attempt(prompt).await,
         }
     }
+}
+
+/// What speaks to servers that the variable `of` names.
+fn http_client(of: &str) -> Result<Client, ConfigError> {
+    // Another part of the process may have installed a provider before; either will do.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = Client::builder()
+        // Prompts and keys go to these servers and nowhere else, whatever HTTP_PROXY says.
+        .no_proxy()
+        .connect_timeout(Duration::from_secs(5))
+        // Minutes may pass before the first byte; what lies between forgets silent connections.
+        .tcp_keepalive(Duration::from_secs(30))
+        // A redirect would send both to somebody else.
+        .redirect(Policy::none())
+        .build();
+    client.map_err(|_| ConfigError::new(of, "the HTTP client could not be set up"))
 }
 
 fn retryable(code: &'static str) -> LlmError {

@@ -97,7 +97,7 @@ impl Models {
     }
 
     fn read(env: &Env, key: impl Fn(&str) -> Result<Key, ConfigError>) -> Result<Self, ConfigError> {
-        let client = client()?;
+        let client = super::http_client(FILE)?;
         let Some(path) = env.text("LLM_MODELS_FILE")? else { return Self::of_variables(env, client) };
         // The cause may be told: neither a path nor a settings file holds a secret.
         let wrong = |problem: String| ConfigError::new(FILE, problem);
@@ -161,20 +161,6 @@ fn with_key(model: Arc<Model>, key: Key) -> Arc<Model> {
         Ok(model) => Arc::new(Model { key, ..model }),
         Err(model) => model,
     }
-}
-
-fn client() -> Result<Client, ConfigError> {
-    // Another part of the process may have installed a provider before; either will do.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = Client::builder()
-        // Prompts and keys go to the models' servers and nowhere else, whatever HTTP_PROXY says.
-        .no_proxy()
-        .connect_timeout(Duration::from_secs(5))
-        .tcp_keepalive(Duration::from_secs(30))
-        // A redirect would send both to somebody else.
-        .redirect(reqwest::redirect::Policy::none())
-        .build();
-    client.map_err(|_| ConfigError::new(FILE, "the HTTP client could not be set up"))
 }
 
 impl Settings {

@@ -48,18 +48,7 @@ impl OpenAi {
         let model =
             env.text("LLM_MODEL")?.ok_or_else(|| ConfigError::new("LLM_MODEL", "is needed with LLM_BASE_URL"))?;
         let key = Key::fixed("LLM_API_KEY", env.secret("LLM_API_KEY")?)?;
-        // Another part of the process may have installed a provider before; either will do.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder()
-            // Labels and key go to this server and nowhere else, whatever HTTP_PROXY says.
-            .no_proxy()
-            .connect_timeout(Duration::from_secs(5))
-            // Minutes may pass before the first byte; what lies between forgets silent connections.
-            .tcp_keepalive(Duration::from_secs(30))
-            // A redirect would send the key and the labels to somebody else.
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .map_err(|_| ConfigError::new("LLM_BASE_URL", "the HTTP client could not be set up"))?;
+        let client = super::http_client("LLM_BASE_URL")?;
         Ok(Some(Self {
             client,
             url,
