@@ -6,17 +6,9 @@ use reqwest::Response;
 use serde_json::{Value, json};
 
 use crate::support::llm_server::{Behaviour, LlmServer};
-use crate::support::{Running, eventually};
+use crate::support::{LLM_KEY, Running, eventually};
 
-const KEY: &str = "sk-test-0123456789";
 const QUESTION: &str = "What is a naevus?";
-
-async fn host(llm: &LlmServer, extra: &[(&str, &str)]) -> Running {
-    let base_url = llm.base_url();
-    let mut settings = vec![("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "tiny"), ("LLM_API_KEY", KEY)];
-    settings.extend_from_slice(extra);
-    Running::start(&settings).await
-}
 
 fn conversation() -> Value {
     json!({"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": QUESTION}]})
@@ -29,14 +21,14 @@ async fn ask(host: &Running, body: &Value) -> Response {
 async fn refusal(response: Response) -> (u16, String) {
     let status = response.status().as_u16();
     let body: Value = response.json().await.unwrap();
-    assert!(!body.to_string().contains(QUESTION) && !body.to_string().contains(KEY), "{body}");
+    assert!(!body.to_string().contains(QUESTION) && !body.to_string().contains(LLM_KEY), "{body}");
     (status, body["error"]["code"].as_str().unwrap().to_owned())
 }
 
 #[tokio::test]
 async fn an_answer_comes_whole_with_what_it_took() {
     let llm = LlmServer::start([Behaviour::Answer("A growth of pigment cells.".into())]).await;
-    let host = host(&llm, &[]).await;
+    let host = Running::asking(&llm, &[]).await;
     let response = ask(&host, &conversation()).await;
     assert_eq!(response.status(), 200);
     let exchange = response.headers()["x-request-id"].to_str().unwrap().to_owned();
@@ -56,14 +48,14 @@ async fn an_answer_comes_whole_with_what_it_took() {
 #[tokio::test]
 async fn the_llm_gets_the_conversation_with_the_hosts_key_model_and_defaults() {
     let llm = LlmServer::start([]).await;
-    let host = host(&llm, &[("LLM_MAX_TOKENS", "321"), ("LLM_TEMPERATURE", "0.25")]).await;
+    let host = Running::asking(&llm, &[("LLM_MAX_TOKENS", "321"), ("LLM_TEMPERATURE", "0.25")]).await;
     ask(&host, &conversation()).await;
     let mut wishes = conversation();
     wishes["temperature"] = json!(0);
     wishes["max_tokens"] = json!(7);
     ask(&host, &wishes).await;
     let [(headers, plain), (_, wished)] = &llm.requests()[..] else { panic!("two requests") };
-    assert_eq!(headers["authorization"], format!("Bearer {KEY}"));
+    assert_eq!(headers["authorization"], format!("Bearer {LLM_KEY}"));
     let expected = json!({
         "model": "tiny", "max_tokens": 321, "temperature": 0.25, "messages": conversation()["messages"],
     });
@@ -75,7 +67,7 @@ async fn the_llm_gets_the_conversation_with_the_hosts_key_model_and_defaults() {
 async fn passing_trouble_is_tried_again_before_the_caller_hears_of_it() {
     for trouble in [Behaviour::Status(500, None), Behaviour::Status(429, Some(1)), Behaviour::CutOff] {
         let llm = LlmServer::start([trouble.clone()]).await;
-        let host = host(&llm, &[]).await;
+        let host = Running::asking(&llm, &[]).await;
         assert_eq!(ask(&host, &conversation()).await.status(), 200, "{trouble:?}");
         assert_eq!(llm.calls(), 2, "{trouble:?}");
     }
@@ -96,7 +88,7 @@ async fn lasting_trouble_has_a_status_and_a_code_of_its_own() {
     for (behaviour, status, code, calls) in table {
         let llm = LlmServer::start([]).await;
         llm.behave(behaviour.clone());
-        let host = host(&llm, &[("LLM_TIMEOUT_SECONDS", "1")]).await;
+        let host = Running::asking(&llm, &[("LLM_TIMEOUT_SECONDS", "1")]).await;
         let response = ask(&host, &conversation()).await;
         let wait = response.headers().get("retry-after").map(|wait| wait.to_str().unwrap().to_owned());
         assert_eq!(wait.as_deref(), (code == "llm_rate_limited").then_some("600"), "{behaviour:?}");
@@ -108,7 +100,7 @@ async fn lasting_trouble_has_a_status_and_a_code_of_its_own() {
 #[tokio::test]
 async fn what_is_no_conversation_is_refused_before_the_llm_is_asked() {
     let llm = LlmServer::start([]).await;
-    let host = host(&llm, &[]).await;
+    let host = Running::asking(&llm, &[]).await;
     let huge = json!({"messages": [{"role": "user", "content": "x".repeat(1024 * 1024)}]});
     for (body, status, code) in [
         (json!({"messages": []}), 400, "invalid_request"),
@@ -132,7 +124,7 @@ async fn a_host_without_an_llm_says_so() {
 async fn a_caller_who_leaves_ends_the_call() {
     let llm = LlmServer::start([]).await;
     llm.behave(Behaviour::Stall);
-    let host = host(&llm, &[("LLM_TIMEOUT_SECONDS", "1")]).await;
+    let host = Running::asking(&llm, &[("LLM_TIMEOUT_SECONDS", "1")]).await;
     let request = host.http.post(format!("{}/chat", host.url)).json(&conversation());
     assert!(request.timeout(Duration::from_millis(500)).send().await.is_err());
     eventually("the call has arrived", async || llm.calls() == 1).await;

@@ -3,25 +3,11 @@
 use serde_json::{Value, json};
 
 use crate::support::llm_server::{Behaviour, HONEST, LlmServer, explanation};
-use crate::support::{Running, mole};
-
-const KEY: &str = "sk-test-0123456789";
-
-async fn host(llm: &LlmServer, extra: &[(&str, &str)]) -> Running {
-    let base_url = llm.base_url();
-    let mut settings = vec![
-        ("LLM_BASE_URL", base_url.as_str()),
-        ("LLM_MODEL", "tiny"),
-        ("LLM_API_KEY", KEY),
-        ("BACKOFF_SECONDS", "1"),
-    ];
-    settings.extend_from_slice(extra);
-    Running::start(&settings).await
-}
+use crate::support::{LLM_KEY, Running, mole};
 
 async fn described(script: impl IntoIterator<Item = Behaviour>, extra: &[(&str, &str)]) -> (Value, LlmServer) {
     let llm = LlmServer::start(script).await;
-    let host = host(&llm, extra).await;
+    let host = Running::asking(&llm, extra).await;
     let result = host.run(&mole()).await;
     assert_eq!(result["status"], "completed", "{result}");
     assert!(!result["predictions"].as_array().unwrap().is_empty(), "{result}");
@@ -42,7 +28,7 @@ async fn an_honest_answer_is_shown_between_our_numbers_and_our_disclaimer() {
 async fn the_llm_sees_names_and_bands_and_neither_number_photo_nor_caller() {
     let (result, llm) = described([], &[("LLM_MAX_TOKENS", "321"), ("LLM_TEMPERATURE", "0.25")]).await;
     let (headers, body) = llm.requests().remove(0);
-    assert_eq!(headers["authorization"], format!("Bearer {KEY}"));
+    assert_eq!(headers["authorization"], format!("Bearer {LLM_KEY}"));
     assert_eq!(
         (&body["model"], &body["max_tokens"], &body["temperature"]),
         (&json!("tiny"), &json!(321), &json!(0.25))
@@ -89,7 +75,7 @@ async fn retry_after_is_waited_for() {
 #[tokio::test]
 async fn an_outage_never_hides_a_prediction() {
     let llm = LlmServer::start(vec![Behaviour::Status(500, None); 100]).await;
-    let host = host(&llm, &[("MAX_ATTEMPTS", "2")]).await;
+    let host = Running::asking(&llm, &[("MAX_ATTEMPTS", "2")]).await;
     let id = host.submit(&mole()).await;
     crate::support::eventually("the prediction is shown while the LLM is down", async || {
         let result = host.result(&id).await;

@@ -17,23 +17,10 @@ use crate::support::keyed::Keyed;
 use crate::support::leaks::Leaks;
 use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::process::{Process, binary};
-use crate::support::{Running, client, ended, eventually, mole, open};
+use crate::support::{LLM_KEY, Running, client, ended, eventually, mole, open};
 
-const KEY: &str = "sk-test-0123456789";
 const QUESTION: &str = "What is a naevus?";
 const ANSWER: &str = "A growth of pigment cells.";
-
-async fn host(llm: &LlmServer, extra: &[(&str, &str)]) -> Running {
-    let base_url = llm.base_url();
-    let mut settings = vec![
-        ("LLM_BASE_URL", base_url.as_str()),
-        ("LLM_MODEL", "tiny"),
-        ("LLM_API_KEY", KEY),
-        ("BACKOFF_SECONDS", "1"),
-    ];
-    settings.extend_from_slice(extra);
-    Running::start(&settings).await
-}
 
 async fn post(host: &Running, body: &Value) -> Response {
     host.http.post(format!("{}/submit", host.url)).json(body).send().await.unwrap()
@@ -55,7 +42,7 @@ async fn answered(
     extra: &[(&str, &str)],
 ) -> (Value, LlmServer) {
     let llm = LlmServer::start(script).await;
-    let host = host(&llm, extra).await;
+    let host = Running::asking(&llm, extra).await;
     let id = ask(&host, body).await;
     (host.ended(&id).await, llm)
 }
@@ -95,7 +82,7 @@ async fn an_answer_comes_with_what_it_took_and_without_a_photos_fields() {
 #[tokio::test]
 async fn the_llm_gets_the_messages_with_the_hosts_key_model_and_defaults() {
     let llm = LlmServer::start([]).await;
-    let host = host(&llm, &[("LLM_MAX_TOKENS", "321"), ("LLM_TEMPERATURE", "0.25")]).await;
+    let host = Running::asking(&llm, &[("LLM_MAX_TOKENS", "321"), ("LLM_TEMPERATURE", "0.25")]).await;
     let user = json!({"role": "user", "content": QUESTION});
     let short = json!({"role": "system", "content": "Be short."});
     for (body, messages) in [
@@ -106,7 +93,7 @@ async fn the_llm_gets_the_messages_with_the_hosts_key_model_and_defaults() {
         let id = ask(&host, &body).await;
         host.ended(&id).await;
         let (headers, sent) = llm.requests().pop().unwrap();
-        assert_eq!(headers["authorization"], format!("Bearer {KEY}"));
+        assert_eq!(headers["authorization"], format!("Bearer {LLM_KEY}"));
         let wished = body["max_tokens"].is_number();
         let (max_tokens, temperature) = if wished { (7, 0.0) } else { (321, 0.25) };
         let expected =
@@ -147,7 +134,7 @@ async fn an_error_of_the_api_fails_the_job_with_its_code_and_is_never_content() 
     let tried = table.map(async |(behaviour, code, retryable, calls)| {
         let llm = LlmServer::start([]).await;
         llm.behave(behaviour.clone());
-        let host = host(&llm, &[("MAX_ATTEMPTS", "2"), ("PROMPT_LEASE_SECONDS", "5")]).await;
+        let host = Running::asking(&llm, &[("MAX_ATTEMPTS", "2"), ("PROMPT_LEASE_SECONDS", "5")]).await;
         let id = ask(&host, &question()).await;
         let result = host.ended(&id).await;
         assert_eq!(
@@ -213,7 +200,7 @@ fn megabyte() -> String {
 #[tokio::test]
 async fn an_answer_of_a_megabyte_comes_whole_and_a_delete_erases_it() {
     let llm = LlmServer::start([Behaviour::Answer(megabyte())]).await;
-    let host = host(&llm, &[]).await;
+    let host = Running::asking(&llm, &[]).await;
     let id = ask(&host, &question()).await;
     let result = host.ended(&id).await;
     assert_eq!(result["status"], "completed", "{}", result["error"]);
@@ -238,7 +225,7 @@ async fn an_answer_lies_in_the_record_up_to_256_kib_of_json() {
         [("x".repeat(256 * 1024 - 2), true), ("x".repeat(256 * 1024 - 1), false), ("\n".repeat(200_000), false)]
     {
         let llm = LlmServer::start([Behaviour::Answer(text.clone())]).await;
-        let host = host(&llm, &[]).await;
+        let host = Running::asking(&llm, &[]).await;
         let id = ask(&host, &question()).await;
         assert!(host.ended(&id).await["content"] == text, "not the answer");
         let content = job(host.folder.path(), &id).await.answer.unwrap().content;
@@ -249,7 +236,7 @@ async fn an_answer_lies_in_the_record_up_to_256_kib_of_json() {
 #[tokio::test]
 async fn the_same_prompt_under_the_same_key_is_one_job_and_other_content_is_refused() {
     let llm = LlmServer::start([Behaviour::Answer(ANSWER.into())]).await;
-    let host = host(&llm, &[]).await;
+    let host = Running::asking(&llm, &[]).await;
     let submit = async |body: &Value| {
         let request = host.http.post(format!("{}/submit", host.url)).header("idempotency-key", "key").json(body);
         request.send().await.unwrap()
@@ -278,7 +265,7 @@ async fn the_same_prompt_under_the_same_key_is_one_job_and_other_content_is_refu
 #[tokio::test]
 async fn what_is_no_prompt_is_refused_and_not_repeated() {
     let llm = LlmServer::start([]).await;
-    let host = host(&llm, &[]).await;
+    let host = Running::asking(&llm, &[]).await;
     let user = json!({"role": "user", "content": QUESTION});
     let huge = "x".repeat(1024 * 1024 + 1);
     for (body, status, named) in [
@@ -339,7 +326,7 @@ async fn a_host_without_an_llm_takes_no_prompt_and_a_guest_has_none() {
 #[tokio::test]
 async fn a_job_whose_llm_was_taken_away_fails_and_can_be_redriven_when_it_is_back() {
     let llm = LlmServer::start([Behaviour::Status(503, Some(600))]).await;
-    let first = host(&llm, &[]).await;
+    let first = Running::asking(&llm, &[]).await;
     let id = ask(&first, &question()).await;
     eventually("the LLM was asked in vain", async || !job(first.folder.path(), &id).await.llm_calls.is_empty()).await;
     let folder = first.stop().await;
@@ -414,7 +401,7 @@ async fn the_answer_of_a_worker_whose_lease_ran_out_takes_nobodys_place() {
 async fn a_prompt_has_its_own_time_and_holds_up_no_description() {
     let llm = LlmServer::start([Behaviour::Late(Duration::from_secs(6), ANSWER.into())]).await;
     // Four seconds more than a try for a description and the lease of one would give it.
-    let host = host(&llm, &[("LLM_TIMEOUT_SECONDS", "1"), ("LEASE_SECONDS", "2")]).await;
+    let host = Running::asking(&llm, &[("LLM_TIMEOUT_SECONDS", "1"), ("LEASE_SECONDS", "2")]).await;
     let prompt = ask(&host, &question()).await;
     eventually("the LLM is asked", async || llm.calls() == 1).await;
     let photo = host.run(&mole()).await;

@@ -26,6 +26,8 @@ use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use self::llm_server::LlmServer;
+
 /// The repository's root.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -109,6 +111,9 @@ pub async fn open(data_dir: &Path, clock: Clock, extra: &[(&str, &str)]) -> Host
     Host::open(Config::from_env(&env).unwrap(), &env, clock).await.unwrap()
 }
 
+/// The key of a host's LLM.
+pub const LLM_KEY: &str = "sk-test-0123456789";
+
 /// A host in this process that serves and works.
 pub struct Running {
     pub url: String,
@@ -121,6 +126,19 @@ pub struct Running {
 impl Running {
     pub async fn start(extra: &[(&str, &str)]) -> Self {
         Self::on(tempfile::tempdir().unwrap(), Clock::System, extra).await
+    }
+
+    /// Starts with this LLM, which knows the host by [`LLM_KEY`].
+    pub async fn asking(llm: &LlmServer, extra: &[(&str, &str)]) -> Self {
+        let base_url = llm.base_url();
+        let mut settings = vec![
+            ("LLM_BASE_URL", base_url.as_str()),
+            ("LLM_MODEL", "tiny"),
+            ("LLM_API_KEY", LLM_KEY),
+            ("BACKOFF_SECONDS", "1"),
+        ];
+        settings.extend_from_slice(extra);
+        Self::start(&settings).await
     }
 
     /// Starts on a folder that may hold something, by a clock that may stand.
