@@ -57,7 +57,10 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(results: Arc<Results<J, Q,
 
 /// This function's routes that need no credentials. `description` is that of the whole API.
 pub fn open_router(description: utoipa::openapi::OpenApi) -> Router {
-    Router::new().route("/healthz", get(healthz)).route("/openapi.json", get(|| async move { Json(description) }))
+    // Shared: every connection has a router of its own, and the description is a megabyte in memory.
+    let description = Arc::new(description);
+    let answer = || async move { Json(&*description).into_response() };
+    Router::new().route("/healthz", get(healthz)).route("/openapi.json", get(answer))
 }
 
 #[derive(Deserialize)]
