@@ -1,6 +1,8 @@
 //! What every implementation of a port must do: one suite, over the embedded adapters and over
 //! those on AWS.
 
+use std::sync::Arc;
+
 use chat::{Closed, Meter};
 use chrono::TimeDelta;
 use futures_util::future::join_all;
@@ -298,11 +300,13 @@ pub async fn callers_suite(callers: impl Callers) {
     assert_eq!(callers.find_account(key).await.unwrap(), account);
     let limits = KeyLimits::default();
     let ask = Ask { prompt_tokens: 1, completion_tokens: 2, cost_pico: u64::MAX / 4 };
-    let first_write = account.admit(Uuid::nil(), &limits, ask, now).unwrap();
+    let mut first_write = account.clone();
+    first_write.admit(Uuid::nil(), &limits, ask, now).unwrap();
     assert!(callers.replace_account(key, 0, &first_write).await.unwrap());
     assert!(!callers.replace_account(key, 0, &first_write).await.unwrap(), "written twice");
     assert_eq!(callers.find_account(key).await.unwrap(), first_write);
-    let second_write = first_write.admit(Uuid::max(), &limits, ask, now).unwrap();
+    let mut second_write = first_write.clone();
+    second_write.admit(Uuid::max(), &limits, ask, now).unwrap();
     assert!(callers.replace_account(key, first_write.version, &second_write).await.unwrap());
     assert!(!callers.replace_account(key, first_write.version, &second_write).await.unwrap());
     assert_eq!(callers.find_account(key).await.unwrap(), second_write);
@@ -316,30 +320,34 @@ pub async fn callers_suite(callers: impl Callers) {
     assert_eq!(callers.count_request("alice", 8).await.unwrap(), 1);
 }
 
-/// Twenty processes that ask for one key at once let in what it may, and not one more.
+/// Twenty who ask for one key at once are let in as often as it may be and not once more, be they
+/// processes or requests of one process.
 pub async fn accounts_suite(callers: impl Callers + Clone) {
     let clock = Clock::manual(start());
     let limits = KeyLimits { requests_per_minute: Some(30), ..KeyLimits::default() };
     let ask = Ask { prompt_tokens: 100, completion_tokens: 50, cost_pico: 7 };
     let used = Used { prompt_tokens: 10, completion_tokens: 5, cost_pico: 3, estimated: false };
-    let process = |_| async {
-        // Each with a meter of its own: what they share is the store.
-        let meter = Meter::new(callers.clone(), clock.clone());
-        let mut let_in = 0;
-        for _ in 0..3 {
-            match meter.admit("0123456789ab", &limits, ask).await {
-                Ok(admitted) => {
-                    meter.settle(&admitted, used).await;
-                    let_in += 1;
+    // What processes share is the store alone.
+    let meter = || Arc::new(Meter::new(callers.clone(), clock.clone()));
+    let (shared, apart) = (vec![meter(); 20], (0..20).map(|_| meter()).collect::<Vec<_>>());
+    for (key, meters) in [("0123456789ab", apart), ("ba9876543210", shared)] {
+        let ask_thrice = async |meter: Arc<Meter<_>>| {
+            let mut let_in = 0;
+            for _ in 0..3 {
+                match meter.admit(key, &limits, ask).await {
+                    Ok(admitted) => {
+                        meter.settle(&admitted, used).await;
+                        let_in += 1;
+                    }
+                    Err(Closed::Limit(Refused::Requests(2), _)) => {}
+                    Err(other) => panic!("{other:?}"),
                 }
-                Err(Closed::Limit(Refused::Requests(2), _)) => {}
-                Err(other) => panic!("{other:?}"),
             }
-        }
-        let_in
-    };
-    let let_in: u64 = join_all((0..20).map(process)).await.into_iter().sum();
-    let account = callers.find_account("0123456789ab").await.unwrap();
-    let month = account.months["2023-11"];
-    assert_eq!((let_in, month.requests, month.prompt_tokens, account.under_way()), (30, 30, 300, 0));
+            let_in
+        };
+        let let_in: u64 = join_all(meters.into_iter().map(ask_thrice)).await.into_iter().sum();
+        let account = callers.find_account(key).await.unwrap();
+        let month = account.months["2023-11"];
+        assert_eq!((let_in, month.requests, month.prompt_tokens, account.under_way()), (30, 30, 300, 0), "{key}");
+    }
 }

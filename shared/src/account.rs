@@ -56,19 +56,34 @@ pub struct Month {
 }
 
 /// The most that a request can take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ask {
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
     pub cost_pico: u64,
 }
 
+/// What was asked, in fields of its own: serde reads a flattened struct several times as slowly, and an
+/// account is read with every write.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Reservation {
-    #[serde(flatten)]
-    ask: Ask,
+    prompt_tokens: u64,
+    completion_tokens: u64,
+    cost_pico: u64,
     month: String,
     due_at: Timestamp,
+}
+
+impl Reservation {
+    fn new(ask: Ask, month: String, due_at: Timestamp) -> Self {
+        let Ask { prompt_tokens, completion_tokens, cost_pico } = ask;
+        Self { prompt_tokens, completion_tokens, cost_pico, month, due_at }
+    }
+
+    fn ask(&self) -> Ask {
+        let &Self { prompt_tokens, completion_tokens, cost_pico, .. } = self;
+        Ask { prompt_tokens, completion_tokens, cost_pico }
+    }
 }
 
 /// What a request has taken.
@@ -125,56 +140,54 @@ impl Bucket {
 }
 
 impl Account {
-    /// The account with a request let in under `id`.
+    /// Lets a request in under `id`. One that is not let in leaves the account as it would be at `now` anyway.
     ///
     /// # Errors
     /// [`Refused`] where a limit is used up.
-    pub fn admit(&self, id: Uuid, limits: &KeyLimits, ask: Ask, now: Timestamp) -> Result<Self, Refused> {
-        let mut after = self.refilled(limits, now);
+    pub fn admit(&mut self, id: Uuid, limits: &KeyLimits, ask: Ask, now: Timestamp) -> Result<(), Refused> {
+        self.refill(limits, now);
         let month = month_of(now);
         if let Some(limit) = limits.requests_per_minute
-            && after.requests.taken + 1.0 > f64::from(limit) + 1e-6
+            && self.requests.taken + 1.0 > f64::from(limit) + 1e-6
         {
-            return Err(Refused::Requests(after.requests.seconds_to(f64::from(limit) - 1.0, limit).max(1)));
+            return Err(Refused::Requests(self.requests.seconds_to(f64::from(limit) - 1.0, limit).max(1)));
         }
         if let Some(limit) = limits.tokens_per_minute
-            && after.tokens.taken >= f64::from(limit)
+            && self.tokens.taken >= f64::from(limit)
         {
-            return Err(Refused::Tokens(after.tokens.seconds_to(f64::from(limit) - 1.0, limit).max(1)));
+            return Err(Refused::Tokens(self.tokens.seconds_to(f64::from(limit) - 1.0, limit).max(1)));
         }
         if let Some(budget) = limits.budget_usd_per_month
-            && after.committed_pico(&month) >= (budget * PICO_PER_USD).round() as u64
+            && self.committed_pico(&month) >= (budget * PICO_PER_USD).round() as u64
         {
             return Err(Refused::Budget(seconds_to_next_month(now)));
         }
-        if after.reservations.len() >= MAX_UNDER_WAY {
+        if self.reservations.len() >= MAX_UNDER_WAY {
             return Err(Refused::UnderWay(1));
         }
-        after.requests.taken += 1.0;
-        after.tokens.taken += ask.tokens() as f64;
-        after.reservations.insert(id, Reservation { ask, month, due_at: now + RESERVED_FOR });
-        after.version += 1;
-        Ok(after)
+        self.requests.taken += 1.0;
+        self.tokens.taken += ask.tokens() as f64;
+        self.reservations.insert(id, Reservation::new(ask, month, now + RESERVED_FOR));
+        self.version += 1;
+        Ok(())
     }
 
-    /// The account with what `id` has really taken in the place of what was reserved for it; `None`
-    /// where that was settled before, or has fallen due.
-    #[must_use]
-    pub fn settle(&self, id: Uuid, used: Used, limits: &KeyLimits, now: Timestamp) -> Option<Self> {
-        let mut after = self.refilled(limits, now);
-        let reservation = after.reservations.remove(&id)?;
-        after.enter(&reservation, used);
-        after.version += 1;
-        Some(after)
+    /// Enters what `id` has really taken in the place of what was reserved for it; `false` where that
+    /// was settled before, or has fallen due.
+    pub fn settle(&mut self, id: Uuid, used: Used, limits: &KeyLimits, now: Timestamp) -> bool {
+        self.refill(limits, now);
+        let Some(reservation) = self.reservations.remove(&id) else { return false };
+        self.enter(&reservation, used);
+        self.version += 1;
+        true
     }
 
-    /// What is left at `now`.
+    /// What is left at the moment up to which the account was refilled.
     #[must_use]
-    pub fn lefts(&self, limits: &KeyLimits, now: Timestamp) -> Lefts {
-        let account = self.refilled(limits, now);
+    pub fn lefts(&self, limits: &KeyLimits) -> Lefts {
         Lefts {
-            requests: limits.requests_per_minute.map(|limit| account.requests.left(limit)),
-            tokens: limits.tokens_per_minute.map(|limit| account.tokens.left(limit)),
+            requests: limits.requests_per_minute.map(|limit| self.requests.left(limit)),
+            tokens: limits.tokens_per_minute.map(|limit| self.tokens.left(limit)),
         }
     }
 
@@ -184,23 +197,19 @@ impl Account {
         self.reservations.len()
     }
 
-    /// At `now`: buckets refilled, and what has fallen due entered as if all of it had been taken.
-    #[must_use]
-    pub fn refilled(&self, limits: &KeyLimits, now: Timestamp) -> Self {
-        let mut after = self.clone();
-        after.requests = after.requests.at(now, limits.requests_per_minute.unwrap_or(u32::MAX));
-        after.tokens = after.tokens.at(now, limits.tokens_per_minute.unwrap_or(u32::MAX));
-        let (due, open) = after.reservations.into_iter().partition(|(_, reservation)| reservation.due_at <= now);
-        after.reservations = open;
-        for reservation in due.values() {
-            let Ask { prompt_tokens, completion_tokens, cost_pico } = reservation.ask;
-            after.enter(reservation, Used { prompt_tokens, completion_tokens, cost_pico, estimated: true });
+    /// Brings it to `now`: buckets refilled, and what has fallen due entered as if all of it had been taken.
+    pub fn refill(&mut self, limits: &KeyLimits, now: Timestamp) {
+        self.requests = self.requests.at(now, limits.requests_per_minute.unwrap_or(u32::MAX));
+        self.tokens = self.tokens.at(now, limits.tokens_per_minute.unwrap_or(u32::MAX));
+        let due: Vec<_> = self.reservations.extract_if(.., |_, reservation| reservation.due_at <= now).collect();
+        for (_, reservation) in due {
+            let Ask { prompt_tokens, completion_tokens, cost_pico } = reservation.ask();
+            self.enter(&reservation, Used { prompt_tokens, completion_tokens, cost_pico, estimated: true });
         }
-        after
     }
 
     fn enter(&mut self, reservation: &Reservation, used: Used) {
-        let ask = reservation.ask;
+        let ask = reservation.ask();
         let used = if used.estimated { used.within(ask) } else { used };
         let tokens = used.prompt_tokens.saturating_add(used.completion_tokens);
         self.tokens.taken = (self.tokens.taken + tokens as f64 - ask.tokens() as f64).max(0.0);
@@ -221,7 +230,7 @@ impl Account {
     fn committed_pico(&self, month: &str) -> u64 {
         let spent = self.months.get(month).map_or(0, |month| month.cost_pico);
         let reserved = self.reservations.values().filter(|reservation| reservation.month == month);
-        reserved.fold(spent, |sum, reservation| sum.saturating_add(reservation.ask.cost_pico))
+        reserved.fold(spent, |sum, reservation| sum.saturating_add(reservation.cost_pico))
     }
 }
 
@@ -273,14 +282,20 @@ mod tests {
         KeyLimits { models: None, requests_per_minute: requests, tokens_per_minute: tokens, budget_usd_per_month: usd }
     }
 
+    /// A new account that has let in one request.
+    fn with_one(limits: &KeyLimits, now: Timestamp) -> Account {
+        let mut account = Account::default();
+        account.admit(Uuid::nil(), limits, ASK, now).unwrap();
+        account
+    }
+
     /// Lets in as many as it can.
-    fn admit_all(mut account: Account, limits: &KeyLimits, now: Timestamp) -> (Account, Vec<Uuid>, Refused) {
+    fn admit_all(account: &mut Account, limits: &KeyLimits, now: Timestamp) -> (Vec<Uuid>, Refused) {
         let mut ids = Vec::new();
         loop {
             let id = Uuid::from_u128(account.version.into());
-            match account.admit(id, limits, ASK, now) {
-                Ok(after) => account = after,
-                Err(refused) => return (account, ids, refused),
+            if let Err(refused) = account.admit(id, limits, ASK, now) {
+                return (ids, refused);
             }
             ids.push(id);
         }
@@ -289,92 +304,97 @@ mod tests {
     #[test]
     fn requests_come_back_evenly_and_a_clock_that_goes_back_gives_none() {
         let limits = limits(Some(20), None, None);
-        let (account, ids, refused) = admit_all(Account::default(), &limits, start());
+        let mut account = Account::default();
+        let (ids, refused) = admit_all(&mut account, &limits, start());
         assert_eq!((ids.len(), refused), (20, Refused::Requests(3)));
-        let left = account.lefts(&limits, start()).requests.unwrap();
+        let left = account.lefts(&limits).requests.unwrap();
         assert_eq!(left, Left { limit: 20, remaining: 0, reset_seconds: 60 });
-        assert_eq!(admit_all(account.clone(), &limits, start() - seconds(100)).1.len(), 0);
-        assert_eq!(admit_all(account.clone(), &limits, start() + seconds(2)).1.len(), 0);
-        assert_eq!(admit_all(account.clone(), &limits, start() + seconds(3)).1.len(), 1);
-        assert_eq!(admit_all(account, &limits, start() + seconds(3600)).1.len(), 20);
+        for (after, more) in [(-100, 0), (2, 0), (3, 1), (3600, 20)] {
+            assert_eq!(admit_all(&mut account.clone(), &limits, start() + seconds(after)).0.len(), more, "{after} s");
+        }
     }
 
     #[test]
     fn tokens_are_exceeded_by_one_request_at_most_and_come_back_when_it_took_less() {
         let limits = limits(None, Some(400), None);
-        let (account, ids, refused) = admit_all(Account::default(), &limits, start());
+        let mut account = Account::default();
+        let (ids, refused) = admit_all(&mut account, &limits, start());
         // 450 of 400: the third was let in with 100 left.
         assert_eq!((ids.len(), refused), (3, Refused::Tokens(8)));
-        let account = account.settle(ids[0], USED, &limits, start()).unwrap();
-        assert_eq!(account.lefts(&limits, start()).tokens.unwrap().remaining, 400 - 30 - 300);
-        assert_eq!(admit_all(account, &limits, start()).1.len(), 1);
+        assert!(account.settle(ids[0], USED, &limits, start()));
+        assert_eq!(account.lefts(&limits).tokens.unwrap().remaining, 400 - 30 - 300);
+        assert_eq!(admit_all(&mut account, &limits, start()).0.len(), 1);
         // One that is larger than the limit is let in alone.
         let huge = Ask { prompt_tokens: 100_000, ..ASK };
-        let account = Account::default().admit(Uuid::nil(), &limits, huge, start()).unwrap();
-        assert_eq!(admit_all(account, &limits, start()).1.len(), 0);
+        let mut account = Account::default();
+        account.admit(Uuid::nil(), &limits, huge, start()).unwrap();
+        assert_eq!(admit_all(&mut account, &limits, start()).0.len(), 0);
     }
 
     #[test]
     fn a_budget_counts_what_is_reserved_and_is_there_anew_with_the_next_month() {
         let limits = limits(None, None, Some(1200.0 / PICO_PER_USD));
-        let (account, ids, refused) = admit_all(Account::default(), &limits, start());
+        let mut account = Account::default();
+        let (ids, refused) = admit_all(&mut account, &limits, start());
         assert_eq!((ids.len(), refused), (3, Refused::Budget(60)));
-        let account = ids.iter().fold(account, |account, id| account.settle(*id, USED, &limits, start()).unwrap());
+        assert!(ids.iter().all(|id| account.settle(*id, USED, &limits, start())));
         assert_eq!(account.months["2026-11"].cost_pico, 270);
-        assert_eq!(admit_all(account.clone(), &limits, start()).1.len(), 2);
+        assert_eq!(admit_all(&mut account.clone(), &limits, start()).0.len(), 2);
         let december = start() + seconds(60);
-        let (account, ids, _) = admit_all(account, &limits, december);
+        let (ids, _) = admit_all(&mut account, &limits, december);
         assert_eq!(ids.len(), 3);
         // What began in a month is that month's, whenever it ends.
-        let account = account.settle(ids[0], USED, &limits, december + TimeDelta::minutes(5)).unwrap();
+        assert!(account.settle(ids[0], USED, &limits, december + TimeDelta::minutes(5)));
         assert_eq!(account.months.keys().collect::<Vec<_>>(), ["2026-11", "2026-12"]);
     }
 
     #[test]
     fn what_is_settled_is_settled_once() {
         let none = KeyLimits::default();
-        let account = Account::default().admit(Uuid::nil(), &none, ASK, start()).unwrap();
-        let settled = account.settle(Uuid::nil(), USED, &none, start()).unwrap();
-        assert_eq!(settled.settle(Uuid::nil(), USED, &none, start()), None);
-        let month = settled.months["2026-11"];
+        let mut account = with_one(&none, start());
+        assert!(account.settle(Uuid::nil(), USED, &none, start()));
+        assert!(!account.settle(Uuid::nil(), USED, &none, start()));
+        let month = account.months["2026-11"];
         assert_eq!((month.requests, month.prompt_tokens, month.completion_tokens), (1, 20, 10));
-        assert_eq!((month.estimated_requests, month.estimated_tokens, settled.under_way()), (0, 0, 0));
+        assert_eq!((month.estimated_requests, month.estimated_tokens, account.under_way()), (0, 0, 0));
     }
 
     #[test]
     fn an_estimate_is_flagged_and_never_more_than_what_was_reserved() {
         let none = KeyLimits::default();
-        let account = Account::default().admit(Uuid::nil(), &none, ASK, start()).unwrap();
+        let after = |used: Used| {
+            let mut account = with_one(&none, start());
+            assert!(account.settle(Uuid::nil(), used, &none, start()));
+            account.months["2026-11"]
+        };
         let wild = Used { prompt_tokens: 7, completion_tokens: 9999, cost_pico: 9999, estimated: true };
-        let month = account.settle(Uuid::nil(), wild, &none, start()).unwrap().months["2026-11"];
+        let month = after(wild);
         assert_eq!((month.prompt_tokens, month.completion_tokens, month.cost_pico), (7, 50, 500));
         assert_eq!((month.estimated_requests, month.estimated_tokens, month.estimated_cost_pico), (1, 57, 500));
         // What the server says counts, more or less.
-        let real = Used { estimated: false, ..wild };
-        assert_eq!(
-            account.settle(Uuid::nil(), real, &none, start()).unwrap().months["2026-11"].completion_tokens,
-            9999
-        );
+        assert_eq!(after(Used { estimated: false, ..wild }).completion_tokens, 9999);
     }
 
     #[test]
     fn what_nobody_settles_falls_due_as_if_all_of_it_had_been_taken() {
         let limits = limits(None, None, Some(500.0 / PICO_PER_USD));
-        let account = Account::default().admit(Uuid::nil(), &limits, ASK, from_millis(0)).unwrap();
+        let mut account = with_one(&limits, from_millis(0));
         let due = from_millis(0) + RESERVED_FOR;
-        assert_eq!(account.refilled(&limits, due - TimeDelta::milliseconds(1)).under_way(), 1);
-        let after = account.refilled(&limits, due);
-        let month = after.months["1970-01"];
-        assert_eq!((after.under_way(), month.estimated_requests, month.estimated_cost_pico), (0, 1, 500));
+        account.refill(&limits, due - TimeDelta::milliseconds(1));
+        assert_eq!(account.under_way(), 1);
+        account.refill(&limits, due);
+        let month = account.months["1970-01"];
+        assert_eq!((account.under_way(), month.estimated_requests, month.estimated_cost_pico), (0, 1, 500));
         assert!(matches!(account.admit(Uuid::max(), &limits, ASK, due), Err(Refused::Budget(_))));
-        assert_eq!(account.settle(Uuid::nil(), USED, &limits, due), None);
+        assert!(!account.settle(Uuid::nil(), USED, &limits, due));
     }
 
     #[test]
     fn an_account_is_read_as_it_was_written() {
         let limits = limits(Some(7), Some(11), Some(0.5));
-        let (account, ids, _) = admit_all(Account::default(), &limits, start());
-        let account = account.settle(ids[0], USED, &limits, start() + seconds(1)).unwrap();
+        let mut account = Account::default();
+        let (ids, _) = admit_all(&mut account, &limits, start());
+        assert!(account.settle(ids[0], USED, &limits, start() + seconds(1)));
         let text = serde_json::to_string(&account).unwrap();
         assert_eq!(serde_json::from_str::<Account>(&text).unwrap(), account);
     }

@@ -581,17 +581,17 @@ async fn a_kill_around_a_completion_leaves_what_it_took_or_a_reservation_that_fa
         let usage = scene.http.get(format!("{}/admin/keys/{id}/usage", host.url)).bearer_auth(&admin).send().await;
         let usage: serde_json::Value = usage.unwrap().json().await.unwrap();
         host.kill().await;
-        let account =
-            SqliteCallers::open(&scene.data().join("callers.sqlite")).unwrap().find_account(id).await.unwrap();
-        let later = account.refilled(&KeyLimits::default(), Utc::now() + TimeDelta::minutes(21));
-        let month = *later.months.values().next().unwrap();
+        let callers = SqliteCallers::open(&scene.data().join("callers.sqlite")).unwrap();
+        let mut account = callers.find_account(id).await.unwrap();
+        account.refill(&KeyLimits::default(), Utc::now() + TimeDelta::minutes(21));
+        let month = *account.months.values().next().unwrap();
         let (calls, under_way, estimated, completion_tokens) = match point {
             Point::ChatReserved => (0, 1, 1, 20),
             _ => (1, 0, 0, 10),
         };
         assert_eq!((scene.llm.calls(), usage["under_way"].as_u64()), (calls, Some(under_way)), "{}", point.name());
         assert_eq!((month.requests, month.estimated_requests), (1, estimated), "{}", point.name());
-        assert_eq!((month.completion_tokens, later.under_way()), (completion_tokens, 0), "{}", point.name());
+        assert_eq!((month.completion_tokens, account.under_way()), (completion_tokens, 0), "{}", point.name());
     }
     println!("chat: killed at {} points", CHAT.len());
 }

@@ -135,7 +135,8 @@ pub(crate) async fn key_usage<J: JobStore, Q: JobQueue, C: Callers>(
 ) -> Result<Response, Error> {
     let Path(id) = id.map_err(|_| unknown())?;
     let key = admin.callers.find_key(&id).await?.ok_or_else(unknown)?;
-    let account = admin.callers.find_account(&id).await?.refilled(&key.info.limits, admin.clock.now());
+    let mut account = admin.callers.find_account(&id).await?;
+    account.refill(&key.info.limits, admin.clock.now());
     let usd = |pico: u64| pico as f64 / 1e12;
     let month = |(name, month): (&String, &Month)| MonthUsage {
         month: name.clone(),
