@@ -2,7 +2,7 @@
 //! stopped by its process id.
 
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -46,16 +46,13 @@ impl Servers {
         let upstream = servers.first_line(Command::new(std::env::current_exe().unwrap()).arg("upstream"));
         let upstream = format!("http://{upstream}");
         servers.all.push(Server { name: "direct", url: upstream.clone(), key: "none".into(), processes: Vec::new() });
-        if installed("nginx") {
+        if Command::new("nginx").arg("-v").stderr(Stdio::null()).status().is_ok() {
             servers.nginx(scratch, &upstream).await;
         } else {
             eprintln!("nginx is not installed; left out");
         }
         servers.host(scratch, &upstream).await;
-        match std::env::var_os("LITELLM") {
-            Some(litellm) => servers.litellm(scratch, &upstream, Path::new(&litellm)).await,
-            None => eprintln!("LITELLM names no program; left out"),
-        }
+        servers.litellm(scratch, &upstream).await;
         servers
     }
 
@@ -145,7 +142,9 @@ impl Servers {
         self.all.push(Server { name: "lesion", url, key, processes: vec![id] });
     }
 
-    async fn litellm(&mut self, scratch: &Path, upstream: &str, program: &Path) {
+    async fn litellm(&mut self, scratch: &Path, upstream: &str) {
+        let installed = Command::new(root().join("scripts/litellm")).output().unwrap();
+        let program = Path::new(std::str::from_utf8(&installed.stdout).unwrap().trim()).join("litellm");
         let port = free_port();
         let key = format!("sk-{}", uuid::Uuid::new_v4().simple());
         let model = |name: &str| json!({"model_name": name, "litellm_params": {"model": format!("openai/{name}"), "api_base": format!("{upstream}/v1"), "api_key": "none"}});
@@ -190,11 +189,6 @@ impl Server {
         };
         self.processes.iter().map(peak).sum()
     }
-}
-
-fn installed(program: &str) -> bool {
-    let paths = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&paths).map(|folder| folder.join(program)).any(|file: PathBuf| file.is_file())
 }
 
 fn free_port() -> u16 {
