@@ -33,11 +33,25 @@ fn the_shipped_bundle_passes_its_own_golden_vectors() {
     assert!(load(&manifest, network).is_ok());
 }
 
+fn evaluation(coverage: f64) -> Value {
+    json!({
+        "data": "drawn", "coverage": coverage, "risk": 0.1, "melanomas_answered_benign": 0.2, "non_lesions_abstained": 1,
+    })
+}
+
+#[test]
+fn a_manifest_may_say_what_its_abstention_was_measured_to_buy() {
+    let (mut manifest, network) = shipped();
+    manifest["evaluation"] = evaluation(0.7);
+    let model = load(&manifest, network).unwrap();
+    assert_eq!(model.manifest.evaluation.unwrap().coverage, 0.7);
+}
+
 #[test]
 fn a_bundle_that_does_not_fit_is_refused_and_says_why() {
     /// What is changed, how, and a part of the complaint.
     type Change = (&'static str, fn(&mut Value), &'static str);
-    let changes: [Change; 14] = [
+    let changes: [Change; 18] = [
         ("another format", |m| m["format"] = json!(2), "format is 2"),
         ("an unknown field", |m| m["colour"] = json!("blue"), "unknown field `colour`"),
         ("a missing label", |m| drop(m["labels"].as_array_mut().unwrap().pop()), "for 6 labels"),
@@ -48,6 +62,10 @@ fn a_bundle_that_does_not_fit_is_refused_and_says_why() {
         ("another input name", |m| m["input"]["name"] = json!("pixels"), "no input \"pixels\""),
         ("another output name", |m| m["outputs"]["scores"]["name"] = json!("probs"), "no output \"probs\""),
         ("no ood output", |m| m["outputs"]["ood"]["name"] = json!("strange"), "no output \"strange\""),
+        ("no map output", |m| m["outputs"]["map"] = json!({"name": "heat"}), "no output \"heat\""),
+        ("a map of no places", |m| m["outputs"]["map"] = json!({"name": "logits"}), "output \"logits\": has shape"),
+        ("a share above 1", |m| m["evaluation"] = evaluation(70.0), "must lie between 0 and 1"),
+        ("half an evaluation", |m| m["evaluation"] = json!({"data": "none"}), "missing field `coverage`"),
         ("a path as file name", |m| m["network"]["file"] = json!("../model.onnx"), "plain file name"),
         ("no golden picture", |m| m["golden"]["pictures"] = json!([]), "at least one picture"),
         ("a golden answer that is not met", |m| m["input"]["scale"] = json!(0.1), "golden picture"),

@@ -28,6 +28,8 @@ pub struct Manifest {
     pub abstention: Abstention,
     pub quality: quality::Thresholds,
     pub golden: Golden,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluation: Option<Evaluation>,
 }
 
 /// The `.onnx` file beside the manifest.
@@ -104,6 +106,11 @@ pub struct Outputs {
     /// One number, higher for stranger pictures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ood: Option<Output>,
+    /// float32 `[N, h, w]`: what each place of the picture adds to the score of the class that comes
+    /// first, raw. A class activation map: Zhou et al. 2016, "Learning Deep Features for
+    /// Discriminative Localization", CVPR.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<Output>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -160,6 +167,30 @@ pub struct GoldenPicture {
     pub ood: Option<f64>,
 }
 
+/// What calibration and abstention were measured to buy, on photos that the model was not made from.
+/// For people; nothing is decided by it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Evaluation {
+    /// Which photos, in words.
+    pub data: String,
+    /// Share of the photos that get a label, 0–1, as all of these.
+    pub coverage: f64,
+    /// Share of wrong ones among the labels.
+    pub risk: f64,
+    /// Share of the melanomas that get the label of a benign class.
+    pub melanomas_answered_benign: f64,
+    /// Share of the pictures of no lesion that get no label.
+    pub non_lesions_abstained: f64,
+}
+
+impl Evaluation {
+    fn is_of_shares(&self) -> bool {
+        let shares = [self.coverage, self.risk, self.melanomas_answered_benign, self.non_lesions_abstained];
+        shares.iter().all(|share| (0.0..=1.0).contains(share))
+    }
+}
+
 fn one() -> f32 {
     1.0
 }
@@ -200,6 +231,10 @@ impl Manifest {
             ),
             (!self.golden.pictures.is_empty(), "golden.pictures: at least one picture is needed".into()),
             (self.golden.tolerance >= 0.0, "golden.tolerance must not be negative".into()),
+            (
+                self.evaluation.as_ref().is_none_or(Evaluation::is_of_shares),
+                "evaluation: every share must lie between 0 and 1".into(),
+            ),
         ];
         if let Some((_, problem)) = checks.into_iter().find(|(holds, _)| !holds) {
             return Err(problem);

@@ -227,16 +227,18 @@ fn check_interface(session: &Session, manifest: &Manifest) -> Result<(), Refused
         .map_err(|why| Refused::new(format!("{file}, input {:?}: {why}", manifest.input.name)))?;
 
     let labels = i64::try_from(manifest.labels.len()).unwrap_or(i64::MAX);
-    let scores = (&manifest.outputs.scores.name, Some([1, labels]));
-    let ood = manifest.outputs.ood.as_ref().map(|output| (&output.name, None));
-    for (name, shape) in std::iter::once(scores).chain(ood) {
+    let scores = (&manifest.outputs.scores.name, Some(vec![1, labels]), format!(" for {labels} labels"));
+    let ood = manifest.outputs.ood.as_ref().map(|output| (&output.name, None, String::new()));
+    // Of any height and width.
+    let map = manifest.outputs.map.as_ref().map(|output| (&output.name, Some(vec![1, -1, -1]), String::new()));
+    for (name, shape, purpose) in std::iter::once(scores).chain(ood).chain(map) {
         let output = session.outputs().iter().find(|outlet| outlet.name() == *name);
         let output = output.ok_or_else(|| {
             Refused::new(format!("{file} has no output {name:?}; it has: {}", names(session.outputs())))
         })?;
         if let Some(shape) = shape {
             check_tensor(output.dtype(), TensorElementType::Float32, &shape)
-                .map_err(|why| Refused::new(format!("{file}, output {name:?} for {labels} labels: {why}")))?;
+                .map_err(|why| Refused::new(format!("{file}, output {name:?}{purpose}: {why}")))?;
         }
     }
     Ok(())
@@ -248,7 +250,7 @@ fn check_tensor(found: &ValueType, element: TensorElementType, wanted: &[i64]) -
         return Err(format!("is of type {ty}, the manifest says {element}"));
     }
     // A dimension of −1 is dynamic and takes any size.
-    let fits =
-        shape.len() == wanted.len() && shape.iter().zip(wanted).all(|(found, wanted)| *found == -1 || found == wanted);
+    let agree = |(found, wanted): (&i64, &i64)| *found == -1 || *wanted == -1 || found == wanted;
+    let fits = shape.len() == wanted.len() && shape.iter().zip(wanted).all(agree);
     if fits { Ok(()) } else { Err(format!("has shape {shape:?}, the manifest says {wanted:?}")) }
 }
