@@ -50,8 +50,9 @@ locals {
     { actions = ["dynamodb:Query"], resources = ["${aws_dynamodb_table.jobs.arn}/index/callers"] },
     local.may_list_blobs,
     { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*"] },
-    # The LLM's answers that are too large for a record, and no photo.
-    { actions = ["s3:GetObject"], resources = ["${local.blobs}/jobs/*/answer-*"] },
+    # The LLM's answers that are too large for a record, and maps, which the links that it signs give;
+    # no photo.
+    { actions = ["s3:GetObject"], resources = ["${local.blobs}/jobs/*/answer-*", "${local.blobs}/jobs/*/map-*"] },
   ]
 
   may_administer = [
@@ -75,6 +76,7 @@ locals {
     local.may_list_blobs,
     local.may_read_secret,
     { actions = ["s3:GetObject"], resources = ["${local.blobs}/jobs/*", "${local.blobs}/models/*"] },
+    { actions = ["s3:PutObject"], resources = ["${local.blobs}/jobs/*/map-*"] },
     {
       actions = [
         "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes",

@@ -13,7 +13,7 @@ use shared::clock::{Clock, Timestamp, from_millis};
 use shared::job::{
     AnswerContent, Input, Job, LlmAnswer, NewJob, Photo, Policy, Record, StoredPrompt, Tombstone, Upload, new_id,
 };
-use shared::ports::{BlobStore, Callers, Created, Creation, Idempotency, JobStore};
+use shared::ports::{BlobStore, Callers, Created, Creation, GetTerms, Idempotency, JobStore};
 use uuid::Uuid;
 
 pub fn start() -> Timestamp {
@@ -261,6 +261,42 @@ pub async fn blob_store_suite(store: &impl BlobStore) {
     store.delete_prefix("jobs/a/").await.unwrap();
     assert_eq!(store.get("jobs/a/photo").await.unwrap(), None);
     assert_eq!(store.list("jobs/", None, 10).await.unwrap(), ["b"]);
+}
+
+/// Signed links, to be resolved against `base`.
+pub async fn presigned_get_suite(store: &impl BlobStore, base: &str, now: Timestamp) {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let get = async |url: &str| {
+        let url = reqwest::Url::parse(base).unwrap().join(url).unwrap();
+        let answer = http.get(url).send().await.unwrap();
+        let content_type = answer.headers().get("content-type").map(|value| value.to_str().unwrap().to_owned());
+        (answer.status().as_u16(), content_type, answer.bytes().await.unwrap())
+    };
+    let terms = GetTerms { content_type: "image/png".into(), expires_at: now + TimeDelta::minutes(15) };
+    let url = store.presign_get("jobs/linked/map-1", &terms).await.unwrap();
+    assert_eq!(get(&url).await.0, 404, "nothing is there yet");
+    store.put("jobs/linked/map-1", b"a picture".to_vec()).await.unwrap();
+    store.put("jobs/linked/photo", b"a photo".to_vec()).await.unwrap();
+    let (status, content_type, body) = get(&url).await;
+    assert_eq!((status, content_type.as_deref(), &body[..]), (200, Some("image/png"), &b"a picture"[..]));
+
+    let altered = [
+        ("another blob", url.replace("map-1", "photo")),
+        ("another type", url.replace("image", "audio")),
+        ("no signature", url[..url.rfind("ignature=").unwrap()].to_owned()),
+        ("a later end", url.replace("xpires=", "xpires=9")),
+        ("another signature", url.replace("ignature=", "ignature=0")),
+    ];
+    for (what, altered) in &altered {
+        assert_ne!(*altered, url, "{what}");
+        let (status, _, body) = get(altered).await;
+        assert!((400..500).contains(&status), "{what}: {status}");
+        assert!(!body.windows(7).any(|window| window == b"a photo"), "{what}");
+    }
+
+    store.delete_prefix("jobs/linked/").await.unwrap();
+    assert_eq!(get(&url).await.0, 404, "a deleted blob is gone, whoever holds a link");
 }
 
 pub async fn callers_suite(callers: impl Callers) {

@@ -126,14 +126,26 @@ impl Client {
         let body = UploadBody { content_type, size_bytes: photo.len() as u64, sha256 };
         let permit: UploadPermit =
             read(self.call(|| self.request(Method::POST, "/uploads").json(&body)).await?).await?;
-        let url = Url::parse(&self.api).and_then(|api| api.join(&permit.url));
-        let url = url.map_err(|_| Problem::Unreachable(self.api.clone()))?;
+        let url = self.resolved(&permit.url)?;
         let build = || {
             let request = self.http.put(url.clone()).timeout(UPLOAD_TIMEOUT).body(photo.clone());
             permit.headers.iter().fold(request, |request, (name, value)| request.header(name, value))
         };
         self.call(build).await?;
         Ok(permit.image_key)
+    }
+
+    /// What a signed link gives.
+    pub(crate) async fn download(&self, url: &str) -> Result<Vec<u8>, Problem> {
+        let url = self.resolved(url)?;
+        let response = self.call(|| self.http.get(url.clone())).await?;
+        let status = response.status();
+        response.bytes().await.map(Into::into).map_err(|_| Problem::Unexpected(status))
+    }
+
+    fn resolved(&self, url: &str) -> Result<Url, Problem> {
+        let url = Url::parse(&self.api).and_then(|api| api.join(url));
+        url.map_err(|_| Problem::Unreachable(self.api.clone()))
     }
 
     /// A result and its ETag; `None` where it is still the one that `etag` names.

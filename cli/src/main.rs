@@ -6,13 +6,13 @@ mod keys;
 mod redrive;
 mod show;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
-use shared::api::JobResult;
+use shared::api::{JobResult, Outcome, PhotoOutcome};
 use shared::job::Status;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -30,6 +30,7 @@ use crate::show::Progress;
   lesion submit --wait photo.jpg             submit, wait, print what came out
   lesion submit --no-describe --json *.jpg   ids for a program; no description
   lesion result ID --wait                    wait for a job submitted before
+  lesion result ID --map map.png             save what speaks for the label, non-diagnostic
   lesion list --limit 5                      your newest jobs
   lesion delete ID                           erase photo and result
   lesion ask 'What is a naevus?'             ask the LLM of the host, however long it takes
@@ -77,6 +78,9 @@ enum Command {
     /// Print a result.
     Result {
         id: Uuid,
+        /// Save the class activation map here, a PNG to be laid over the upright photo. Non-diagnostic.
+        #[arg(long, value_name = "FILE")]
+        map: Option<PathBuf>,
         #[command(flatten)]
         wait: Wait,
     },
@@ -132,7 +136,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
     let json = arguments.json;
     match arguments.command {
         Command::Submit { photos, no_describe, wait } => submit(&client, &photos, !no_describe, &wait, json).await,
-        Command::Result { id, wait } => result(&client, id, &wait, json).await,
+        Command::Result { id, map, wait } => result(&client, id, map.as_deref(), &wait, json).await,
         Command::Ask(ask) => ask::run(&client, ask, json).await,
         Command::List { limit } => {
             for result in client.list(limit).await? {
@@ -203,7 +207,7 @@ async fn send(client: &Client, photo: &PathBuf, describe: bool) -> anyhow::Resul
     Ok(client.submit(bytes, describe).await?)
 }
 
-async fn result(client: &Client, id: Uuid, wait: &Wait, json: bool) -> anyhow::Result<u8> {
+async fn result(client: &Client, id: Uuid, map: Option<&Path>, wait: &Wait, json: bool) -> anyhow::Result<u8> {
     let result = if wait.wait {
         let mut progress = Progress::new(1);
         let deadline = Instant::now() + Duration::from_secs(wait.timeout);
@@ -218,8 +222,22 @@ async fn result(client: &Client, id: Uuid, wait: &Wait, json: bool) -> anyhow::R
     } else {
         show::table(&id.to_string(), &result)
     }
+    if let Some(file) = map {
+        save_map(client, &result, file).await?;
+    }
     // An open job is no failure where nobody asked to wait.
     Ok(if result.status.is_open() && !wait.wait { 0 } else { exit_code(&result) })
+}
+
+async fn save_map(client: &Client, result: &JobResult, file: &Path) -> anyhow::Result<()> {
+    let Outcome::Photo(PhotoOutcome { map: Some(map), .. }) = &result.outcome else {
+        let why = "the job is still open, the model gave no label or draws none, or the photo has expired";
+        bail!("there is no map: {why}");
+    };
+    let png = client.download(&map.url).await?;
+    std::fs::write(file, png).with_context(|| file.display().to_string())?;
+    eprintln!("{}: {}", file.display(), map.note);
+    Ok(())
 }
 
 /// Long-polls until the job has ended or `deadline` has passed, telling `seen` of every change.

@@ -8,7 +8,7 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use shared::api::describe;
 use shared::auth::Access;
-use shared::embedded::uploads;
+use shared::embedded::{downloads, uploads};
 use shared::error::{Code, Error};
 use shared::http;
 use tokio::sync::Semaphore;
@@ -30,7 +30,9 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
         .merge(result::router(Arc::clone(&host.results)))
         .merge(admin::router(Arc::clone(&host.admin)))
         .merge(chat::router(Arc::clone(&host.chat)));
-    let open = result::open_router(openapi()).merge(uploads::router(host.blobs.clone(), host.clock.clone()));
+    let open = result::open_router(openapi())
+        .merge(uploads::router(host.blobs.clone(), host.clock.clone()))
+        .merge(downloads::router(host.blobs.clone(), host.clock.clone()));
     let router = http::app(protected, open, Arc::clone(&host.access));
     let router = match *host.access {
         Access::Keyless => router.layer(middleware::from_fn(loopback_only)),

@@ -32,6 +32,10 @@ pub const PAGE_MAX: u32 = 100;
 pub const DISCLAIMER: &str = "Research demonstration, not a medical device: this is no diagnosis and no substitute \
 for one. Have any lesion that is new, changing, bleeding or that worries you seen by a doctor, whatever is written here.";
 
+/// Stands beside every class activation map that leaves the system.
+pub const MAP_NOTE: &str = "Non-diagnostic: the places of the photo that raised the score of the class that comes \
+first. It outlines no lesion, and what it leaves clear is not thereby harmless.";
+
 /// `POST /submit` as JSON: the photo itself, where it was uploaded to, or what the LLM is to answer.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
@@ -187,6 +191,24 @@ pub struct PhotoOutcome {
     /// SHA-256 of the model bundle's manifest.
     pub model_digest: Option<String>,
     pub description: Option<Description>,
+    /// Null where the model draws none, where it abstained, in lists, and once the photo has expired.
+    #[serde(default)]
+    pub map: Option<MapLink>,
+}
+
+/// Where a class activation map is: an overlay to be laid over the upright photo, stretched to its
+/// size. One colour, more opaque where a place of the photo raised the score of the class that comes
+/// first more; no pixel of the photo.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MapLink {
+    /// Gives the PNG to whoever holds it, without other credentials. Absolute, or to be resolved
+    /// against the address of the API.
+    pub url: String,
+    /// Until when; each answer has a new URL.
+    #[schema(value_type = String, format = DateTime)]
+    pub expires_at: Timestamp,
+    /// What it is not. Show it beside the map.
+    pub note: String,
 }
 
 /// What the LLM answered to a prompt; all null until the job is completed.
@@ -225,6 +247,7 @@ impl Outcome {
             quality: job.quality.clone(),
             model_digest: reading.map(|reading| reading.model_digest.clone()),
             description: job.description.clone(),
+            map: None,
         })
     }
 }
@@ -235,6 +258,15 @@ impl JobResult {
     pub fn with_content(mut self, text: Option<String>) -> Self {
         if let Outcome::Prompt(outcome) = &mut self.outcome {
             outcome.content = text;
+        }
+        self
+    }
+
+    /// With where a photo's class activation map is, which only who reads one result is told.
+    #[must_use]
+    pub fn with_map(mut self, map: Option<MapLink>) -> Self {
+        if let Outcome::Photo(outcome) = &mut self.outcome {
+            outcome.map = map;
         }
         self
     }

@@ -39,6 +39,7 @@ points! {
     SubmitMessageSent = "submit.message_sent",
     SubmitOriginalErased = "submit.original_erased",
     InferenceClaimed = "inference.claimed",
+    InferenceMapStored = "inference.map_stored",
     InferenceFinished = "inference.finished",
     InferenceCached = "inference.cached",
     InferenceReleased = "inference.released",

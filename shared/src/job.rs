@@ -186,6 +186,10 @@ pub struct Reading {
     /// Highest first; empty where the model abstained.
     pub predictions: Vec<Prediction>,
     pub abstained: Option<Abstention>,
+    /// Whether an overlay of the class activation map lies under [`map_key`]; in no record of
+    /// earlier builds.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub has_map: bool,
 }
 
 /// Measures of the photo, and what is wrong with it.
@@ -548,6 +552,13 @@ pub fn blob_prefix(id: Uuid) -> String {
 #[must_use]
 pub fn photo_key(id: Uuid) -> String {
     format!("jobs/{id}/photo")
+}
+
+/// Where the overlay of a job's class activation map lies. By the model's digest: the same photo
+/// and model give the same bytes, so a stale worker's takes nobody's place.
+#[must_use]
+pub fn map_key(id: Uuid, model_digest: &str) -> String {
+    format!("jobs/{id}/map-{model_digest}")
 }
 
 #[cfg(test)]

@@ -159,10 +159,22 @@ pub struct PresignedPut {
     pub headers: BTreeMap<String, String>,
 }
 
-/// Photos and model bundles, by key. Keys use `/` and hold no `..`.
+/// What a client may get under one key, once signed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GetTerms {
+    /// As what the answer is declared.
+    pub content_type: String,
+    pub expires_at: Timestamp,
+}
+
+/// Photos, what was drawn of them, and model bundles, by key. Keys use `/` and hold no `..`.
 pub trait BlobStore: Send + Sync + 'static {
     /// A permission to put one blob under `key`.
     fn presign_put(&self, key: &str, terms: &PutTerms) -> impl Future<Output = Result<PresignedPut>> + Send;
+
+    /// A URL that gives whoever holds it the blob under `key`, which need not be there yet. To be
+    /// resolved against the address of the API.
+    fn presign_get(&self, key: &str, terms: &GetTerms) -> impl Future<Output = Result<String>> + Send;
 
     /// Writes the whole blob or nothing; an existing one is replaced.
     fn put(&self, key: &str, bytes: Vec<u8>) -> impl Future<Output = Result<()>> + Send;

@@ -58,7 +58,10 @@ const SCENES: &[(Kind, &[Point])] = &[
             Point::SubmitOriginalErased,
         ],
     ),
-    (Kind::Inference, &[Point::InferenceClaimed, Point::InferenceFinished, Point::InferenceCached]),
+    (
+        Kind::Inference,
+        &[Point::InferenceClaimed, Point::InferenceMapStored, Point::InferenceFinished, Point::InferenceCached],
+    ),
     (Kind::InferenceRetry, &[Point::InferenceReleased, Point::InferenceHidden]),
     (Kind::Enrichment, &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished]),
     (Kind::EnrichmentRetry, &[Point::EnrichmentDeferred]),

@@ -9,12 +9,12 @@ use shared::aws::{DynamoCallers, DynamoJobStore, S3BlobStore, SqsJobQueue};
 use shared::clock::Clock;
 use shared::job::{Dispatch, Policy, Record};
 use shared::message::Message;
-use shared::ports::{BlobStore, Callers, Created, Creation, JobQueue, JobStore, PutTerms};
+use shared::ports::{BlobStore, Callers, Created, Creation, GetTerms, JobQueue, JobStore, PutTerms};
 use uuid::Uuid;
 
 use crate::ports::{
-    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite,
-    queued_bytes_suite, start,
+    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, presigned_get_suite,
+    prompts_suite, queued_bytes_suite, start,
 };
 use crate::support::{fresh_table, of_stage, sdk};
 
@@ -52,6 +52,7 @@ async fn the_blob_store_keeps_its_contract() {
     aws_sdk_s3::Client::from_conf(config).create_bucket().bucket(&bucket).send().await.unwrap();
     let store = S3BlobStore::new(&sdk, bucket, true, Clock::System);
     blob_store_suite(&store).await;
+    presigned_get_suite(&store, "http://unused.invalid", Clock::System.now()).await;
     // More than one request fetches.
     for size in [0, 1, 8 << 20, (8 << 20) + 1, 25 << 20] {
         let bytes: Vec<u8> = (0..size).map(|place: usize| (place % 251) as u8).collect();
@@ -137,6 +138,20 @@ async fn a_presigned_put_ends_when_it_was_said_to() {
     let put = signed.headers.iter().fold(http.put(&signed.url).body("x"), |put, (name, value)| put.header(name, value));
     assert_eq!(put.send().await.unwrap().status().as_u16(), 403);
     assert_eq!(store.get(&key).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_presigned_get_ends_when_it_was_said_to() {
+    let store = S3BlobStore::new(&sdk().await, of_stage("BUCKET"), true, Clock::System);
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let key = format!("jobs/{}/map-1", Uuid::new_v4());
+    store.put(&key, b"a picture".to_vec()).await.unwrap();
+    let expires_at = Clock::System.now() + TimeDelta::milliseconds(1500);
+    let url = store.presign_get(&key, &GetTerms { content_type: "image/png".into(), expires_at }).await.unwrap();
+    assert_eq!(http.get(&url).send().await.unwrap().status().as_u16(), 200);
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(http.get(&url).send().await.unwrap().status().as_u16(), 403);
 }
 
 /// A queue of its own, and one for its dead letters: the stage's has inference behind it.
@@ -249,4 +264,9 @@ async fn a_role_is_denied_what_terraform_did_not_give_it() {
     let denied = blobs.get("jobs/x/photo").await.unwrap_err().chain();
     assert!(denied.contains("AccessDenied"), "result reads photos: {denied}");
     assert_eq!(blobs.get("jobs/x/answer-1").await.unwrap(), None, "answers it may read");
+    assert_eq!(blobs.get("jobs/x/map-1").await.unwrap(), None, "maps it may read");
+    let blobs = S3BlobStore::new(&assume("inference").await, of_stage("BUCKET"), true, Clock::System);
+    blobs.put("jobs/x/map-1", Vec::new()).await.expect("maps inference may write");
+    let denied = blobs.put("jobs/x/photo", Vec::new()).await.unwrap_err().chain();
+    assert!(denied.contains("AccessDenied"), "inference writes photos: {denied}");
 }

@@ -2,16 +2,17 @@
 
 use chrono::TimeDelta;
 use shared::clock::Clock;
-use shared::embedded::{Changes, DirBlobStore, SqliteCallers, SqliteJobQueue, SqliteJobStore};
+use shared::embedded::{Changes, DirBlobStore, SqliteCallers, SqliteJobQueue, SqliteJobStore, downloads};
 use shared::job::{Policy, Record};
 use shared::message::Message;
-use shared::ports::{BlobStore, JobQueue, JobStore};
+use shared::ports::{BlobStore, GetTerms, JobQueue, JobStore};
 use uuid::Uuid;
 
 use crate::ports::{
-    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, prompts_suite,
-    queued_bytes_suite, start,
+    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, presigned_get_suite,
+    prompts_suite, queued_bytes_suite, start,
 };
+use crate::support::client;
 
 #[tokio::test]
 async fn the_job_store_keeps_its_contract() {
@@ -25,6 +26,29 @@ async fn the_job_store_keeps_its_contract() {
 async fn the_blob_store_keeps_its_contract() {
     let folder = tempfile::tempdir().unwrap();
     blob_store_suite(&DirBlobStore::open(folder.path(), b"secret").unwrap()).await;
+}
+
+#[tokio::test]
+async fn a_link_gives_one_blob_until_it_expires() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = DirBlobStore::open(folder.path(), b"secret").unwrap();
+    let clock = Clock::manual(start());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base = format!("http://{}", listener.local_addr().unwrap());
+    let router = downloads::router(store.clone(), clock.clone());
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    presigned_get_suite(&store, &base, clock.now()).await;
+
+    store.put("jobs/a/map-1", b"a picture".to_vec()).await.unwrap();
+    let terms = GetTerms { content_type: "image/png".into(), expires_at: start() + TimeDelta::minutes(15) };
+    let url = format!("{base}{}", store.presign_get("jobs/a/map-1", &terms).await.unwrap());
+    let strangers = DirBlobStore::open(&folder.path().join("stranger"), b"another").unwrap();
+    let strangers = format!("{base}{}", strangers.presign_get("jobs/a/map-1", &terms).await.unwrap());
+    let http = client();
+    let status = async |url: &str| http.get(url).send().await.unwrap().status().as_u16();
+    assert_eq!((status(&url).await, status(&strangers).await), (200, 403));
+    clock.advance(TimeDelta::minutes(15));
+    assert_eq!(status(&url).await, 403);
 }
 
 #[tokio::test]

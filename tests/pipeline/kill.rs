@@ -3,7 +3,7 @@
 //!
 //! `Point::ALL` is the list; the first test fails where a point is in no scenario.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use chrono::{TimeDelta, Utc};
 use reqwest::Client;
@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::llm_server::{Behaviour, LlmServer};
+use crate::support::network::Network;
 use crate::support::process::Process;
 use crate::support::{client, ended, eventually, mole, open, submit};
 use crate::uploads;
@@ -33,6 +34,8 @@ pub(super) const UPLOAD: &[Point] = &[
 ];
 pub(super) const INFERENCE: &[Point] =
     &[Point::InferenceClaimed, Point::InferenceFinished, Point::InferenceCached, Point::QueueBeforeAck];
+/// Where the network draws maps.
+pub(super) const INFERENCE_MAP: &[Point] = &[Point::InferenceMapStored];
 pub(super) const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
 pub(super) const ENRICHMENT: &[Point] =
     &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished, Point::FeedBeforeCursor];
@@ -66,6 +69,7 @@ fn every_crash_point_is_in_a_scenario() {
         SUBMIT,
         UPLOAD,
         INFERENCE,
+        INFERENCE_MAP,
         INFERENCE_RETRY,
         ENRICHMENT,
         ENRICHMENT_RETRY,
@@ -97,11 +101,17 @@ struct Scene {
     folder: TempDir,
     http: Client,
     llm: LlmServer,
+    /// The shipped one where there is none.
+    model: Option<PathBuf>,
 }
 
 impl Scene {
     async fn new(script: impl IntoIterator<Item = Behaviour>) -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), http: client(), llm: LlmServer::start(script).await }
+        Self { folder: tempfile::tempdir().unwrap(), http: client(), llm: LlmServer::start(script).await, model: None }
+    }
+
+    fn with_model(self, folder: &Path) -> Self {
+        Self { model: Some(folder.to_owned()), ..self }
     }
 
     async fn start(&self, crash_at: Option<Point>) -> Process {
@@ -111,6 +121,7 @@ impl Scene {
     async fn start_with(&self, crash_at: Option<Point>, times: &[(&str, &str)]) -> Option<Process> {
         let base_url = self.llm.base_url();
         let mut extra = vec![("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
+        extra.extend(self.model.as_ref().map(|folder| ("MODEL_DIR", folder.to_str().unwrap())));
         extra.extend(crash_at.map(|point| ("CRASH_AT", point.name())));
         extra.extend(times);
         Process::start(self.folder.path(), &extra).await
@@ -318,6 +329,25 @@ async fn a_kill_between_any_two_writes_of_inference_loses_and_doubles_nothing() 
         let calls = if point == Point::InferenceClaimed { 1..=1 } else { 1..=2 };
         assert!(calls.contains(&scene.llm.calls()), "{}: {} calls", point.name(), scene.llm.calls());
     }
+    let model = tempfile::tempdir().unwrap();
+    Network::default().write(model.path());
+    for &point in INFERENCE_MAP {
+        let scene = Scene::new([]).await.with_model(model.path());
+        let mut host = scene.start(Some(point)).await;
+        let _ = scene.submit(&host, "key").await;
+        host.killed().await;
+        let left = std::fs::read_dir(only_photo(scene.data()).await.parent().unwrap()).unwrap();
+        assert_eq!(left.count(), 2, "the map lies beside the photo, and no record names it");
+        let host = scene.start(None).await;
+        let id = scene.submit(&host, "key").await.unwrap();
+        let result = ended(&scene.http, &host.url, &id).await;
+        let url = format!("{}{}", host.url, result["map"]["url"].as_str().unwrap());
+        assert_eq!(scene.http.get(url).send().await.unwrap().status().as_u16(), 200);
+        let left = std::fs::read_dir(only_photo(scene.data()).await.parent().unwrap()).unwrap();
+        assert_eq!(left.count(), 2, "it was written again under the same key");
+        scene.settled(host, &[id], point).await;
+        assert_eq!(scene.llm.calls(), 1);
+    }
     for &point in INFERENCE_RETRY {
         let scene = Scene::new([]).await;
         let mut host = scene.start(Some(Point::SubmitRecordWritten)).await;
@@ -332,7 +362,7 @@ async fn a_kill_between_any_two_writes_of_inference_loses_and_doubles_nothing() 
         std::fs::rename(&away, &photo).unwrap();
         scene.recover("key", point).await;
     }
-    println!("inference: killed at {} points", INFERENCE.len() + INFERENCE_RETRY.len());
+    println!("inference: killed at {} points", INFERENCE.len() + INFERENCE_MAP.len() + INFERENCE_RETRY.len());
 }
 
 /// Leases and waits of an hour, so that nothing is taken up because its time is over.

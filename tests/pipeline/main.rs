@@ -21,6 +21,7 @@ mod leaks;
 mod limits;
 mod llm;
 mod logs;
+mod maps;
 mod models;
 mod mutations;
 mod photos;

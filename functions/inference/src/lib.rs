@@ -1,13 +1,14 @@
 //! Runs the model on submitted photos.
 //!
 //! Triggered by the queue. Reads the record and the photo. Writes, in this order: the claim; then
-//! either the finished record and after it the raw outputs (cache), or the released record and the
-//! message's visibility. A message may come twice or late: the claim decides, not the message.
+//! either the overlay of the class activation map (blob store), where there is one, the finished
+//! record and after it the raw outputs (cache), or the released record and the message's visibility. A message may come twice or late: the claim decides, not the message.
 
 pub mod bundle;
 pub mod config;
 pub mod jpeg;
 pub mod manifest;
+pub mod map;
 pub mod model;
 pub mod picture;
 pub mod quality;
@@ -68,6 +69,15 @@ struct Worked {
     timings: Timings,
     /// Fresh outputs, for the cache.
     outputs: Option<RawOutputs>,
+    /// The overlay of the class activation map, a PNG. It is there where the reading says so.
+    map: Option<Vec<u8>>,
+}
+
+impl Worked {
+    /// Without an answer of the network.
+    fn without(outcome: InferenceOutcome, timings: Timings) -> Self {
+        Self { outcome, timings, outputs: None, map: None }
+    }
 }
 
 impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
@@ -143,10 +153,23 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             Err(NotMoved::Store(error)) => return Err(error),
         };
         crash::here(Point::InferenceClaimed);
-        match self.work(&job).await {
+        let worked = async {
+            let worked = self.work(&job).await?;
+            self.store_map(&job, &worked).await?;
+            Ok(worked)
+        };
+        match worked.await {
             Ok(worked) => self.finish(&job, worked).await,
             Err(error) => self.release(&job, &error).await,
         }
+    }
+
+    /// Before the record that names it: who reads of a map finds it.
+    async fn store_map(&self, job: &Job, worked: &Worked) -> Result<(), Error> {
+        let Some(png) = &worked.map else { return Ok(()) };
+        self.blobs.put(&job::map_key(job.id, &self.model.digest), png.clone()).await?;
+        crash::here(Point::InferenceMapStored);
+        Ok(())
     }
 
     async fn finish(&self, job: &Job, worked: Worked) -> Result<Outcome, Error> {
@@ -224,7 +247,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         let started = Instant::now();
         let Some(bytes) = self.blobs.get(&job::photo_key(job.id)).await? else {
             let outcome = InferenceOutcome::Failed { code: FailureCode::PhotoMissing };
-            return Ok(Worked { outcome, timings, outputs: None });
+            return Ok(Worked::without(outcome, timings));
         };
         timings.fetch = Some(millis(started));
         let key = self.cache_key(job, photo.orientation, &bytes);
@@ -279,7 +302,7 @@ fn read_photo(
     cache_key: String,
     mut timings: Timings,
 ) -> Worked {
-    let failed = |code, timings| Worked { outcome: InferenceOutcome::Failed { code }, timings, outputs: None };
+    let failed = |code, timings| Worked::without(InferenceOutcome::Failed { code }, timings);
     let started = Instant::now();
     let Ok(picture) = picture::decode_for(bytes, orientation, &model.manifest.input) else {
         return failed(FailureCode::PhotoUnreadable, timings);
@@ -293,7 +316,7 @@ fn read_photo(
     };
     timings.quality = Some(millis(started));
     if !quality.accepted {
-        return Worked { outcome: InferenceOutcome::Retake { quality }, timings, outputs: None };
+        return Worked::without(InferenceOutcome::Retake { quality }, timings);
     }
 
     let (outputs, fresh) = match cached.filter(|outputs| model.fits(outputs)) {
@@ -316,9 +339,15 @@ fn read_photo(
             (outputs, true)
         }
     };
-    let reading = model.read(&outputs);
+    let mut reading = model.read(&outputs);
+    let map = match &outputs.map {
+        // Of which class it speaks nobody is told after an abstention.
+        Some(map) if reading.abstained.is_none() => map::overlay(map, pixels.width(), pixels.height()).ok(),
+        _ => None,
+    };
+    reading.has_map = map.is_some();
     let outcome = InferenceOutcome::Read { reading, quality, cache_key: Some(cache_key) };
-    Worked { outcome, timings, outputs: fresh.then_some(outputs) }
+    Worked { outcome, timings, outputs: fresh.then_some(outputs), map }
 }
 
 /// Measures an upright picture, perhaps reduced, against the manifest's thresholds. `side_px` is

@@ -13,14 +13,37 @@ use serde::{Deserialize, Serialize};
 use shared::job::{self, AbstainReason, Prediction, Reading};
 
 use crate::bundle::{Bundle, Refused};
-use crate::manifest::{Element, Manifest, ScoreKind};
+use crate::manifest::{Element, GoldenPicture, Manifest, ScoreKind};
 use crate::picture::{self, Tensor};
+
+/// Places of a map along each side, at most: it is kept with every cached answer.
+const MAX_MAP_SIDE: u32 = 256;
 
 /// What the network gave, before calibration; what the cache keeps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RawOutputs {
     pub scores: Vec<f32>,
     pub ood: Option<f32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<ActivationMap>,
+}
+
+/// What each place of the picture adds to the score of the class that comes first: rows of `width`
+/// values.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ActivationMap {
+    pub width: u32,
+    pub height: u32,
+    pub values: Vec<f32>,
+}
+
+impl ActivationMap {
+    fn is_sound(&self) -> bool {
+        let sides = [self.width, self.height];
+        sides.iter().all(|side| (1..=MAX_MAP_SIDE).contains(side))
+            && self.values.len() == (self.width * self.height) as usize
+            && self.values.iter().all(|value| value.is_finite())
+    }
 }
 
 /// The network failed, or gave what is no answer.
@@ -61,6 +84,16 @@ impl Model {
     /// [`Refused`] where the library is missing, the network does not fit the manifest, or a
     /// golden picture comes out otherwise than it says.
     pub fn load(bundle: Bundle, library: &Path, sessions: usize) -> Result<Self, Refused> {
+        let model = Self::open(bundle, library, sessions)?;
+        model.manifest.golden.pictures.iter().try_for_each(|golden| model.compare(golden).map(drop))?;
+        Ok(model)
+    }
+
+    /// As [`Model::load`], without its golden pictures: whoever calls compares them.
+    ///
+    /// # Errors
+    /// [`Refused`] where the library is missing or the network does not fit the manifest.
+    pub fn open(bundle: Bundle, library: &Path, sessions: usize) -> Result<Self, Refused> {
         let environment = environment(library)?;
         let refused = |error: ort::Error| Refused::new(format!("{}: {error}", bundle.manifest.network.file));
         let session = build_session(environment, &bundle.network).map_err(refused)?;
@@ -69,9 +102,7 @@ impl Model {
         for _ in 1..sessions {
             pool.push(Mutex::new(build_session(environment, &bundle.network).map_err(refused)?));
         }
-        let model = Self { digest: bundle.digest, manifest: bundle.manifest, sessions: pool };
-        model.check_golden()?;
-        Ok(model)
+        Ok(Self { digest: bundle.digest, manifest: bundle.manifest, sessions: pool })
     }
 
     /// Runs the network on one picture.
@@ -87,15 +118,20 @@ impl Model {
         };
         let mut session = self.free_session();
         let outputs = session.run(inputs).map_err(failed)?;
-        let read = |name: &str| -> Result<Vec<f32>, ModelError> {
+        let read = |name: &str| {
             let value = outputs.get(name).ok_or_else(|| ModelError(format!("no output {name:?}")))?;
-            let (_, values) = value.try_extract_tensor::<f32>().map_err(failed)?;
-            Ok(values.to_vec())
+            let (shape, values) = value.try_extract_tensor::<f32>().map_err(failed)?;
+            Ok((shape.to_vec(), values.to_vec()))
         };
-        let scores = read(&self.manifest.outputs.scores.name)?;
+        let (_, scores) = read(&self.manifest.outputs.scores.name)?;
         let ood = self.manifest.outputs.ood.as_ref().map(|output| read(&output.name)).transpose()?;
-        let ood = ood.map(|values| values.first().copied().unwrap_or(f32::NAN));
-        let outputs = RawOutputs { scores, ood };
+        let ood = ood.map(|(_, values)| values.first().copied().unwrap_or(f32::NAN));
+        let map = self.manifest.outputs.map.as_ref().map(|output| read(&output.name)).transpose()?;
+        let map = map.map(|(shape, values)| {
+            let side = |axis: usize| shape.get(axis).and_then(|side| u32::try_from(*side).ok()).unwrap_or(0);
+            ActivationMap { width: side(2), height: side(1), values }
+        });
+        let outputs = RawOutputs { scores, ood, map };
         if self.fits(&outputs) {
             Ok(outputs)
         } else {
@@ -120,6 +156,8 @@ impl Model {
         outputs.scores.len() == self.manifest.labels.len()
             && outputs.ood.is_some() == self.manifest.outputs.ood.is_some()
             && outputs.scores.iter().chain(outputs.ood.iter()).all(|value| value.is_finite())
+            && outputs.map.is_some() == self.manifest.outputs.map.is_some()
+            && outputs.map.as_ref().is_none_or(ActivationMap::is_sound)
     }
 
     /// Calibrated probabilities in the order of the labels; they add up to 1.
@@ -169,34 +207,74 @@ impl Model {
         };
         let abstained = reason.map(|reason| job::Abstention { reason });
         let predictions = if abstained.is_some() { Vec::new() } else { predictions };
-        Reading { model_digest: self.digest.clone(), predictions, abstained }
+        Reading { model_digest: self.digest.clone(), predictions, abstained, has_map: false }
     }
 
-    fn check_golden(&self) -> Result<(), Refused> {
+    /// How far the probabilities of a golden picture are off, at most.
+    ///
+    /// # Errors
+    /// [`Refused`] where that is more than the tolerance, or the picture cannot be read.
+    pub fn compare(&self, golden: &GoldenPicture) -> Result<f64, Refused> {
         let tolerance = self.manifest.golden.tolerance;
-        for golden in &self.manifest.golden.pictures {
-            let wrong = |why: String| Refused::new(format!("golden picture {:?}: {why}", golden.name));
-            let png = STANDARD.decode(&golden.png_base64).map_err(|error| wrong(error.to_string()))?;
-            let picture = picture::decode(&png, 1).map_err(|error| wrong(error.to_string()))?;
-            let tensor = picture::tensor(&picture, &self.manifest.input).map_err(|error| wrong(error.to_string()))?;
-            let outputs = self.run(&tensor).map_err(|error| wrong(error.to_string()))?;
-            // A resize that does not average shows in this score first.
-            if let (Some(found), Some(expected)) = (outputs.ood, golden.ood) {
-                let most = tolerance * expected.abs().max(1.0);
-                if (f64::from(found) - expected).abs() > most {
-                    return Err(wrong(format!("ood is {found:.4}, expected {expected:.4} ± {most:.4}")));
-                }
-            }
-            let found = self.calibrate(&outputs.scores);
-            let labels = self.manifest.labels.iter();
-            for ((label, found), expected) in labels.zip(found).zip(&golden.probabilities) {
-                if (found - expected).abs() > tolerance {
-                    return Err(wrong(format!("{} is {found:.4}, expected {expected:.4} ± {tolerance}", label.code)));
-                }
+        let wrong = |why: String| Refused::new(format!("golden picture {:?}: {why}", golden.name));
+        let png = STANDARD.decode(&golden.png_base64).map_err(|error| wrong(error.to_string()))?;
+        let picture = picture::decode(&png, 1).map_err(|error| wrong(error.to_string()))?;
+        let tensor = picture::tensor(&picture, &self.manifest.input).map_err(|error| wrong(error.to_string()))?;
+        let outputs = self.run(&tensor).map_err(|error| wrong(error.to_string()))?;
+        // A resize that does not average shows in this score first.
+        if let (Some(found), Some(expected)) = (outputs.ood, golden.ood) {
+            let most = tolerance * expected.abs().max(1.0);
+            if (f64::from(found) - expected).abs() > most {
+                return Err(wrong(format!("ood is {found:.4}, expected {expected:.4} ± {most:.4}")));
             }
         }
-        Ok(())
+        let found = self.calibrate(&outputs.scores);
+        let mut furthest: f64 = 0.0;
+        for ((label, found), expected) in self.manifest.labels.iter().zip(found).zip(&golden.probabilities) {
+            let off = (found - expected).abs();
+            if off > tolerance {
+                return Err(wrong(format!("{} is {found:.4}, expected {expected:.4} ± {tolerance}", label.code)));
+            }
+            furthest = furthest.max(off);
+        }
+        Ok(furthest)
     }
+}
+
+/// One input or output of a network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outlet {
+    pub name: String,
+    /// As in a manifest, `float32` or `uint8`; ONNX Runtime's own word for others.
+    pub element: String,
+    /// −1 for a dimension of any size.
+    pub shape: Vec<i64>,
+}
+
+/// What a network takes and gives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Graph {
+    pub inputs: Vec<Outlet>,
+    pub outputs: Vec<Outlet>,
+}
+
+/// Reads what a network takes and gives, without a manifest.
+///
+/// # Errors
+/// [`Refused`] where the library is missing or the bytes are no network.
+pub fn graph(network: &[u8], library: &Path) -> Result<Graph, Refused> {
+    let session = build_session(environment(library)?, network).map_err(|error| Refused::new(error.to_string()))?;
+    let outlet = |outlet: &ort::value::Outlet| {
+        let (element, shape) = match outlet.dtype() {
+            ValueType::Tensor { ty: TensorElementType::Float32, shape, .. } => ("float32".to_owned(), shape.to_vec()),
+            ValueType::Tensor { ty: TensorElementType::Uint8, shape, .. } => ("uint8".to_owned(), shape.to_vec()),
+            ValueType::Tensor { ty, shape, .. } => (ty.to_string(), shape.to_vec()),
+            other => (other.to_string(), Vec::new()),
+        };
+        Outlet { name: outlet.name().to_owned(), element, shape }
+    };
+    let [inputs, outputs] = [session.inputs(), session.outputs()].map(|outlets| outlets.iter().map(outlet).collect());
+    Ok(Graph { inputs, outputs })
 }
 
 fn build_session(environment: &Environment, network: &[u8]) -> Result<Session, ort::Error> {

@@ -5,7 +5,7 @@ use std::io::Cursor;
 
 use fast_image_resize::images::{TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
-use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::{FilterType, PixelTrait, ResizeAlg, ResizeOptions, Resizer};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
 use ndarray::Array4;
@@ -25,7 +25,7 @@ const MAX_DECODE_BYTES: u64 = MAX_DECODED_BYTES * 2;
 /// The pixels cannot be decoded or resized.
 #[derive(Debug, thiserror::Error)]
 #[error("unreadable photo: {0}")]
-pub struct Unreadable(String);
+pub struct Unreadable(pub(crate) String);
 
 /// The network's input, `[1,3,H,W]` or `[1,H,W,3]` as the manifest says.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,7 +123,7 @@ pub fn gate_luma(picture: &RgbImage) -> Result<(Vec<u8>, usize, usize), Unreadab
     let scaled = |side: u32| (f64::from(side) * f64::from(GATE_SIDE) / f64::from(longer)).round().max(1.0) as u32;
     let small = match longer {
         longer if longer <= GATE_SIDE => Cow::Borrowed(picture.as_raw().as_slice()),
-        _ => Cow::Owned(resize(picture, scaled(width), scaled(height), FilterType::Bilinear)?),
+        _ => Cow::Owned(resized(picture, [scaled(width), scaled(height)], FilterType::Bilinear)?),
     };
     let (width, height) = if longer <= GATE_SIDE { (width, height) } else { (scaled(width), scaled(height)) };
     let luma = small.chunks_exact(3).map(|pixel| {
@@ -143,7 +143,7 @@ pub fn tensor(picture: &RgbImage, input: &Input) -> Result<Tensor, Unreadable> {
         Resize::Bicubic => FilterType::CatmullRom,
         Resize::Lanczos3 => FilterType::Lanczos3,
     };
-    let pixels = resize(picture, input.width, input.height, filter)?;
+    let pixels = resized(picture, [input.width, input.height], filter)?;
     // A value of a channel comes out the same wherever it stands: 768 are computed, not each pixel's.
     let values: [[f32; 256]; 3] = std::array::from_fn(|channel| {
         std::array::from_fn(|byte| (byte as f32 * input.scale - input.mean[channel]) / input.std[channel])
@@ -178,14 +178,24 @@ fn arranged<T>(pixels: &[u8], input: &Input, value: impl Fn(usize, u8) -> T) -> 
     Array4::from_shape_vec(shape, values).map_err(|error| Unreadable(error.to_string()))
 }
 
-/// By the type of the pixels: what chooses it at run time brings the code for all others along.
-fn resize(picture: &RgbImage, width: u32, height: u32, filter: FilterType) -> Result<Vec<u8>, Unreadable> {
-    let source = TypedImageRef::<U8x3>::from_buffer(picture.width(), picture.height(), picture.as_raw());
-    let source = source.map_err(|error| Unreadable(error.to_string()))?;
-    let mut resized = vec![0; width as usize * height as usize * 3];
-    let target = TypedImage::<U8x3>::from_buffer(width, height, &mut resized);
-    let mut target = target.map_err(|error| Unreadable(error.to_string()))?;
+fn resized(picture: &RgbImage, sides: [u32; 2], filter: FilterType) -> Result<Vec<u8>, Unreadable> {
+    resize::<U8x3>(picture.as_raw(), picture.dimensions().into(), sides, filter)
+}
+
+/// Pixels of a type `P` of bytes, between two pairs of width and height. By the type of the pixels:
+/// what chooses it at run time brings the code for all others along.
+pub(crate) fn resize<P: PixelTrait>(
+    pixels: &[u8],
+    from: [u32; 2],
+    to: [u32; 2],
+    filter: FilterType,
+) -> Result<Vec<u8>, Unreadable> {
+    let unreadable = |error: &dyn std::fmt::Display| Unreadable(error.to_string());
+    let source = TypedImageRef::<P>::from_buffer(from[0], from[1], pixels).map_err(|error| unreadable(&error))?;
+    let mut resized = vec![0; to[0] as usize * to[1] as usize * P::size()];
+    let target = TypedImage::<P>::from_buffer(to[0], to[1], &mut resized);
+    let mut target = target.map_err(|error| unreadable(&error))?;
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
-    Resizer::new().resize_typed(&source, &mut target, &options).map_err(|error| Unreadable(error.to_string()))?;
+    Resizer::new().resize_typed(&source, &mut target, &options).map_err(|error| unreadable(&error))?;
     Ok(resized)
 }

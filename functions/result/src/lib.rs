@@ -1,9 +1,9 @@
 //! `GET /result/{request_id}`, `GET /results`, `DELETE /result/{request_id}`, `GET /healthz`,
 //! `GET /openapi.json`.
 //!
-//! Triggered by HTTP. Reads the records, and answers that are too large for one. A delete writes, in this order: the tombstone, then it
-//! erases the blobs, then it sends the order to erase the cache; sweep does the last two once more
-//! a lease later, when no worker can still be writing.
+//! Triggered by HTTP. Reads the records, and answers that are too large for one. A delete writes, in
+//! this order: the tombstone, then it erases the blobs, then it sends the order to erase the cache;
+//! sweep does the last two once more a lease later, when no worker can still be writing.
 
 mod poll;
 
@@ -16,18 +16,22 @@ use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use chrono::TimeDelta;
 use serde::Deserialize;
-use shared::api::{Health, JobPage, JobResult, MAX_WAIT_SECONDS, PAGE_DEFAULT, PAGE_MAX};
-use shared::clock::Clock;
+use shared::api::{Health, JobPage, JobResult, MAP_NOTE, MAX_WAIT_SECONDS, MapLink, PAGE_DEFAULT, PAGE_MAX};
+use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::error::{Code, Error, ErrorBody};
 use shared::http::Caller;
 use shared::job::{self, AnswerContent, Job, Policy, Record};
 use shared::message::Message;
-use shared::ports::{BlobStore, JobQueue, JobStore};
+use shared::ports::{BlobStore, GetTerms, JobQueue, JobStore};
 use shared::telemetry;
 use utoipa::OpenApi;
 use uuid::Uuid;
+
+/// How long the link to a map holds.
+const MAP_LINK_TTL: TimeDelta = TimeDelta::minutes(15);
 
 /// What result works with.
 pub struct Results<J, Q, B> {
@@ -257,11 +261,11 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
         if known.is_some_and(|known| poll::matches(&known, &job)) {
             return Ok((StatusCode::NOT_MODIFIED, poll::headers(&job, now)).into_response());
         }
-        Ok((poll::headers(&job, now), Json(self.shown(&job).await?)).into_response())
+        Ok((poll::headers(&job, now), Json(self.shown(&job, now).await?)).into_response())
     }
 
-    /// The job as its caller sees it, with the text of an answer.
-    async fn shown(&self, job: &Job) -> Result<JobResult, Error> {
+    /// The job as its caller sees it, with the text of an answer or a link to the map.
+    async fn shown(&self, job: &Job, now: Timestamp) -> Result<JobResult, Error> {
         let text = match job.answer.as_ref().map(|answer| &answer.content) {
             None => None,
             Some(AnswerContent::Text(text)) => Some(text.clone()),
@@ -271,7 +275,19 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
                 Some(String::from_utf8(bytes).map_err(Error::internal)?)
             }
         };
-        Ok(JobResult::from(job).with_content(text))
+        Ok(JobResult::from(job).with_content(text).with_map(self.map_link(job, now).await?))
+    }
+
+    /// `None` where there is no map, or none any more: it expires with the photo.
+    async fn map_link(&self, job: &Job, now: Timestamp) -> Result<Option<MapLink>, Error> {
+        let Some(reading) = job.reading.as_ref().filter(|reading| reading.has_map) else { return Ok(None) };
+        let expires_at = (now + MAP_LINK_TTL).min(job.input.expires_at());
+        if expires_at <= now {
+            return Ok(None);
+        }
+        let terms = GetTerms { content_type: "image/png".to_owned(), expires_at };
+        let url = self.blobs.presign_get(&job::map_key(job.id, &reading.model_digest), &terms).await?;
+        Ok(Some(MapLink { url, expires_at, note: MAP_NOTE.to_owned() }))
     }
 
     async fn own_record(&self, caller: &Caller, request_id: &str) -> Result<Record, Error> {

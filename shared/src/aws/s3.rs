@@ -12,9 +12,9 @@ use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{ChecksumAlgorithm, Delete, ObjectIdentifier};
 use futures_util::stream::{self, StreamExt};
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
-use crate::ports::{BlobStore, PresignedPut, PutTerms};
+use crate::ports::{BlobStore, GetTerms, PresignedPut, PutTerms};
 
 const WHAT: &str = "the photo store";
 /// What one request fetches: a model comes in many, a few at a time, as one alone is slow.
@@ -37,6 +37,11 @@ impl S3BlobStore {
     pub fn new(config: &SdkConfig, bucket: String, path_style: bool, clock: Clock) -> Self {
         let config = aws_sdk_s3::config::Builder::from(config).force_path_style(path_style).build();
         Self { client: Client::from_conf(config), bucket, clock }
+    }
+
+    fn until(&self, expires_at: Timestamp) -> Result<PresigningConfig, Error> {
+        let ttl = (expires_at - self.clock.now()).to_std().map_err(Error::internal)?;
+        PresigningConfig::expires_in(ttl).map_err(Error::internal)
     }
 
     /// The piece that begins at `start`.
@@ -69,20 +74,26 @@ impl S3BlobStore {
 
 impl BlobStore for S3BlobStore {
     async fn presign_put(&self, key: &str, terms: &PutTerms) -> Result<PresignedPut, Error> {
-        let ttl = (terms.expires_at - self.clock.now()).to_std().map_err(Error::internal)?;
         let put = self.client.put_object().bucket(&self.bucket).key(key);
         let put = put
             .content_type(&terms.content_type)
             .content_length(i64::try_from(terms.size_bytes).map_err(Error::internal)?)
             .checksum_algorithm(ChecksumAlgorithm::Sha256)
             .checksum_sha256(&terms.checksum_sha256);
-        let config = PresigningConfig::expires_in(ttl).map_err(Error::internal)?;
-        let signed = put.presigned(config).await.map_err(unavailable)?;
+        let signed = put.presigned(self.until(terms.expires_at)?).await.map_err(unavailable)?;
         let headers = signed.headers().filter(|(name, _)| !name.eq_ignore_ascii_case("content-length"));
         Ok(PresignedPut {
             url: signed.uri().to_owned(),
             headers: headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
         })
+    }
+
+    async fn presign_get(&self, key: &str, terms: &GetTerms) -> Result<String, Error> {
+        let get = self.client.get_object().bucket(&self.bucket).key(key);
+        // Blobs are put without a type.
+        let get = get.response_content_type(&terms.content_type).response_cache_control("no-store");
+        let signed = get.presigned(self.until(terms.expires_at)?).await.map_err(unavailable)?;
+        Ok(signed.uri().to_owned())
     }
 
     async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<(), Error> {

@@ -1,7 +1,7 @@
 //! Blobs as files: written beside their place, flushed, and renamed into it.
 //!
-//! A client puts a blob by itself through a URL that is signed here and honoured by
-//! [`super::uploads`], as it would with S3.
+//! A client puts or gets a blob by itself through a URL that is signed here and honoured by
+//! [`super::uploads`] or [`super::downloads`], as it would with S3.
 
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -9,10 +9,10 @@ use std::time::SystemTime;
 
 use tempfile::NamedTempFile;
 
-use super::uploads::Signer;
+use super::signer::Signer;
 use crate::crash;
 use crate::error::Error;
-use crate::ports::{BlobStore, PresignedPut, PutTerms};
+use crate::ports::{BlobStore, GetTerms, PresignedPut, PutTerms};
 
 const WHAT: &str = "the photo store";
 /// Half-written files live here until they are whole.
@@ -26,7 +26,7 @@ pub struct DirBlobStore {
 }
 
 impl DirBlobStore {
-    /// Creates the directory and drops what a crash left half-written. `secret` signs uploads.
+    /// Creates the directory and drops what a crash left half-written. `secret` signs URLs.
     ///
     /// # Errors
     /// Where the directory cannot be made.
@@ -78,7 +78,12 @@ impl DirBlobStore {
 impl BlobStore for DirBlobStore {
     async fn presign_put(&self, key: &str, terms: &PutTerms) -> Result<PresignedPut, Error> {
         self.path(key)?;
-        Ok(self.signer.presign(key, terms))
+        Ok(self.signer.presign_put(key, terms))
+    }
+
+    async fn presign_get(&self, key: &str, terms: &GetTerms) -> Result<String, Error> {
+        self.path(key)?;
+        Ok(self.signer.presign_get(key, terms))
     }
 
     async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<(), Error> {

@@ -5,8 +5,10 @@
 
 mod blobs;
 mod callers;
+pub mod downloads;
 mod jobs;
 mod queue;
+mod signer;
 mod sqlite;
 pub mod uploads;
 

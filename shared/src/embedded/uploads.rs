@@ -4,7 +4,6 @@
 //! Triggered by `PUT /uploads/{key}`. Writes one blob. The signature is the credential: no caller is
 //! asked for.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use axum::Router;
@@ -14,56 +13,20 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::routing::put;
 use base64::Engine;
-use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use base64::engine::general_purpose::STANDARD;
 use futures_util::StreamExt;
-use hmac::{Hmac, Mac};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
 use super::DirBlobStore;
+use super::signer::CHECKSUM;
 use crate::clock::{Clock, Timestamp};
 use crate::error::{Code, Error};
-use crate::ports::{PresignedPut, PutTerms};
+use crate::ports::PutTerms;
 
-/// S3's name of the header that carries the body's SHA-256.
-const CHECKSUM: &str = "x-amz-checksum-sha256";
 /// The longest that one body may take to arrive.
 const TIMEOUT: Duration = Duration::from_secs(15 * 60);
-
-/// Signs the terms of a PUT.
-#[derive(Clone)]
-pub(super) struct Signer(Hmac<Sha256>);
-
-impl Signer {
-    pub(super) fn new(secret: &[u8]) -> Result<Self, Error> {
-        Hmac::new_from_slice(secret).map(Self).map_err(Error::internal)
-    }
-
-    pub(super) fn presign(&self, key: &str, terms: &PutTerms) -> PresignedPut {
-        let signature = URL_SAFE_NO_PAD.encode(self.mac(key, terms).finalize().into_bytes());
-        let expires = terms.expires_at.timestamp();
-        let headers = [(header::CONTENT_TYPE.as_str(), &terms.content_type), (CHECKSUM, &terms.checksum_sha256)];
-        PresignedPut {
-            url: format!("/uploads/{key}?expires={expires}&signature={signature}"),
-            headers: BTreeMap::from(headers.map(|(name, value)| (name.to_owned(), value.clone()))),
-        }
-    }
-
-    fn verify(&self, key: &str, terms: &PutTerms, signature: &str) -> bool {
-        let signature = URL_SAFE_NO_PAD.decode(signature);
-        signature.is_ok_and(|signature| self.mac(key, terms).verify_slice(&signature).is_ok())
-    }
-
-    /// Over everything that the client may not choose, each part closed by a line feed, which none
-    /// of them can contain.
-    fn mac(&self, key: &str, terms: &PutTerms) -> Hmac<Sha256> {
-        let PutTerms { content_type, size_bytes, checksum_sha256, expires_at } = terms;
-        let expires = expires_at.timestamp();
-        let text = format!("PUT\n{key}\n{content_type}\n{size_bytes}\n{checksum_sha256}\n{expires}\n");
-        self.0.clone().chain_update(text)
-    }
-}
 
 #[derive(Clone)]
 struct Uploads {
@@ -95,7 +58,7 @@ async fn upload(
         return Err(invalid("An upload is permitted by its URL: send no Authorization header."));
     }
     let terms = terms(&headers, &signed).ok_or_else(refused)?;
-    if !uploads.blobs.signer().verify(&key, &terms, &signed.signature) || uploads.clock.now() >= terms.expires_at {
+    if !uploads.blobs.signer().allows_put(&key, &terms, &signed.signature) || uploads.clock.now() >= terms.expires_at {
         return Err(refused());
     }
     let received = tokio::time::timeout(TIMEOUT, receive(&uploads.blobs, &key, &terms, body)).await;

@@ -121,7 +121,7 @@ fn job(kept: &Kept) -> Job {
 
 fn reading(abstained: bool) -> Reading {
     let abstained = abstained.then_some(Abstention { reason: AbstainReason::LowConfidence });
-    Reading { model_digest: String::new(), predictions: Vec::new(), abstained }
+    Reading { model_digest: String::new(), predictions: Vec::new(), abstained, has_map: false }
 }
 
 fn description() -> Description {

@@ -40,7 +40,7 @@ fn pending(describe: bool) -> Job {
 
 fn reading(abstained: bool) -> Reading {
     let abstained = abstained.then_some(Abstention { reason: AbstainReason::LowConfidence });
-    Reading { model_digest: "d".into(), predictions: Vec::new(), abstained }
+    Reading { model_digest: "d".into(), predictions: Vec::new(), abstained, has_map: false }
 }
 
 fn quality() -> Quality {

@@ -88,7 +88,7 @@ mod tests {
             probability: *probability,
             malignant: *malignant,
         });
-        Reading { model_digest: String::new(), predictions: predictions.collect(), abstained: None }
+        Reading { model_digest: String::new(), predictions: predictions.collect(), abstained: None, has_map: false }
     }
 
     #[test]

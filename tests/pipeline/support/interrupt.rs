@@ -9,7 +9,7 @@ use shared::error::Error;
 use shared::job::{Fence, Job, Record, Tombstone, Upload};
 use shared::message::Message;
 use shared::ports::{
-    BlobStore, Created, Creation, DeadLetter, Idempotency, JobQueue, JobStore, PresignedPut, PutTerms,
+    BlobStore, Created, Creation, DeadLetter, GetTerms, Idempotency, JobQueue, JobStore, PresignedPut, PutTerms,
 };
 use uuid::Uuid;
 
@@ -114,6 +114,10 @@ impl<P: JobQueue> JobQueue for Interrupted<P> {
 impl<P: BlobStore> BlobStore for Interrupted<P> {
     async fn presign_put(&self, key: &str, terms: &PutTerms) -> Result<PresignedPut> {
         self.1.around(self.0.presign_put(key, terms)).await
+    }
+
+    async fn presign_get(&self, key: &str, terms: &GetTerms) -> Result<String> {
+        self.1.around(self.0.presign_get(key, terms)).await
     }
 
     async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<()> {

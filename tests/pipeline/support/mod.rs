@@ -8,6 +8,8 @@ pub mod leaks;
 pub mod llm_server;
 pub mod memory;
 pub mod metadata;
+#[allow(dead_code, reason = "the tests' alone")]
+pub mod network;
 pub mod process;
 pub mod redis_server;
 pub mod reference;
