@@ -1,5 +1,7 @@
 //! `local`: the whole pipeline in one process.
 
+mod model;
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -32,6 +34,9 @@ enum Command {
         #[arg(long)]
         another: bool,
     },
+    /// Check a model bundle, or begin one. docs/MODEL.md has the fields of a manifest.
+    #[command(subcommand)]
+    Model(model::Command),
     /// Print the API's description as JSON.
     Openapi,
     /// List the points at which CRASH_AT kills a debug build.
@@ -54,6 +59,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(),
         Command::Init { another } => init(another),
+        Command::Model(command) => model::run(command, &Env::of_process()),
         Command::Openapi => {
             println!("{}", local::openapi().to_pretty_json()?);
             Ok(())

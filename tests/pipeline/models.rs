@@ -12,6 +12,8 @@ use inference::{gate, picture};
 use serde_json::{Value, json};
 use shared::embedded::DirBlobStore;
 
+use crate::support::network::Network;
+use crate::support::process::binary;
 use crate::support::reference::{self, Reference};
 use crate::support::{mole, ort_library, root};
 
@@ -211,5 +213,120 @@ fn every_layout_and_type_of_input_carries_the_same_picture() {
             assert_eq!(planes[[0, channel, y, x]], value);
             assert_eq!(pixels[[0, y, x, channel]], value);
         }
+    }
+}
+
+/// The same picture by every way in and out that a manifest can name.
+#[test]
+fn networks_of_every_layout_type_and_kind_say_the_same_of_the_same_picture() {
+    let colour = [30, 200, 90];
+    let picture = RgbImage::from_pixel(40, 30, image::Rgb(colour));
+    let flags = [false, true];
+    for (nhwc, uint8, probabilities, extras) in flags
+        .iter()
+        .flat_map(|nhwc| flags.iter().map(move |uint8| (*nhwc, *uint8)))
+        .flat_map(|(nhwc, uint8)| flags.iter().map(move |kind| (nhwc, uint8, *kind)))
+        .flat_map(|(nhwc, uint8, kind)| flags.iter().map(move |extras| (nhwc, uint8, kind, *extras)))
+    {
+        let classes =
+            vec![("one", [3.0, -1.0, 0.5]), ("two", [0.0, 2.0, 1.0]), ("three", [1.0; 3]), ("four", [0.0; 3])];
+        let network = Network { nhwc, uint8, probabilities, classes, ood: extras, map: extras };
+        let model = load(&network.manifest(), network.onnx()).unwrap_or_else(|why| panic!("{network:?}: {why}"));
+        let outputs = model.run(&picture::tensor(&picture, &model.manifest.input).unwrap()).unwrap();
+        for (found, expected) in model.calibrate(&outputs.scores).iter().zip(network.expected(colour)) {
+            assert!((found - expected).abs() < 1e-4, "{network:?}: {found}, {expected}");
+        }
+        assert_eq!((outputs.ood.is_some(), outputs.map.is_some()), (extras, extras));
+        let full = if uint8 { 255.0 } else { 1.0 };
+        let mean = colour.iter().map(|byte| f32::from(*byte) / 255.0 * full / 3.0).sum::<f32>();
+        if let (Some(ood), Some(map)) = (outputs.ood, outputs.map) {
+            assert_eq!((map.width, map.height), (8, 8));
+            assert!(map.values.iter().chain([&ood]).all(|value| (value - mean).abs() < 1e-3 * full), "{network:?}");
+        }
+        assert_eq!(
+            model.read(&model.run(&picture::tensor(&picture, &model.manifest.input).unwrap()).unwrap()).predictions[0]
+                .label,
+            "two"
+        );
+    }
+}
+
+/// `local` on a folder, and what it printed in all.
+fn local(arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = std::process::Command::new(binary("local"));
+    let output = command.env_clear().env("ORT_DYLIB_PATH", ort_library()).args(arguments).output().unwrap();
+    let printed = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(printed).unwrap())
+}
+
+#[test]
+fn a_bundle_is_begun_from_its_network_filled_in_and_passes_the_check() {
+    let Some(reference) = Reference::read() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(path("reference.onnx"), &reference.network).unwrap();
+    let (code, printed) = local(&["model", "new", &path("reference.onnx")]);
+    assert_eq!(code, Some(0), "{printed}");
+    for field in ["labels[6].code", "input.resize", "input.mean", "abstention.min_probability", "png_base64"] {
+        assert!(printed.contains(field), "{field}: {printed}");
+    }
+    let (code, printed) = local(&["model", "new", &path("reference.onnx")]);
+    assert_eq!(code, Some(1), "what somebody has filled in is not written over");
+    assert!(printed.contains("is there already"), "{printed}");
+    let (code, printed) = local(&["model", "check", &path("")]);
+    assert_eq!(code, Some(1));
+    assert!(printed.contains("not filled in") && printed.contains("input.resize"), "{printed}");
+
+    // What the graph tells stays; what a person knows is filled in.
+    let mut manifest: Value = serde_json::from_slice(&std::fs::read(path(MANIFEST)).unwrap()).unwrap();
+    let known = reference.manifest();
+    for told in ["network", "outputs"] {
+        assert_eq!(manifest[told], known[told], "the graph tells it");
+    }
+    for told in ["name", "layout", "type"] {
+        assert_eq!(manifest["input"][told], known["input"][told], "the graph tells it");
+    }
+    for asked in ["name", "version", "licence", "labels", "abstention", "golden"] {
+        manifest[asked] = known[asked].clone();
+    }
+    for asked in ["width", "height", "resize", "scale", "mean", "std"] {
+        manifest["input"][asked] = known["input"][asked].clone();
+    }
+    std::fs::write(path(MANIFEST), manifest.to_string()).unwrap();
+    let (code, printed) = local(&["model", "check", &path("")]);
+    assert_eq!(code, Some(0), "{printed}");
+    for part in ["reference 1, 7 labels", "golden     ok", "ms a run", "MODEL_DIGEST"] {
+        assert!(printed.contains(part), "{part}: {printed}");
+    }
+
+    // Fed otherwise than it was trained: the golden pictures tell.
+    manifest["input"]["mean"] = json!([0.0, 0.0, 0.0]);
+    std::fs::write(path(MANIFEST), manifest.to_string()).unwrap();
+    let (code, printed) = local(&["model", "check", &path("")]);
+    assert_eq!(code, Some(1), "{printed}");
+    assert!(printed.contains("WRONG") && printed.contains("compare input.resize"), "{printed}");
+}
+
+#[test]
+fn what_the_graph_tells_is_in_the_draft_and_what_is_no_classifier_gets_none() {
+    for nhwc in [false, true] {
+        let network = Network { nhwc, uint8: nhwc, probabilities: nhwc, ood: true, ..Network::default() };
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(path("means.onnx"), network.onnx()).unwrap();
+        assert_eq!(local(&["model", "new", &path("means.onnx")]).0, Some(0));
+        let drafted: Value = serde_json::from_slice(&std::fs::read(path(MANIFEST)).unwrap()).unwrap();
+        let known = network.manifest();
+        for told in ["layout", "type", "width", "height"] {
+            assert_eq!(drafted["input"][told], known["input"][told]);
+        }
+        assert_eq!(
+            (&drafted["outputs"]["ood"], &drafted["outputs"]["map"]),
+            (&known["outputs"]["ood"], &known["outputs"]["map"])
+        );
+        assert_eq!(drafted["labels"].as_array().unwrap().len(), 3);
+        assert_eq!(drafted["input"]["mean"].is_string(), !nhwc, "bytes go in as they are");
+        std::fs::write(path("none.onnx"), b"no network").unwrap();
+        assert_eq!(local(&["model", "new", &path("none.onnx")]).0, Some(1));
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod bundle;
 pub mod config;
+pub mod draft;
 pub mod jpeg;
 pub mod manifest;
 pub mod map;

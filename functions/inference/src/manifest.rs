@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::quality;
+use crate::{draft, quality};
 
 /// The version of this format that this build reads.
 pub const FORMAT: u32 = 1;
@@ -205,6 +205,12 @@ impl Manifest {
     /// # Errors
     /// What is wrong with it, by field.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        let missing = draft::missing(&value);
+        if !missing.is_empty() {
+            return Err(format!("not filled in: {}", missing.join("; ")));
+        }
+        // Once more of the bytes: errors then say the line.
         let manifest: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
         manifest.check()?;
         Ok(manifest)
