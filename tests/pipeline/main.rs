@@ -12,6 +12,7 @@ mod bombs;
 mod callers;
 mod chat;
 mod cli;
+mod decoding;
 mod docs;
 mod embedded;
 mod faults;

@@ -1,0 +1,118 @@
+//! What decoding at a quarter changes on real photos, and that nothing else is decoded otherwise.
+//! `scripts/bench vision` looks at all of them, at 12 megapixels, beside Pillow.
+
+use std::io::Cursor;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use image::imageops::FilterType;
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageBuffer, ImageFormat, Rgb, RgbImage};
+use inference::bundle::Bundle;
+use inference::model::Model;
+use inference::picture;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
+use crate::support::{mole, ort_library, real_photos, root};
+
+const SEED: u64 = 20;
+/// Of all real photos.
+const SAMPLE: usize = 100;
+/// Of the smallest phones' photos that are read at a quarter.
+const PHONE: (u32, u32) = (2560, 1920);
+const SAME_LABEL: f64 = 0.995;
+/// How far a probability may move.
+const SCORES_WITHIN: f64 = 0.03;
+
+fn model() -> Model {
+    Model::load(Bundle::from_directory(&root().join("model"), None).unwrap(), &ort_library(), 2).unwrap()
+}
+
+fn probabilities(model: &Model, picture: &RgbImage) -> Vec<f64> {
+    let tensor = picture::tensor(picture, &model.manifest.input).unwrap();
+    model.calibrate(&model.run(&tensor).unwrap().scores)
+}
+
+/// Through a file: what writes into memory is compiled here, without optimisation.
+fn jpeg(picture: impl Into<DynamicImage>) -> Vec<u8> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    picture.into().save_with_format(file.path(), ImageFormat::Jpeg).unwrap();
+    std::fs::read(file.path()).unwrap()
+}
+
+fn first(probabilities: &[f64]) -> usize {
+    (0..probabilities.len()).max_by(|one, other| probabilities[*one].total_cmp(&probabilities[*other])).unwrap()
+}
+
+#[test]
+fn real_photos_as_large_as_a_phones_get_the_label_that_every_pixel_gives() {
+    let model = model();
+    let photos = real_photos();
+    if photos.is_empty() {
+        return;
+    }
+    let mut random = SmallRng::seed_from_u64(SEED);
+    let sample: Vec<&PathBuf> = (0..SAMPLE).map(|_| &photos[random.random_range(0..photos.len())]).collect();
+    let found = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for half in sample.chunks(SAMPLE.div_ceil(2)) {
+            let (model, found) = (&model, &found);
+            scope.spawn(move || {
+                for photo in half {
+                    let large = image::open(photo).unwrap().resize_exact(PHONE.0, PHONE.1, FilterType::Triangle);
+                    let large = jpeg(large);
+                    let whole = probabilities(model, &picture::decode(&large, 1).unwrap());
+                    let reduced = picture::decode_for(&large, 1, &model.manifest.input).unwrap().pixels;
+                    assert_eq!(reduced.dimensions(), (PHONE.0 / 4, PHONE.1 / 4));
+                    let reduced = probabilities(model, &reduced);
+                    let off = whole.iter().zip(&reduced).map(|(one, other)| (one - other).abs()).fold(0.0, f64::max);
+                    found.lock().unwrap().push((first(&whole) == first(&reduced), off));
+                }
+            });
+        }
+    });
+    let found = found.into_inner().unwrap();
+    let same = found.iter().filter(|(same, _)| *same).count() as f64 / found.len() as f64;
+    let furthest = found.iter().map(|(_, off)| *off).fold(0.0, f64::max);
+    println!("{} photos: same label {:.2} %, a probability moves by {furthest:.4} at most", found.len(), 100.0 * same);
+    assert!(same >= SAME_LABEL, "{same}");
+    assert!(furthest <= SCORES_WITHIN, "{furthest}");
+}
+
+/// Drawn, and large enough to be read at a quarter if it were a usual JPEG.
+fn large() -> RgbImage {
+    let drawn = image::load_from_memory(&mole()).unwrap();
+    drawn.resize_exact(PHONE.0, PHONE.1, FilterType::Triangle).into_rgb8()
+}
+
+#[test]
+fn a_grey_photo_and_one_of_sixteen_bits_are_read_by_every_pixel() {
+    let input = model().manifest.input;
+    let grey = jpeg(DynamicImage::from(large()).into_luma8());
+    let photo = large();
+    let deep: ImageBuffer<Rgb<u16>, Vec<u16>> =
+        ImageBuffer::from_fn(PHONE.0, PHONE.1, |x, y| Rgb(photo.get_pixel(x, y).0.map(|byte| u16::from(byte) * 257)));
+    let mut png = Cursor::new(Vec::new());
+    DynamicImage::from(deep).write_to(&mut png, ImageFormat::Png).unwrap();
+    for bytes in [&grey, png.get_ref()] {
+        let read = picture::decode_for(bytes, 1, &input).unwrap();
+        assert!(read.pixels == picture::decode(bytes, 1).unwrap());
+        assert_eq!(read.side_px, PHONE.1);
+    }
+    assert!(picture::decode_for(png.get_ref(), 1, &input).unwrap().pixels == photo, "no level is lost or moved");
+}
+
+#[test]
+fn a_photo_that_lies_on_its_side_is_reduced_as_it_is_and_turned_after() {
+    let input = model().manifest.input;
+    let photo = jpeg(large());
+    let upright = picture::decode_for(&photo, 1, &input).unwrap().pixels;
+    for orientation in 2..=8 {
+        let mut expected = DynamicImage::from(upright.clone());
+        expected.apply_orientation(Orientation::from_exif(orientation).unwrap());
+        let turned = picture::decode_for(&photo, orientation, &input).unwrap();
+        assert!(turned.pixels == expected.into_rgb8(), "orientation {orientation}");
+        assert_eq!(turned.side_px, PHONE.1);
+    }
+}
