@@ -1,5 +1,6 @@
-"""Fits on train alone what the manifest states beside the weights: the out-of-distribution
-statistics (fit part), the temperature and both abstention thresholds (held part).
+"""Fits what the manifest states beside the weights, on train photos alone that the scoring network or statistics
+have not met: the temperature, how far the class priors are put back, both abstention thresholds, and before them
+the out-of-distribution score.
 
 usage: calibrate.py WORK_DIR
 """
@@ -7,62 +8,145 @@ usage: calibrate.py WORK_DIR
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from network import Bundle, LesionNet
-from prepare import CODES, load
-from train import predict
+import strangers
+from draw import draw_lesions
+from network import FROZEN, LesionNet, Strangeness, strangeness_features
+from prepare import CODES, FOLDS, SEED, Photos, resize
+from train import CALIBRATION_FOLDS
+from views import as_input, frozen_session
 
-# Shares of real held-out photos that may be refused.
-REFUSED_AS_STRANGE = 0.02
-REFUSED_AS_UNSURE = 0.10
+# Share of real photos that may be refused as strange.
+REFUSED_AS_STRANGE = 0.015
+# How far the logits are put back from the sampled to the true frequencies: 1 fully. What is left out leans towards
+# the rare classes.
+PRIOR = 0.4
+# What melanoma's logit gets on top.
+MELANOMA_LEAN = 0.3
+# Share of melanomas that may be answered with a benign class, and what that may cost in photos answered.
+MELANOMAS_MISSED, LEAST_COVERAGE = 0.12, 0.75
+BENIGN = [CODES.index(code) for code in ("bkl", "df", "nv", "vasc")]
+MELANOMA = CODES.index("mel")
 
 
-def load_network(work: Path) -> LesionNet:
-    network = LesionNet(len(CODES))
-    network.load_state_dict(torch.load(work / "weights.pt"))
+def load_network(work: Path, job: str) -> LesionNet:
+    """A trained network, its logits leaning as described above."""
+    saved, network = torch.load(work / f"weights-{job}.pt"), LesionNet(len(CODES))
+    network.load_state_dict(saved["network"])
+    with torch.no_grad():
+        network.head.bias -= PRIOR * torch.log(saved["excess"])
+        network.head.bias[MELANOMA] += MELANOMA_LEAN
     return network.eval()
 
 
-def feature_statistics(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Shift, whitening matrix and whitened class means; the covariance is the one within classes."""
-    features = features.double()
-    shift = features.mean(0)
-    means = torch.stack([features[labels == c].mean(0) for c in range(len(CODES))])
-    gaps = features - means[labels]
-    covariance = gaps.T @ gaps / len(gaps)
+def maps_of(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2)
+
+
+def features_of(maps: np.ndarray) -> torch.Tensor:
+    parts = [strangeness_features(maps_of(maps[i : i + 256])) for i in range(0, len(maps), 256)]
+    return torch.cat(parts).double()
+
+
+def drawn_features(pictures: list) -> torch.Tensor:
+    session, photos = frozen_session(), np.stack([resize(picture) for picture in pictures])
+    parts = [session.run(None, {"pixels": as_input(photos[i : i + 32]).numpy()})[0] for i in range(0, len(photos), 32)]
+    return features_of(np.concatenate(parts))
+
+
+def fit_strangeness(plain: torch.Tensor, changed: torch.Tensor, drawn: torch.Tensor, strange: torch.Tensor) -> Strangeness:
+    """Photos as they are and changed, and drawn lesions, against drawn strangers. The drawn lesions are there lest it
+    learn to tell drawn from photographed."""
+    real = torch.cat([plain, changed])
+    score = Strangeness(real.shape[1]).double()
+    score.shift = real.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((real - score.shift).T))
     # A little of the average variance everywhere: no direction counts for being unused by chance.
-    values, vectors = torch.linalg.eigh(covariance)
-    whiten = vectors / torch.sqrt(values + 0.01 * values.mean())
-    return shift.float(), whiten.float(), ((means - shift) @ whiten).float()
+    score.whiten = vectors / torch.sqrt(values + 0.01 * values.mean())
+    terms = torch.cat([score.terms(part) for part in (real, drawn, strange)])
+    target = torch.cat([torch.zeros(len(real) + len(drawn)), torch.ones(len(strange))]).double()
+    shares = [(len(real), 1.0), (len(drawn), 0.5 * len(real) / len(drawn)), (len(strange), len(real) / len(strange))]
+    weight = torch.cat([torch.full((count,), share) for count, share in shares]).double()
+    fitted = torch.zeros(terms.shape[1] + 1, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([fitted], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(terms @ fitted[:-1] + fitted[-1], target, weight)
+        loss = loss + 0.01 * fitted[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    score.weight, score.bias = fitted.detach()[:-1], fitted.detach()[-1]
+    return score
+
+
+def strangeness(work: Path, photos: Photos) -> tuple[Strangeness, float]:
+    """The score fitted on all train photos, and the threshold from scores of folds that it was not fitted on."""
+    plain, changed = (features_of(np.load(work / f"view-{view}.npy", mmap_mode="r")) for view in (0, 1))
+    drawn = drawn_features(draw_lesions(SEED, 160))
+    strange = drawn_features(strangers.draw(strangers.FITTED, SEED))
+    fold, scores = photos.fold[photos.train], torch.zeros(len(plain), dtype=torch.double)
+    for left_out in range(FOLDS):
+        score = fit_strangeness(plain[fold != left_out], changed[fold != left_out], drawn, strange)
+        scores[fold == left_out] = score(plain[fold == left_out])
+    limit = torch.quantile(scores, 1 - REFUSED_AS_STRANGE).item()
+    return fit_strangeness(plain, changed, drawn, strange).float(), round(limit, 3)
+
+
+def unseen_logits(work: Path, photos: Photos) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the photos of each calibration fold, from the network that was trained without it."""
+    views, fold = np.load(work / "view-0.npy", mmap_mode="r"), photos.fold[photos.train]
+    logits, labels = [], []
+    for left_out in CALIBRATION_FOLDS:
+        network, rows = load_network(work, str(left_out)), np.flatnonzero(fold == left_out)
+        with torch.no_grad():
+            for i in range(0, len(rows), 64):
+                chosen = rows[i : i + 64]
+                logits.append(network.head(network(maps_of(views[chosen]), FROZEN).mean((2, 3))))
+                labels.append(torch.from_numpy(photos.labels[photos.train][chosen]))
+    return torch.cat(logits), torch.cat(labels)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature of least log loss (Guo et al. 2017), by search: there is one parameter."""
-    candidates = torch.logspace(-0.5, 0.7, 400)
+    candidates = torch.logspace(-0.7, 0.7, 400)
     losses = torch.stack([F.cross_entropy(logits / t, labels) for t in candidates])
     return round(candidates[losses.argmin()].item(), 4)
 
 
-def main(work: Path) -> None:
-    network = load_network(work)
-    photos, labels = load(work, "fit")
-    statistics = feature_statistics(predict(network, photos)[1], torch.from_numpy(labels))
-    bundle = Bundle(network, *statistics)
+def fit_min_probability(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """The lowest threshold at which no more than MELANOMAS_MISSED of the melanomas get a benign answer, or the highest
+    that leaves LEAST_COVERAGE."""
+    top, answer = probabilities.max(1)
+    benign = torch.isin(answer, torch.tensor(BENIGN))[labels == MELANOMA]
+    for threshold in np.arange(0.2, 1, 0.002):
+        missed = (benign & (top[labels == MELANOMA] >= threshold)).float().mean().item()
+        if missed <= MELANOMAS_MISSED or (top >= threshold + 0.002).float().mean() < LEAST_COVERAGE:
+            break
+    return round(float(threshold), 3)
 
-    photos, labels = load(work, "held")
-    logits, ood = predict(bundle, photos)
-    labels = torch.from_numpy(labels)
+
+def main(work: Path) -> None:
+    photos = Photos(work)
+    score, max_ood = strangeness(work, photos)
+    logits, labels = unseen_logits(work, photos)
     temperature = fit_temperature(logits, labels)
-    top = torch.softmax(logits / temperature, 1).max(1).values
+    probabilities = torch.softmax(logits / temperature, 1)
     calibration = {
         "temperature": temperature,
-        "min_probability": round(torch.quantile(top, REFUSED_AS_UNSURE).item(), 3),
-        "max_ood": round(torch.quantile(ood, 1 - REFUSED_AS_STRANGE).item(), 3),
+        "min_probability": fit_min_probability(probabilities, labels),
+        "max_ood": max_ood,
     }
-    print(calibration, f"held-out ood: median {ood.median():.3f}, highest {ood.max():.3f}")
-    torch.save({"statistics": statistics, "calibration": calibration}, work / "calibration.pt")
+    right = probabilities.argmax(1) == labels
+    recalls = [right[labels == c].float().mean().item() for c in range(len(CODES))]
+    print(calibration)
+    print(f"on {len(labels)} photos not trained on: accuracy {right.float().mean():.3f}, balanced {np.mean(recalls):.3f}")
+    torch.save({"strangeness": score.state_dict(), "calibration": calibration}, work / "calibration.pt")
 
 
 if __name__ == "__main__":

