@@ -25,7 +25,7 @@ REFUSED_AS_STRANGE = 0.015
 # the rare classes.
 PRIOR = 0.4
 # What melanoma's logit gets on top.
-MELANOMA_LEAN = 0.3
+MELANOMA_LEAN = 0.6
 # Share of melanomas that may be answered with a benign class, and what that may cost in photos answered.
 MELANOMAS_MISSED, LEAST_COVERAGE = 0.12, 0.75
 BENIGN = [CODES.index(code) for code in ("bkl", "df", "nv", "vasc")]

@@ -109,13 +109,13 @@ def main(work: Path) -> None:
     for folder in (samples, golden):
         folder.mkdir(parents=True, exist_ok=True)
     large, middle, small = (600, 450), (256, 192), (128, 96)
-    mole = add_grain(draw_lesion(3, large, Spot(DARK, BROWN, 0.25, 0.05)), 30)
+    mole = add_grain(draw_lesion(50, large, Spot(DARK, BROWN, 0.25, 0.05)), 500)
     hairy = add_hairs(draw_lesion(5, large, Spot(BROWN, BROWN + 35, 0.3, 0.08)), 4, 9)
     pale = add_hairs(draw_lesion(13, middle, Spot(BROWN + 35, BROWN + 60, 0.34, 0.1)), 14, 40)
     pictures = {
         samples / "mole-drawn.png": mole,
         samples / "hairy-mole-drawn.png": add_grain(hairy, 50),
-        samples / "red-spot-drawn.png": add_grain(draw_lesion(8, large, Spot(RED - 30, RED, 0.2)), 80),
+        samples / "red-spot-drawn.png": add_grain(draw_lesion(48, large, Spot(RED - 30, RED, 0.2)), 480),
         samples / "not-a-lesion.png": draw_page(large),
         samples / "blurred.png": mole.filter(ImageFilter.GaussianBlur(18)),
         golden / "brown.png": draw_lesion(11, small, Spot(DARK, BROWN, 0.3)),
