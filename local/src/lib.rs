@@ -8,6 +8,7 @@ mod data;
 mod feed;
 mod init;
 mod routes;
+mod sockets;
 mod turns;
 mod workers;
 
@@ -24,15 +25,17 @@ use inference::Inference;
 use inference::bundle::Bundle;
 use inference::model::Model;
 use inference::room::Room;
+use notify::Notify;
 use result::Results;
 use shared::auth::{Access, Checks, Tokens};
 use shared::cache::PredictionCache;
 use shared::clock::Clock;
 use shared::config::Env;
-use shared::embedded::{DirBlobStore, SqliteCallers, SqliteJobQueue, SqliteJobStore};
+use shared::embedded::{DirBlobStore, Hub, SqliteCallers, SqliteJobQueue, SqliteJobStore};
 use shared::llm::Llm;
 use shared::llm::models::Models;
 use shared::ports::Callers;
+use socket::Socket;
 use submit::Submit;
 use sweep::Sweep;
 use tokio::net::TcpListener;
@@ -67,12 +70,16 @@ pub struct Host {
     pub blobs: Blobs,
     pub submit: Arc<Submit<Store, Queue, Blobs>>,
     pub inference: Inference<Store, Queue, Blobs>,
-    pub enrichment: Enrichment<Store, Blobs>,
+    pub enrichment: Enrichment<Store, Blobs, Hub>,
     pub results: Arc<Results<Store, Queue, Blobs>>,
     pub sweep: Sweep<Store, Queue, Blobs>,
     pub admin: Arc<Admin<Store, Queue, Keys>>,
     pub chat: Arc<Chat<Keys>>,
     pub access: Arc<Access<Keys>>,
+    /// Who is connected.
+    pub hub: Hub,
+    pub socket: Arc<Socket<Store, Queue, Blobs, Keys, Hub, Hub>>,
+    pub notify: Notify<Store, Hub, Hub>,
     pub model: Arc<Model>,
     /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
     /// with one memory cache each.
@@ -126,7 +133,9 @@ impl Host {
             clock: clock.clone(),
             policy,
         };
+        let (hub, access) = (Hub::default(), Arc::new(access));
         let enrichment = Enrichment {
+            push: hub.clone(),
             jobs: store.clone(),
             blobs: blobs.clone(),
             llm: Arc::clone(&llm),
@@ -143,6 +152,20 @@ impl Host {
         };
         let admin =
             Admin { jobs: store.clone(), queue: queue.clone(), callers, clock: clock.clone(), policy: config.policy };
+        let socket = Socket {
+            jobs: store.clone(),
+            queue: queue.clone(),
+            blobs: blobs.clone(),
+            access: Arc::clone(&access),
+            connections: hub.clone(),
+            push: hub.clone(),
+            clock: clock.clone(),
+            policy,
+            max_queued_bytes: config.max_queued_bytes,
+            has_llm: submit.has_llm,
+            url: "/ws".to_owned(),
+        };
+        let notify = Notify { jobs: store.clone(), connections: hub.clone(), push: hub.clone() };
         Ok(Self {
             config,
             clock,
@@ -156,7 +179,10 @@ impl Host {
             sweep,
             admin: Arc::new(admin),
             chat: Arc::new(chat),
-            access: Arc::new(access),
+            access,
+            hub,
+            socket: Arc::new(socket),
+            notify,
             model,
             _lock: lock,
         })
@@ -187,6 +213,7 @@ impl Host {
             tasks.spawn(workers::inference(Arc::clone(&host), stopped.clone()));
         }
         tasks.spawn(feed::enrichment(Arc::clone(&host), stopped.clone()));
+        tasks.spawn(sockets::notify(Arc::clone(&host), stopped.clone()));
         tasks.spawn(workers::sweep(Arc::clone(&host), stopped.clone()));
         tasks.spawn(workers::housekeeping(Arc::clone(&host), stopped.clone()));
         let mut server_stopped = stopped;

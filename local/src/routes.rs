@@ -14,12 +14,18 @@ use shared::http;
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
-use crate::{Host, turns};
+use crate::{Host, sockets, turns};
 
 /// The description of the whole API.
 #[must_use]
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    describe([submit::Api::openapi(), result::Api::openapi(), admin::Api::openapi(), chat::Api::openapi()])
+    describe([
+        submit::Api::openapi(),
+        result::Api::openapi(),
+        admin::Api::openapi(),
+        chat::Api::openapi(),
+        socket::Api::openapi(),
+    ])
 }
 
 pub(crate) fn router(host: &Arc<Host>) -> Router {
@@ -29,10 +35,12 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
         .merge(submit.layer(middleware::from_fn_with_state(turns, turns::in_turn)))
         .merge(result::router(Arc::clone(&host.results)))
         .merge(admin::router(Arc::clone(&host.admin)))
-        .merge(chat::router(Arc::clone(&host.chat)));
+        .merge(chat::router(Arc::clone(&host.chat)))
+        .merge(socket::router(Arc::clone(&host.socket)));
     let open = result::open_router(openapi())
         .merge(uploads::router(host.blobs.clone(), host.clock.clone()))
-        .merge(downloads::router(host.blobs.clone(), host.clock.clone()));
+        .merge(downloads::router(host.blobs.clone(), host.clock.clone()))
+        .merge(sockets::router(Arc::clone(host)));
     let router = http::app(protected, open, Arc::clone(&host.access));
     let router = match *host.access {
         Access::Keyless => router.layer(middleware::from_fn(loopback_only)),

@@ -47,6 +47,7 @@ points! {
     InferenceForgotten = "inference.forgotten",
     QueueBeforeAck = "queue.before_ack",
     EnrichmentClaimed = "enrichment.claimed",
+    EnrichmentTextPushed = "enrichment.text_pushed",
     EnrichmentAnswered = "enrichment.answered",
     EnrichmentAnswerStored = "enrichment.answer_stored",
     EnrichmentDeferred = "enrichment.deferred",
@@ -74,6 +75,14 @@ points! {
     AdminDeadLettersMoved = "admin.dead_letters_moved",
     ChatReserved = "chat.reserved",
     ChatSettled = "chat.settled",
+    SocketTicketWritten = "socket.ticket_written",
+    SocketTicketTaken = "socket.ticket_taken",
+    SocketOpened = "socket.opened",
+    SocketSubscribed = "socket.subscribed",
+    SocketAnswered = "socket.answered",
+    SocketClosed = "socket.closed",
+    NotifyPushed = "notify.pushed",
+    NotifyClosed = "notify.closed",
 }
 
 /// The point, and how often it is still to be met.

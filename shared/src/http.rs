@@ -127,6 +127,13 @@ pub async fn trace(request: Request, next: Next) -> Response {
     response
 }
 
+/// Gives work that came over an open connection an id, which every line of it carries.
+pub async fn exchanged<F: Future>(work: F) -> F::Output {
+    let id = Uuid::new_v4().to_string();
+    let span = tracing::error_span!("request", request.id = id, job.id = Empty, trace.id = Empty);
+    EXCHANGE.scope(Exchange { id, is_openai: false }, work).instrument(span).await
+}
+
 /// The path up to where somebody has put a key, such as a whole one in the place of its id.
 fn without_key(path: &str) -> &str {
     path.split_once("lesion").map_or(path, |(before, _)| before)

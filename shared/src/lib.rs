@@ -13,6 +13,8 @@ pub mod clock;
 pub mod error;
 pub mod job;
 pub mod message;
+pub mod push;
+pub mod stream;
 
 #[cfg(feature = "server")]
 pub mod auth;

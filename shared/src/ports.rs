@@ -10,11 +10,13 @@ use std::future::Future;
 use uuid::Uuid;
 
 use crate::account::Account;
+use crate::auth::Identity;
 use crate::auth::keys::ApiKey;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::job::{Fence, Job, Record, Tombstone, Upload};
 use crate::message::Message;
+use crate::push::Subscriber;
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -138,6 +140,71 @@ pub trait Callers: Send + Sync + 'static {
     /// Counts one request of `caller` in `window` and returns how many it has made there. Windows
     /// are numbered; a count of one that is over may be forgotten.
     fn count_request(&self, caller: &str, window: i64) -> impl Future<Output = Result<u32>> + Send;
+}
+
+/// A permission to open one WebSocket, as it is stored: under its hash.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ticket {
+    /// SHA-256 of its text, in hex.
+    pub sha256: String,
+    pub identity: Identity,
+    pub expires_at: Timestamp,
+}
+
+/// An open WebSocket.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Connection {
+    pub id: String,
+    /// Who opened it.
+    pub identity: Identity,
+    /// When it is forgotten, whatever became of it.
+    pub expires_at: Timestamp,
+}
+
+/// What [`Connections::subscribe`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subscribed {
+    Done,
+    /// The connection is subscribed to [`crate::push::MAX_SUBSCRIPTIONS`] jobs.
+    TooMany,
+    /// There is no such connection any more.
+    Gone,
+}
+
+/// Who is connected, what each wants to be told of, and who may connect.
+pub trait Connections: Send + Sync + 'static {
+    fn put_ticket(&self, ticket: &Ticket) -> impl Future<Output = Result<()>> + Send;
+
+    /// Uses a ticket up; `None` where there is none that lives. Of two that use it one gets it.
+    fn take_ticket(&self, sha256: &str, now: Timestamp) -> impl Future<Output = Result<Option<Ticket>>> + Send;
+
+    /// Remembers a connection.
+    fn open(&self, connection: &Connection) -> impl Future<Output = Result<()>> + Send;
+
+    fn find(&self, id: &str) -> impl Future<Output = Result<Option<Connection>>> + Send;
+
+    /// From now on the connection wants to be told of the job. A change that is written after this is
+    /// told.
+    fn subscribe(&self, connection: &Connection, job: Uuid) -> impl Future<Output = Result<Subscribed>> + Send;
+
+    fn subscribers(&self, job: Uuid) -> impl Future<Output = Result<Vec<Subscriber>>> + Send;
+
+    /// Forgets a connection with its subscriptions.
+    fn close(&self, id: &str) -> impl Future<Output = Result<()>> + Send;
+}
+
+/// What [`Push::push`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pushed {
+    Sent,
+    /// Nobody is there any more, or nobody who reads.
+    Gone,
+}
+
+/// The way to an open WebSocket.
+pub trait Push: Send + Sync + 'static {
+    /// Sends one frame ([`crate::push::Frame::to_json`]).
+    fn push(&self, connection: &str, frame: String) -> impl Future<Output = Result<Pushed>> + Send;
 }
 
 /// What a client may put under one key, once signed: exactly this.

@@ -2,15 +2,15 @@
 
 use chrono::TimeDelta;
 use shared::clock::Clock;
-use shared::embedded::{Changes, DirBlobStore, SqliteCallers, SqliteJobQueue, SqliteJobStore, downloads};
+use shared::embedded::{Changes, DirBlobStore, Hub, SqliteCallers, SqliteJobQueue, SqliteJobStore, downloads};
 use shared::job::{Policy, Record};
 use shared::message::Message;
 use shared::ports::{BlobStore, GetTerms, JobQueue, JobStore};
 use uuid::Uuid;
 
 use crate::ports::{
-    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, presigned_get_suite,
-    prompts_suite, queued_bytes_suite, start,
+    accounts_suite, blob_store_suite, callers_suite, connections_suite, creation, job_store_suite, new_job,
+    presigned_get_suite, prompts_suite, queued_bytes_suite, start, tickets_suite,
 };
 use crate::support::client;
 
@@ -20,6 +20,12 @@ async fn the_job_store_keeps_its_contract() {
     job_store_suite(SqliteJobStore::open(&folder.path().join("jobs.sqlite")).unwrap()).await;
     prompts_suite(SqliteJobStore::open(&folder.path().join("prompts.sqlite")).unwrap()).await;
     queued_bytes_suite(SqliteJobStore::open(&folder.path().join("queued.sqlite")).unwrap()).await;
+}
+
+#[tokio::test]
+async fn the_hub_keeps_the_contract_of_connections() {
+    connections_suite(&Hub::default()).await;
+    tickets_suite(&Hub::default()).await;
 }
 
 #[tokio::test]

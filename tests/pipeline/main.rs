@@ -32,6 +32,7 @@ mod prompts;
 mod proxy;
 mod redis;
 mod requests;
+mod sockets;
 mod stages;
 mod start;
 mod support;

@@ -8,6 +8,7 @@
 
 mod answer;
 pub mod guard;
+mod live;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,7 +24,8 @@ use shared::crash::{self, Point};
 use shared::job::{Description, DescriptionSource, Input, Job, LlmCall, Policy, Reading, Record, Refused};
 use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt, template};
 use shared::metrics;
-use shared::ports::{BlobStore, JobStore};
+use shared::ports::{BlobStore, JobStore, Push};
+use shared::stream::{Event, EventRecord};
 use shared::telemetry;
 use shared::transition::{NotMoved, transition};
 use tracing::Instrument;
@@ -35,43 +37,14 @@ const PROMPT_VERSION: &str = "describe-v1";
 const MARGIN: Duration = Duration::from_secs(3);
 
 /// What enrichment works with.
-pub struct Enrichment<J, B> {
+pub struct Enrichment<J, B, P> {
     pub jobs: J,
     pub blobs: B,
     pub llm: Arc<Llm>,
+    /// To who has asked over a connection.
+    pub push: P,
     pub clock: Clock,
     pub policy: Policy,
-}
-
-/// A batch of the table's stream, as far as it is read here. DynamoDB's reference calls every field of
-/// a record optional, where the type in `aws_lambda_events` demands some: one record without would
-/// fail the batch.
-#[derive(Debug, Deserialize)]
-pub struct Event {
-    #[serde(rename = "Records")]
-    records: Vec<EventRecord>,
-}
-
-#[derive(Debug, Deserialize)]
-struct EventRecord {
-    #[serde(rename = "eventID")]
-    event_id: Option<String>,
-    #[serde(rename = "dynamodb", default)]
-    change: Change,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct Change {
-    #[serde(rename = "Keys", default)]
-    keys: serde_dynamo::Item,
-    #[serde(rename = "SequenceNumber")]
-    sequence_number: Option<String>,
-}
-
-/// The key of a record in the feed.
-#[derive(Deserialize)]
-struct Keys {
-    id: Uuid,
 }
 
 /// The schema of the LLM's answer.
@@ -81,7 +54,7 @@ struct Explanation {
     explanation: String,
 }
 
-impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
+impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
     /// Works a batch, all records at once. `deadline` is the invocation's end; no lease taken here is
     /// longer. Only a store that cannot be reached fails a record.
     pub async fn handle(&self, event: Event, deadline: Timestamp) -> DynamoDbEventResponse {
@@ -90,7 +63,7 @@ impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
         for (record, worked) in event.records.iter().zip(worked) {
             if !worked {
                 let mut failure = DynamoDbBatchItemFailure::default();
-                failure.item_identifier = record.change.sequence_number.clone();
+                failure.item_identifier = record.sequence_number().map(str::to_owned);
                 response.batch_item_failures.push(failure);
             }
         }
@@ -99,8 +72,7 @@ impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
 
     /// Works one record of the feed; `false` where it must come back.
     async fn settle(&self, record: &EventRecord, deadline: Timestamp) -> bool {
-        let keys: Result<Keys, _> = serde_dynamo::from_item(record.change.keys.clone());
-        let Ok(Keys { id }) = keys else {
+        let Some(id) = record.id() else {
             // Coming back would not make it readable; sweep finds the job by its due time.
             tracing::error!(error.code = "unreadable_change", event.id = record.event_id, "change without a job's key");
             return true;
@@ -181,7 +153,7 @@ impl<J: JobStore, B: BlobStore> Enrichment<J, B> {
         let started = Instant::now();
         let deadline = started + (lease - MARGIN.min(lease / 4));
         let (answer, tries) = match job.is_prompt() {
-            true => self.llm.complete_at_length(prompt, deadline).await,
+            true => self.complete(prompt, deadline, job).await,
             false => self.llm.complete(prompt, deadline).await,
         };
         let answered = answer.as_ref().ok();

@@ -1,9 +1,10 @@
 //! enrichment as a Lambda behind the table's stream.
 
-use enrichment::{Enrichment, Event};
+use enrichment::Enrichment;
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use shared::aws::Stage;
 use shared::clock;
+use shared::stream::Event;
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
@@ -12,6 +13,7 @@ async fn main() -> Result<(), Error> {
         jobs: stage.jobs()?,
         blobs: stage.blobs()?,
         llm: stage.llm()?.into(),
+        push: stage.push()?,
         clock: stage.clock.clone(),
         policy: stage.policy,
     };

@@ -18,7 +18,8 @@ async fn main() -> Result<(), lambda_http::Error> {
         clock: stage.clock.clone(),
         policy: stage.policy,
     };
-    let description = describe([submit::Api::openapi(), result::Api::openapi(), admin::Api::openapi()]);
+    let description =
+        describe([submit::Api::openapi(), result::Api::openapi(), admin::Api::openapi(), socket::Api::openapi()]);
     let app = http::app(result::router(Arc::new(results)), result::open_router(description), stage.access()?);
     let app = app.layer(from_fn(http::trace)).layer(from_fn_with_state(stage.metrics, flush_after));
     lambda_http::run(app).await

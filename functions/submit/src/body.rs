@@ -11,10 +11,9 @@ use serde::{Deserialize, Deserializer};
 use shared::api::chat::{ChatMessage, Role};
 use shared::api::prompt::{AnswerFormat, PromptRequest};
 use shared::api::{MAX_PHOTO_BYTES, MAX_UPLOAD_BYTES, yes};
+use shared::create::check_prompt;
 use shared::error::{Code, Error};
 use shared::http::body::{bytes, invalid, media_type, object};
-
-use crate::prompts;
 
 /// A form's boundaries and part headers are small as well.
 pub(crate) const MAX_FORM_BYTES: usize = MAX_PHOTO_BYTES + 64 * 1024;
@@ -133,7 +132,7 @@ fn asked(messages: Vec<ChatMessage>, body: Json) -> Result<Asked, Error> {
     }
     let format = format.unwrap_or_default();
     let request = PromptRequest { messages, max_tokens, temperature, format }.with_system(system);
-    prompts::check(&request)?;
+    check_prompt(&request)?;
     Ok(Asked::Prompt(request))
 }
 

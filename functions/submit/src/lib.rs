@@ -1,5 +1,5 @@
 //! `POST /submit`: takes a photo, stores it without its metadata, and enqueues its job; or takes a
-//! prompt for the LLM (`prompts.rs`).
+//! prompt for the LLM.
 //! `POST /uploads`: lets a client put a larger photo straight into the blob store first.
 //!
 //! Triggered by HTTP. Submit writes, in this order: the photo (blob store), the record with its
@@ -8,7 +8,6 @@
 //! the same transaction) and then erases what was uploaded.
 
 pub mod body;
-mod prompts;
 mod uploads;
 
 use std::sync::Arc;
@@ -18,32 +17,23 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Extension, Router};
-use chrono::TimeDelta;
-use sha2::{Digest, Sha256};
+use shared::api::prompt::PromptRequest;
 use shared::api::{SubmitBody, Submitted, UploadBody, UploadPermit};
 use shared::auth::Identity;
-use shared::clock::{Clock, Timestamp};
+use shared::clock::Clock;
 use shared::crash::{self, Point};
-use shared::create;
-use shared::error::{Code, Error, ErrorBody};
+use shared::create::{Draft, Kind, Maker, PromptDraft, checked_key, idempotency_item, same_content};
+use shared::error::{Error, ErrorBody};
 use shared::http::Caller;
-use shared::job::{self, Input, Job, NewJob, Photo, Policy, Status, Upload};
+use shared::job::{self, Input, Photo, Policy, Status};
 use shared::photo;
-use shared::ports::{BlobStore, Created, Creation, Idempotency, JobQueue, JobStore};
+use shared::ports::{BlobStore, JobQueue, JobStore};
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 use uuid::Uuid;
 
 use body::Asked;
 pub use body::Submission;
-
-/// How long a client may repeat a request under its `Idempotency-Key`.
-const IDEMPOTENCY_TTL: TimeDelta = TimeDelta::hours(24);
-/// The longest `Idempotency-Key`, in bytes.
-const MAX_KEY_BYTES: usize = 255;
-
-/// What a client is told to wait where too much is queued: a good many photos are worked meanwhile.
-const QUEUE_FULL_SECONDS: u32 = 30;
 
 /// What submit works with.
 pub struct Submit<J, Q, B> {
@@ -149,35 +139,28 @@ async fn submit<J: JobStore, Q: JobQueue, B: BlobStore>(
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
     let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
-    let key = value.to_str().ok().filter(|key| (1..=MAX_KEY_BYTES).contains(&key.len()));
-    let wrong = || Error::new(Code::InvalidRequest, "Idempotency-Key must be 1 to 255 visible ASCII characters.");
-    key.map(|key| Some(key.to_owned())).ok_or_else(wrong)
-}
-
-/// What an idempotency key was used for, besides the bytes.
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    Photo { describe: bool },
-    Prompt,
-}
-
-/// A new job on its way: what names it, and what the client asked for.
-struct Draft<'a> {
-    id: Uuid,
-    now: Timestamp,
-    caller: &'a Caller,
-    describe: bool,
-    idempotency: Option<Idempotency>,
-    upload: Option<Upload>,
+    // What is no text is no key either.
+    checked_key(value.to_str().unwrap_or("")).map(Some)
 }
 
 impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
+    fn maker(&self) -> Maker<'_, J, Q, B> {
+        Maker {
+            jobs: &self.jobs,
+            queue: &self.queue,
+            blobs: &self.blobs,
+            policy: &self.policy,
+            max_queued_bytes: self.max_queued_bytes,
+            has_llm: self.has_llm,
+        }
+    }
+
     /// Makes a job of a submission and returns its id, or the id that the same submission under
     /// the same key was given before.
     ///
     /// # Errors
     /// What is wrong with the photo or the key, 429 where too much is queued, or
-    /// [`Code::Unavailable`]; the client may repeat the request then.
+    /// [`shared::error::Code::Unavailable`]; the client may repeat the request then.
     pub async fn accept(&self, caller: &Caller, key: Option<String>, submission: Submission) -> Result<Uuid, Error> {
         let now = self.clock.now();
         let id = job::new_id(now);
@@ -189,6 +172,20 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
             return same_content(item, &earlier);
         }
         self.create_of_photo(Draft { id, now, caller, describe, idempotency, upload: None }, &image).await
+    }
+
+    /// Makes a job of a checked prompt, as [`Maker::make_prompt`] does.
+    ///
+    /// # Errors
+    /// Those of [`Maker::make_prompt`].
+    pub async fn accept_prompt(
+        &self,
+        caller: &Caller,
+        key: Option<String>,
+        request: &PromptRequest,
+    ) -> Result<Uuid, Error> {
+        let now = self.clock.now();
+        self.maker().make_prompt(PromptDraft { now, caller, key, request, connection: None }).await
     }
 
     /// Stores the photo, writes the job, sends its message.
@@ -204,63 +201,6 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         };
         self.blobs.put(&job::photo_key(draft.id), accepted.bytes).await?;
         crash::here(Point::SubmitPhotoStored);
-        self.create(draft, Input::Photo(photo)).await
+        self.maker().make(draft, Input::Photo(photo)).await
     }
-
-    /// Writes the job of what was stored, and sends its message.
-    async fn create(&self, draft: Draft<'_>, input: Input) -> Result<Uuid, Error> {
-        let Draft { id, now, caller, describe, idempotency, upload } = draft;
-        let trace_id = shared::http::request_id();
-        let idempotency_key = idempotency.as_ref().map(|item| item.key.clone());
-        let new = NewJob { id, caller: caller.0.clone(), trace_id, describe, idempotency_key, input };
-        let job = Job::new(new, now, &self.policy);
-        let max_queued_bytes = self.max_queued_bytes;
-        let creation = Creation { job, idempotency: idempotency.clone(), upload, max_queued_bytes };
-        let created = create::create_job(&self.jobs, &self.queue, creation).await?;
-        if created != Created::New {
-            // What this request has stored is not needed.
-            self.blobs.delete_prefix(&job::blob_prefix(id)).await?;
-        }
-        match created {
-            Created::New => Ok(id),
-            // Another request under the same key was faster.
-            Created::KeyTaken(earlier) => {
-                idempotency.as_ref().map_or(Ok(earlier.id), |item| same_content(item, &earlier))
-            }
-            Created::UploadTaken => Err(uploads::used()),
-            Created::QueueFull => Err(queue_full()),
-        }
-    }
-}
-
-fn idempotency_item(
-    caller: &Caller,
-    key: String,
-    (kind, content): (Kind, &[u8]),
-    id: Uuid,
-    now: Timestamp,
-) -> Idempotency {
-    let mut hash = Sha256::new();
-    hash.update([match kind {
-        Kind::Photo { describe } => u8::from(describe),
-        Kind::Prompt => 2,
-    }]);
-    hash.update(content);
-    let fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Idempotency { caller: caller.0.clone(), key, fingerprint, id, expires_at: now + IDEMPOTENCY_TTL }
-}
-
-fn queue_full() -> Error {
-    let message = "Too much of yours is waiting. Send this again when some of it is done.";
-    Error::too_many_requests(message, QUEUE_FULL_SECONDS)
-}
-
-fn same_content(item: &Idempotency, earlier: &Idempotency) -> Result<Uuid, Error> {
-    if item.fingerprint == earlier.fingerprint {
-        return Ok(earlier.id);
-    }
-    Err(Error::new(
-        Code::IdempotencyConflict,
-        "This Idempotency-Key was used for another photo, another prompt or other settings.",
-    ))
 }

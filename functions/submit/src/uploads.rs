@@ -15,6 +15,7 @@ use chrono::TimeDelta;
 use sha2::{Digest, Sha256};
 use shared::api::{MAX_UPLOAD_BYTES, UploadBody, UploadPermit};
 use shared::crash::{self, Point};
+use shared::create::{Draft, Kind, idempotency_item, queue_full, same_content, upload_used};
 use shared::error::{Code, Error, ErrorBody};
 use shared::http::{Caller, body};
 use shared::job::{self, Record, Upload};
@@ -22,7 +23,7 @@ use shared::photo::Format;
 use shared::ports::{BlobStore, JobQueue, JobStore, PutTerms};
 use uuid::Uuid;
 
-use crate::{Draft, Kind, Submit, idempotency_item, queue_full, same_content};
+use crate::Submit;
 
 /// How long a client has to begin its upload.
 const PERMIT_TTL: TimeDelta = TimeDelta::minutes(15);
@@ -135,7 +136,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         let id = image_key.rsplit('/').nth(1).and_then(|id| Uuid::parse_str(id).ok()).ok_or_else(nothing_uploaded)?;
         match self.jobs.get(id).await? {
             Some(Record::Upload(upload)) if upload.caller == caller.0 && upload.image_key == image_key => {
-                if upload.used { Err(used()) } else { Ok(upload) }
+                if upload.used { Err(upload_used()) } else { Ok(upload) }
             }
             _ => Err(nothing_uploaded()),
         }
@@ -165,8 +166,4 @@ fn nothing_uploaded() -> Error {
         Code::NotFound,
         "Nothing was uploaded under this image_key, or it was not submitted within an hour. Ask POST /uploads again.",
     )
-}
-
-pub(crate) fn used() -> Error {
-    Error::new(Code::IdempotencyConflict, "This upload was already submitted under another key or other settings.")
 }

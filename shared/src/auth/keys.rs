@@ -121,11 +121,11 @@ fn is_caller(name: &str) -> bool {
         && name.bytes().all(|byte| may_begin(&byte) || matches!(byte, b'.' | b'_' | b'-'))
 }
 
-fn hash(secret: &str) -> Vec<u8> {
+pub(super) fn hash(secret: &str) -> Vec<u8> {
     Sha256::digest(secret.as_bytes()).to_vec()
 }
 
-fn random_hex<const N: usize>() -> Result<String, Error> {
+pub(super) fn random_hex<const N: usize>() -> Result<String, Error> {
     let bytes: [u8; N] = ring::rand::generate(&ring::rand::SystemRandom::new())
         .map_err(|_| Error::internal("no random numbers"))?
         .expose();

@@ -8,6 +8,7 @@ mod jwks;
 mod jwt;
 pub mod keys;
 mod signature;
+pub mod tickets;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::Response;
+use serde::{Deserialize, Serialize};
 
 use crate::api::admin::{KeyLimits, Scope};
 use crate::clock::Clock;
@@ -36,7 +38,7 @@ const MAX_CREDENTIAL_BYTES: usize = 8 * 1024;
 pub(crate) const WINDOW_SECONDS: i64 = 60;
 
 /// Who sent a request, and what for they may.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
     pub caller: String,
     pub scopes: Vec<Scope>,
@@ -156,6 +158,24 @@ pub async fn authenticate<C: Callers>(
     Ok(next.run(request).await)
 }
 
+impl<C: Callers> Access<C> {
+    /// Lets a caller that was let in before do one more thing, such as over an open WebSocket: its key
+    /// must still be good, and what it does is counted.
+    ///
+    /// # Errors
+    /// 401, 429 or 503, as for a request.
+    pub async fn still_admits(&self, identity: &Identity) -> Result<(), Error> {
+        let Self::Checked(checks) = self else { return Ok(()) };
+        if let Some(id) = &identity.key_id {
+            let key = checks.callers.find_key(id).await?;
+            if !key.is_some_and(|key| key.is_live(checks.clock.now())) {
+                return Err(ended_key());
+            }
+        }
+        checks.count(identity).await
+    }
+}
+
 impl<C: Callers> Checks<C> {
     async fn identify(&self, headers: &HeaderMap) -> Result<Identity, Error> {
         let Some(credential) = credential(headers)? else {
@@ -179,7 +199,7 @@ impl<C: Callers> Checks<C> {
         let (id, secret) = keys::split(credential).ok_or_else(invalid)?;
         let key = self.callers.find_key(id).await?.filter(|key| key.proves(secret)).ok_or_else(invalid)?;
         if !key.is_live(self.clock.now()) {
-            return Err(refused("ended_key", "This API key has expired or was revoked."));
+            return Err(ended_key());
         }
         Ok(Identity {
             caller: key.info.caller,
@@ -218,8 +238,12 @@ fn credential(headers: &HeaderMap) -> Result<Option<&str>, Error> {
     if scheme.eq_ignore_ascii_case("bearer") { Ok(Some(credential.trim())) } else { Err(malformed()) }
 }
 
+fn ended_key() -> Error {
+    refused("ended_key", "This API key has expired or was revoked.")
+}
+
 /// A 401. The reason goes to the log, in one line at info: whoever can send requests can make these.
-fn refused(reason: &'static str, message: &str) -> Error {
+pub fn refused(reason: &'static str, message: &str) -> Error {
     tracing::info!(error.code = Code::Unauthorized.as_str(), auth.reason = reason, "credentials refused");
     Error::new(Code::Unauthorized, message)
 }

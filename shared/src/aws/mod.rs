@@ -3,8 +3,10 @@
 //! Credentials, region and (for an emulator) `AWS_ENDPOINT_URL` are read by the SDK's own chain.
 
 mod callers;
+mod connections;
 mod dynamodb;
 mod emf;
+mod gateway;
 mod s3;
 mod secrets;
 mod sqs;
@@ -15,8 +17,10 @@ use aws_smithy_http_client::Builder;
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 
 pub use callers::DynamoCallers;
+pub use connections::DynamoConnections;
 pub use dynamodb::DynamoJobStore;
 pub use emf::{Emf, flush_after};
+pub use gateway::GatewayPush;
 pub use s3::S3BlobStore;
 pub use secrets::Secrets;
 pub use sqs::SqsJobQueue;

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use aws_config::SdkConfig;
 
-use super::{DynamoCallers, DynamoJobStore, Emf, S3BlobStore, Secrets, SqsJobQueue, sdk_config};
+use super::{
+    DynamoCallers, DynamoConnections, DynamoJobStore, Emf, GatewayPush, S3BlobStore, Secrets, SqsJobQueue, sdk_config,
+};
 use crate::auth::{Access, Checks, Limits, Tokens};
 use crate::cache::PredictionCache;
 use crate::clock::Clock;
@@ -73,6 +75,30 @@ impl Stage {
     /// [`ConfigError`] where it is missing.
     pub fn callers(&self) -> Result<DynamoCallers, ConfigError> {
         Ok(DynamoCallers::new(&self.sdk, self.needed("CALLERS_TABLE_NAME")?))
+    }
+
+    /// `CONNECTIONS_TABLE_NAME`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where it is missing.
+    pub fn connections(&self) -> Result<DynamoConnections, ConfigError> {
+        Ok(DynamoConnections::new(&self.sdk, self.needed("CONNECTIONS_TABLE_NAME")?))
+    }
+
+    /// `SOCKET_API_URL`, where frames are sent.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where it is missing.
+    pub fn push(&self) -> Result<GatewayPush, ConfigError> {
+        Ok(GatewayPush::new(&self.sdk, &self.needed("SOCKET_API_URL")?))
+    }
+
+    /// `SOCKET_URL`, where clients open WebSockets.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where it is missing.
+    pub fn socket_url(&self) -> Result<String, ConfigError> {
+        self.needed("SOCKET_URL")
     }
 
     /// Who is let in: never anybody without being asked, as there is no loopback here.

@@ -1,8 +1,9 @@
 //! The records in SQLite, and their change feed: a row in `changes` per write, in the write's own
 //! transaction, with a durable cursor per consumer.
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 use tokio::sync::Notify;
@@ -74,6 +75,22 @@ pub struct SqliteJobStore {
     sqlite: Sqlite,
     /// Rung after every write, so that the feed's consumers need not wait for their next look.
     changed: Arc<Notify>,
+    written: Arc<Written>,
+}
+
+/// The records that were written since somebody asked: a second feed, in memory. Who is told of jobs
+/// over a connection needs the latest state of each alone, and is gone when the process is.
+#[derive(Default)]
+struct Written {
+    ids: Mutex<BTreeSet<Uuid>>,
+    rung: Notify,
+}
+
+impl Written {
+    fn note(&self, id: Uuid) {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+        self.rung.notify_one();
+    }
 }
 
 impl SqliteJobStore {
@@ -81,12 +98,24 @@ impl SqliteJobStore {
     /// Where the file cannot be opened or is of another version.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let sqlite = Sqlite::open(path, "the job store", VERSION, SCHEMA)?;
-        Ok(Self { sqlite, changed: Arc::new(Notify::new()) })
+        Ok(Self { sqlite, changed: Arc::new(Notify::new()), written: Arc::default() })
     }
 
     /// Completes when something was written since the last call.
     pub async fn changed(&self) {
         self.changed.notified().await;
+    }
+
+    /// Waits until a record was written since the last call, and gives the ids of all that were. A
+    /// record that was written twice is there once.
+    pub async fn written(&self) -> BTreeSet<Uuid> {
+        loop {
+            let ids = std::mem::take(&mut *self.written.ids.lock().unwrap_or_else(PoisonError::into_inner));
+            if !ids.is_empty() {
+                return ids;
+            }
+            self.written.rung.notified().await;
+        }
     }
 
     /// The changes behind the consumer's cursor that match `dispatch`.
@@ -180,7 +209,7 @@ impl SqliteJobStore {
 
 impl JobStore for SqliteJobStore {
     async fn create(&self, creation: Creation) -> Result<Created, Error> {
-        let now = creation.job.created_at;
+        let (id, now) = (creation.job.id, creation.job.created_at);
         let job = NewRow::of(&Record::Job(creation.job))?;
         let used = match &creation.upload {
             None => None,
@@ -215,6 +244,7 @@ impl JobStore for SqliteJobStore {
             })
             .await?;
         self.changed.notify_one();
+        self.written.note(id);
         Ok(created)
     }
 
@@ -249,6 +279,7 @@ impl JobStore for SqliteJobStore {
         let kept = if is_claim { Kept::InFile } else { Kept::OnDisk };
         let written = self.sqlite.call_kept(kept, move |db| row.write(db, fence)).await?;
         self.changed.notify_one();
+        self.written.note(fence.id);
         Ok(written)
     }
 
@@ -266,6 +297,7 @@ impl JobStore for SqliteJobStore {
             })
             .await?;
         self.changed.notify_one();
+        self.written.note(fence.id);
         Ok(written)
     }
 

@@ -9,6 +9,7 @@ pub mod downloads;
 mod jobs;
 mod queue;
 mod signer;
+mod sockets;
 mod sqlite;
 pub mod uploads;
 
@@ -16,3 +17,4 @@ pub use blobs::DirBlobStore;
 pub use callers::SqliteCallers;
 pub use jobs::{Change, Changes, SqliteJobStore};
 pub use queue::{Delivery, SqliteJobQueue};
+pub use sockets::{Hub, Outbox};

@@ -76,7 +76,7 @@ fn kept(job: &Job) -> Kept {
 fn new_job(prompt: bool) -> Job {
     let expires_at = at(0) + policy().photo_ttl;
     let photo = Photo { content_type: String::new(), width: 1, height: 1, orientation: 1, size_bytes: 1, expires_at };
-    let stored = StoredPrompt { size_bytes: 1, expires_at };
+    let stored = StoredPrompt { size_bytes: 1, expires_at, connection: None };
     let new = NewJob {
         id: Uuid::nil(),
         caller: String::new(),

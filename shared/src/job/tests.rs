@@ -264,7 +264,7 @@ fn a_tombstone_is_due_until_the_cache_entry_is_erased_after_the_last_lease() {
 }
 
 fn asked() -> Job {
-    let stored = StoredPrompt { size_bytes: 7, expires_at: at(0) + policy().photo_ttl };
+    let stored = StoredPrompt { size_bytes: 7, expires_at: at(0) + policy().photo_ttl, connection: None };
     Job::new(NewJob { input: Input::Prompt(stored), ..new(false) }, at(0), &policy())
 }
 

@@ -18,7 +18,7 @@ use aws_sdk_bedrockagentruntime::types::{
 };
 use uuid::Uuid;
 
-use super::{Answer, Format, LlmError, MAX_ANSWER_BYTES, Prompt, finally, retryable};
+use super::{Answer, Format, Live, LlmError, MAX_ANSWER_BYTES, Prompt, finally, retryable};
 use crate::api::chat::Role;
 use crate::config::{ConfigError, Env};
 
@@ -55,7 +55,7 @@ impl BedrockAgent {
         &self.name
     }
 
-    pub(super) async fn attempt(&self, prompt: &Prompt) -> Result<Answer, LlmError> {
+    pub(super) async fn attempt(&self, prompt: &Prompt, live: Option<&Live>) -> Result<Answer, LlmError> {
         let session = prompt.session.clone().unwrap_or_else(|| Uuid::new_v4().simple().to_string());
         let invoke = self
             .client
@@ -68,11 +68,17 @@ impl BedrockAgent {
             // The only place that says how many tokens it took.
             .enable_trace(true);
         let mut stream = invoke.send().await.map_err(refused)?.completion;
-        let (mut bytes, mut usage) = (Vec::new(), None);
+        let (mut bytes, mut told, mut usage) = (Vec::new(), 0, None);
         while let Some(event) = stream.recv().await.map_err(broken_off)? {
             match event {
                 ResponseStream::Chunk(part) => {
-                    bytes.extend(part.bytes.map(|part| part.into_inner()).unwrap_or_default())
+                    bytes.extend(part.bytes.map(|part| part.into_inner()).unwrap_or_default());
+                    if let Some(live) = live {
+                        // A letter may be cut in two.
+                        let whole = bytes[told..].utf8_chunks().next().map_or("", |chunk| chunk.valid());
+                        live.tell(whole);
+                        told += whole.len();
+                    }
                 }
                 ResponseStream::Trace(part) => add(&mut usage, &part),
                 // It waits for a tool of the caller's, and there is none.

@@ -12,12 +12,14 @@ pub mod sse;
 pub mod template;
 mod terms;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use chrono::TimeDelta;
 use reqwest::Client;
 use reqwest::redirect::Policy;
 use sha2::{Digest, Sha256};
+use tokio::sync::mpsc::UnboundedSender;
 
 use crate::api::chat::Role;
 use crate::config::{ConfigError, Env};
@@ -95,6 +97,28 @@ pub struct Answer {
     pub finish_reason: Option<String>,
     pub prompt_tokens: Option<u64>,
     pub completion_tokens: Option<u64>,
+}
+
+/// Where the text of an answer goes while it is written.
+#[derive(Debug)]
+pub struct Live {
+    sender: UnboundedSender<String>,
+    begun: AtomicBool,
+}
+
+impl Live {
+    #[must_use]
+    pub fn to(sender: UnboundedSender<String>) -> Self {
+        Self { sender, begun: AtomicBool::new(false) }
+    }
+
+    fn tell(&self, text: &str) {
+        if !text.is_empty() {
+            self.begun.store(true, Ordering::Relaxed);
+            // Whoever listens may have gone; the answer is read to its end all the same.
+            let _ = self.sender.send(text.to_owned());
+        }
+    }
 }
 
 /// Why there is no complete answer.
@@ -204,12 +228,18 @@ impl Llm {
     /// Asks, and asks again where that may help, until `deadline`. Gives the answer, or the error
     /// of the last try, and how many tries it took.
     pub async fn complete(&self, prompt: &Prompt, deadline: Instant) -> (Result<Answer, LlmError>, u32) {
-        self.complete_within(self.terms.attempt_timeout, prompt, deadline).await
+        self.complete_within(self.terms.attempt_timeout, prompt, deadline, None).await
     }
 
-    /// As [`Llm::complete`], for whoever waits longer: one try may take all the time that is left.
-    pub async fn complete_at_length(&self, prompt: &Prompt, deadline: Instant) -> (Result<Answer, LlmError>, u32) {
-        self.complete_within(Duration::MAX, prompt, deadline).await
+    /// As [`Llm::complete`], for whoever waits longer: one try may take all the time that is left. With
+    /// `live` the text is told as it comes; once it was, there is no other try.
+    pub async fn complete_at_length(
+        &self,
+        prompt: &Prompt,
+        deadline: Instant,
+        live: Option<&Live>,
+    ) -> (Result<Answer, LlmError>, u32) {
+        self.complete_within(Duration::MAX, prompt, deadline, live).await
     }
 
     async fn complete_within(
@@ -217,11 +247,12 @@ impl Llm {
         attempt_timeout: Duration,
         prompt: &Prompt,
         deadline: Instant,
+        live: Option<&Live>,
     ) -> (Result<Answer, LlmError>, u32) {
         let mut tries = 1;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let error = match tokio::time::timeout(left.min(attempt_timeout), self.attempt(prompt)).await {
+            let error = match tokio::time::timeout(left.min(attempt_timeout), self.attempt(prompt, live)).await {
                 Ok(Ok(answer)) => return (Ok(answer), tries),
                 Ok(Err(error)) => error,
                 Err(_) => retryable("llm_timeout"),
@@ -229,7 +260,8 @@ impl Llm {
             let jitter = FIRST_PAUSE.mul_f64(f64::from(1 << (tries - 1)) * rand::random_range(0.5..1.0));
             let pause = error.retry_after.unwrap_or(jitter);
             let left = deadline.saturating_duration_since(Instant::now());
-            if !error.retryable || tries == MAX_TRIES || pause >= left {
+            let has_begun = live.is_some_and(|live| live.begun.load(Ordering::Relaxed));
+            if !error.retryable || has_begun || tries == MAX_TRIES || pause >= left {
                 return (Err(error), tries);
             }
             tokio::time::sleep(pause).await;
@@ -237,12 +269,12 @@ impl Llm {
         }
     }
 
-    async fn attempt(&self, prompt: &Prompt) -> Result<Answer, LlmError> {
+    async fn attempt(&self, prompt: &Prompt, live: Option<&Live>) -> Result<Answer, LlmError> {
         match &self.provider {
             Provider::Offline => Err(finally("llm_not_configured")),
-            Provider::OpenAi(server) => server.attempt(prompt).await,
+            Provider::OpenAi(server) => server.attempt(prompt, live).await,
             #[cfg(feature = "aws")]
-            Provider::Bedrock(agent) => agent.attempt(prompt).await,
+            Provider::Bedrock(agent) => agent.attempt(prompt, live).await,
         }
     }
 }

@@ -4,14 +4,16 @@
 
 use std::time::Duration;
 
-use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use super::key::Key;
-use super::{Answer, Format, LlmError, MAX_ANSWER_BYTES, Prompt, finally, retryable};
+use super::sse::Parser;
+use super::{Answer, Format, Live, LlmError, MAX_ANSWER_BYTES, Prompt, finally, retryable};
 #[cfg(feature = "aws")]
 use crate::aws::Secrets;
 use crate::config::{ConfigError, Env};
@@ -65,7 +67,7 @@ impl OpenAi {
         &self.model
     }
 
-    fn body(&self, prompt: &Prompt) -> Value {
+    fn body(&self, prompt: &Prompt, is_live: bool) -> Value {
         let messages = prompt.messages.iter().map(|message| json!({"role": message.role, "content": message.content}));
         let mut body = json!({
             "model": self.model,
@@ -73,6 +75,10 @@ impl OpenAi {
             "temperature": prompt.temperature.unwrap_or(self.temperature),
             "messages": messages.collect::<Vec<_>>(),
         });
+        if is_live {
+            body["stream"] = true.into();
+            body["stream_options"] = json!({"include_usage": true});
+        }
         match &prompt.format {
             Format::Text => {}
             Format::Json => body["response_format"] = json!({"type": "json_object"}),
@@ -99,8 +105,8 @@ impl OpenAi {
     }
 
     /// One try.
-    pub(super) async fn attempt(&self, prompt: &Prompt) -> Result<Answer, LlmError> {
-        let body = &self.body(prompt);
+    pub(super) async fn attempt(&self, prompt: &Prompt, live: Option<&Live>) -> Result<Answer, LlmError> {
+        let body = &self.body(prompt, live.is_some());
         let key = self.key.current().await.map_err(no_key)?;
         let mut response = self.send(body, key.as_ref()).await?;
         if response.status() == StatusCode::UNAUTHORIZED
@@ -113,6 +119,11 @@ impl OpenAi {
         if !status.is_success() {
             return Err(refusal(status, response.headers()));
         }
+        if let Some(live) = live
+            && is_stream(response.headers())
+        {
+            return streamed(response, live).await;
+        }
         let mut bytes = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|_| retryable("llm_unavailable"))? {
             bytes.extend_from_slice(&chunk);
@@ -123,6 +134,9 @@ impl OpenAi {
         let completion: Completion = serde_json::from_slice(&bytes).map_err(|_| finally("llm_invalid_response"))?;
         let usage = completion.usage.unwrap_or_default();
         let choice = completion.choices.into_iter().next().ok_or(finally("llm_invalid_response"))?;
+        if let (Some(live), Some(text)) = (live, &choice.message.content) {
+            live.tell(text);
+        }
         Ok(Answer {
             id: completion.id,
             model: completion.model,
@@ -132,6 +146,44 @@ impl OpenAi {
             completion_tokens: usage.completion_tokens,
         })
     }
+}
+
+/// A server that knows no streams answers in one piece, asked for one or not.
+fn is_stream(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
+}
+
+/// Reads a stream to its end, and tells its text as it comes.
+async fn streamed(mut response: Response, live: &Live) -> Result<Answer, LlmError> {
+    let (mut parser, mut read, mut is_done) = (Parser::default(), 0, false);
+    let mut answer = Answer {
+        id: None,
+        model: None,
+        text: String::new(),
+        finish_reason: None,
+        prompt_tokens: None,
+        completion_tokens: None,
+    };
+    while let Some(piece) = response.chunk().await.map_err(|_| retryable("llm_unavailable"))? {
+        read += piece.len();
+        // Each word of an answer comes with some hundred bytes around it.
+        if answer.text.len() > MAX_ANSWER_BYTES || read > 100 * MAX_ANSWER_BYTES {
+            return Err(finally("llm_invalid_response"));
+        }
+        for event in parser.feed(&piece).map_err(|_| finally("llm_invalid_response"))? {
+            if event.data == "[DONE]" {
+                is_done = true;
+                continue;
+            }
+            let chunk: Chunk = serde_json::from_str(&event.data).map_err(|_| finally("llm_invalid_response"))?;
+            if chunk.error.is_some() {
+                return Err(retryable("llm_unavailable"));
+            }
+            chunk.add_to(&mut answer, live);
+        }
+    }
+    // One that breaks off without a word ends in neither.
+    if is_done || answer.finish_reason.is_some() { Ok(answer) } else { Err(retryable("llm_unavailable")) }
 }
 
 fn no_key(error: Error) -> LlmError {
@@ -177,4 +229,37 @@ struct Content {
 struct Usage {
     prompt_tokens: Option<u64>,
     completion_tokens: Option<u64>,
+}
+
+/// One event of a stream: "The chat completion chunk object".
+#[derive(Deserialize)]
+struct Chunk {
+    id: Option<String>,
+    model: Option<String>,
+    #[serde(default)]
+    choices: Vec<Delta>,
+    usage: Option<Usage>,
+    error: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct Delta {
+    delta: Content,
+    finish_reason: Option<String>,
+}
+
+impl Chunk {
+    fn add_to(self, answer: &mut Answer, live: &Live) {
+        answer.id = self.id.or(answer.id.take());
+        answer.model = self.model.or(answer.model.take());
+        if let Some(choice) = self.choices.into_iter().next() {
+            let text = choice.delta.content.unwrap_or_default();
+            live.tell(&text);
+            answer.text.push_str(&text);
+            answer.finish_reason = choice.finish_reason.or(answer.finish_reason.take());
+        }
+        if let Some(usage) = self.usage {
+            (answer.prompt_tokens, answer.completion_tokens) = (usage.prompt_tokens, usage.completion_tokens);
+        }
+    }
 }

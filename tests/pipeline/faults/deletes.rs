@@ -18,7 +18,7 @@ use shared::api::prompt::{AnswerFormat, PromptRequest};
 use shared::cache::PredictionCache;
 use shared::clock::Clock;
 use shared::config::Env;
-use shared::embedded::{DirBlobStore, SqliteJobQueue, SqliteJobStore};
+use shared::embedded::{DirBlobStore, Hub, SqliteJobQueue, SqliteJobStore};
 use shared::http::Caller;
 use shared::job::{Job, Record, blob_prefix};
 use shared::llm::Llm;
@@ -42,7 +42,7 @@ struct Bench {
     host: Host,
     interrupt: Interrupt,
     inference: Inference<Interrupted<SqliteJobStore>, Interrupted<SqliteJobQueue>, Interrupted<DirBlobStore>>,
-    enrichment: Enrichment<Interrupted<SqliteJobStore>, Interrupted<DirBlobStore>>,
+    enrichment: Enrichment<Interrupted<SqliteJobStore>, Interrupted<DirBlobStore>, Hub>,
     sweep: Sweep<Interrupted<SqliteJobStore>, Interrupted<SqliteJobQueue>, Interrupted<DirBlobStore>>,
     photos: usize,
 }
@@ -100,7 +100,14 @@ impl Bench {
         };
         let env = Env::of(settings);
         let llm = Llm::from_env(&env).unwrap().into();
-        let enrichment = Enrichment { jobs: jobs.clone(), blobs: blobs.clone(), llm, clock: clock.clone(), policy };
+        let enrichment = Enrichment {
+            jobs: jobs.clone(),
+            blobs: blobs.clone(),
+            llm,
+            push: Hub::default(),
+            clock: clock.clone(),
+            policy,
+        };
         let sweep = Sweep::new(jobs, queue, blobs, clock, policy);
         Self { host, interrupt, inference, enrichment, sweep, photos: 0 }
     }

@@ -25,8 +25,14 @@ use crate::support::{Running, eventually, mole, open, within};
 async fn deliver_again(host: &local::Host, variables: &[(&str, &str)]) -> JoinSet<()> {
     let (store, clock, policy) = (host.store.clone(), host.clock.clone(), host.config.policy);
     let llm = Llm::from_env(&Env::of(variables.iter().copied())).unwrap().into();
-    let enrichment =
-        Arc::new(Enrichment { jobs: store.clone(), blobs: host.blobs.clone(), llm, clock: clock.clone(), policy });
+    let enrichment = Arc::new(Enrichment {
+        jobs: store.clone(),
+        blobs: host.blobs.clone(),
+        llm,
+        push: host.hub.clone(),
+        clock: clock.clone(),
+        policy,
+    });
     // With a cursor of its own the changes stay until it has read them too.
     store.advance("again", 1).await.unwrap();
     let mut task = JoinSet::new();

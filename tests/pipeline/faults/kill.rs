@@ -28,8 +28,8 @@ use uuid::Uuid;
 
 use crate::kill::{
     ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, CHAT, ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_MAP,
-    INFERENCE_RETRY, PROMPT, RESULT, START, SUBMIT, SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD,
-    UPLOAD, ask, long_answer,
+    INFERENCE_RETRY, PROMPT, RESULT, SOCKET, START, SUBMIT, SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE,
+    SWEEP_UPLOAD, UPLOAD, ask, long_answer,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
@@ -96,7 +96,8 @@ const SCENES: &[(Kind, &[Point])] = &[
 ];
 /// Points that no job meets on its way: keys belong to none, dead letters are moved all at once, here
 /// as on AWS, and a start takes up what the last kill cut off, a few jobs, before anything else is done.
-const NOT_ON_A_JOBS_WAY: &[&[Point]] = &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, CHAT, AWS_ALONE];
+/// A WebSocket's points write no job, but for those of `ask`, which are those of a prompt.
+const NOT_ON_A_JOBS_WAY: &[&[Point]] = &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, CHAT, SOCKET, AWS_ALONE];
 
 #[test]
 fn every_crash_point_is_met_with_500_jobs_or_is_on_no_jobs_way() {

@@ -13,6 +13,7 @@ pub mod network;
 pub mod process;
 pub mod redis_server;
 pub mod reference;
+pub mod websocket;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use reqwest::{Client, Response};
 use serde_json::Value;
 use shared::clock::Clock;
 use shared::config::Env;
+use shared::embedded::Hub;
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -121,6 +123,8 @@ pub struct Running {
     pub url: String,
     pub http: Client,
     pub folder: TempDir,
+    /// Who is connected.
+    pub hub: Hub,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<anyhow::Result<()>>,
 }
@@ -146,6 +150,7 @@ impl Running {
     /// Starts on a folder that may hold something, by a clock that may stand.
     pub async fn on(folder: TempDir, clock: Clock, extra: &[(&str, &str)]) -> Self {
         let host = open(folder.path(), clock, extra).await;
+        let hub = host.hub.clone();
         let (stop, stopped) = oneshot::channel();
         let (ready, address) = oneshot::channel();
         let stop_signal = async {
@@ -153,7 +158,7 @@ impl Running {
         };
         let task = tokio::spawn(host.run(stop_signal, |address| ready.send(address).unwrap()));
         let url = format!("http://{}", address.await.unwrap());
-        Self { url, http: client(), folder, stop: Some(stop), task }
+        Self { url, http: client(), folder, hub, stop: Some(stop), task }
     }
 
     /// Stops as SIGTERM does and returns the data folder.

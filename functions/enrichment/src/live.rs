@@ -1,0 +1,71 @@
+//! The text of an answer, told to the connection that asked while the LLM writes it.
+//!
+//! Reads the job's connection. Pushes frames with the claim and the text's place in it, so that the
+//! text of a second attempt takes the place of the first. Nothing is lost where nobody listens: the
+//! record gets the whole answer, and who asks for it is told.
+
+use std::time::Duration;
+
+use futures_util::future::join;
+use shared::crash::{self, Point};
+use shared::job::{Input, Job};
+use shared::llm::{Answer, Format, Live, LlmError, Prompt};
+use shared::ports::{BlobStore, JobStore, Push, Pushed};
+use shared::push::{text_frames, utf16_len};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::{Instant, timeout_at};
+
+use crate::Enrichment;
+
+/// What comes within this time goes out together.
+const COALESCED: Duration = Duration::from_millis(250);
+
+impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
+    /// Asks for a prompt's answer, and tells it as it comes where a connection has asked for text.
+    /// JSON is told when it is whole: a part of it parses as nothing.
+    pub(crate) async fn complete(
+        &self,
+        prompt: &Prompt,
+        deadline: std::time::Instant,
+        job: &Job,
+    ) -> (Result<Answer, LlmError>, u32) {
+        let connection = match &job.input {
+            Input::Prompt(prompt) => prompt.connection.as_deref(),
+            Input::Photo(_) => None,
+        };
+        let Some(connection) = connection.filter(|_| prompt.format == Format::Text) else {
+            return self.llm.complete_at_length(prompt, deadline, None).await;
+        };
+        let (sender, pieces) = unbounded_channel();
+        let asked = async {
+            // Dropped with the answer, which ends the other half.
+            let live = Live::to(sender);
+            self.llm.complete_at_length(prompt, deadline, Some(&live)).await
+        };
+        join(asked, self.tell(connection, job, pieces)).await.0
+    }
+
+    async fn tell(&self, connection: &str, job: &Job, mut pieces: UnboundedReceiver<String>) {
+        let mut offset = 0;
+        while let Some(mut text) = pieces.recv().await {
+            let until = Instant::now() + COALESCED;
+            while let Ok(Some(more)) = timeout_at(until, pieces.recv()).await {
+                text.push_str(&more);
+            }
+            for frame in text_frames(job, &text, offset) {
+                let pushed = match frame.to_json() {
+                    Ok(json) => self.push.push(connection, json).await,
+                    Err(error) => Err(error),
+                };
+                crash::here(Point::EnrichmentTextPushed);
+                match pushed {
+                    Ok(Pushed::Sent) => {}
+                    Ok(Pushed::Gone) => return,
+                    // The client sees the gap by the next offset, and gets the whole text at the end.
+                    Err(error) => tracing::warn!(error.chain = error.chain(), "text not pushed"),
+                }
+            }
+            offset += utf16_len(&text);
+        }
+    }
+}

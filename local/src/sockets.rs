@@ -1,0 +1,229 @@
+//! `/ws`, as API Gateway serves it on AWS: opens WebSockets, hands what comes over them to `socket`,
+//! and sends what lies in each one's outbox. And what stands there between the table's stream and
+//! `notify`.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::{Query, State};
+use axum::response::Response;
+use axum::routing::get;
+use serde::Deserialize;
+use serde_json::json;
+use shared::Error;
+use shared::embedded::Outbox;
+use shared::error::Code;
+use shared::http::{exchanged, request_id};
+use shared::push::MAX_FRAME_BYTES;
+use socket::{CONNECTION_TTL, Event};
+use tokio::sync::watch::Receiver;
+use tokio::time::{Instant, sleep_until, timeout};
+use uuid::Uuid;
+
+use crate::Host;
+use crate::workers::{PAUSE, failed};
+
+/// API Gateway's: so long may nothing go over a connection.
+const IDLE: Duration = Duration::from_secs(10 * 60);
+/// How long one frame may take on its way to a client that does not read.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// A message above [`MAX_FRAME_BYTES`] is answered; one that is above this ends the connection.
+const MAX_MESSAGE_BYTES: usize = 128 * 1024;
+
+#[derive(Deserialize)]
+struct Parameters {
+    ticket: Option<String>,
+}
+
+/// Open: the ticket is the credential.
+pub(crate) fn router(host: Arc<Host>) -> Router {
+    Router::new().route("/ws", get(open)).with_state(host)
+}
+
+async fn open(
+    State(host): State<Arc<Host>>,
+    Query(parameters): Query<Parameters>,
+    upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
+) -> Result<Response, Error> {
+    // Before the ticket is used up.
+    let upgrade = upgrade.map_err(|_| Error::new(Code::InvalidRequest, "Open a WebSocket here (RFC 6455)."))?;
+    let connection = Uuid::new_v4().to_string();
+    let connect = Event::Connect { connection: connection.clone(), ticket: parameters.ticket };
+    host.socket.handle(connect).await?;
+    let outbox = host.hub.outbox(&connection).ok_or_else(|| Error::internal("a connection without an outbox"))?;
+    let (leaving, left) = (Arc::clone(&host), connection.clone());
+    let upgrade = upgrade
+        .max_message_size(MAX_MESSAGE_BYTES)
+        .max_frame_size(MAX_MESSAGE_BYTES)
+        // Or what the client does not read would be held here a second time.
+        .max_write_buffer_size(2 * MAX_FRAME_BYTES)
+        .write_buffer_size(0)
+        .on_failed_upgrade(move |_| drop(tokio::spawn(async move { disconnect(&leaving, left).await })));
+    let opened = request_id();
+    Ok(upgrade.on_upgrade(async move |socket| {
+        tracing::info!(request.id = opened, "socket opened");
+        let answer = |text| {
+            let (host, connection) = (Arc::clone(&host), connection.clone());
+            async move { exchanged(host.socket.handle(Event::Message { connection, text })).await }
+        };
+        serve(socket, outbox, answer).await;
+        exchanged(disconnect(&host, connection)).await;
+    }))
+}
+
+async fn disconnect(host: &Host, connection: String) {
+    if let Err(error) = host.socket.handle(Event::Disconnect { connection }).await {
+        failed("connection not ended", &error);
+    }
+}
+
+/// Carries frames both ways until one side ends it.
+async fn serve<A: Future<Output = Result<(), Error>>>(
+    mut socket: WebSocket,
+    mut outbox: Outbox,
+    answer: impl Fn(String) -> A,
+) {
+    let end = Instant::now() + CONNECTION_TTL.to_std().unwrap_or(IDLE);
+    let mut idle_at = Instant::now() + IDLE;
+    let why = loop {
+        let received = tokio::select! {
+            // First: who sends without end is not to keep the answers back.
+            biased;
+            frame = outbox.next() => {
+                let Some(frame) = frame else { break (close_code::AWAY, "subscribe again over a new connection") };
+                if !sent(&mut socket, Message::text(frame)).await {
+                    return;
+                }
+                idle_at = Instant::now() + IDLE;
+                continue;
+            }
+            received = socket.recv() => received,
+            () = sleep_until(idle_at.min(end)) => break (close_code::AWAY, "idle, or open for two hours"),
+        };
+        idle_at = Instant::now() + IDLE;
+        let text = match received {
+            Some(Ok(Message::Text(text))) => text,
+            Some(Ok(Message::Binary(_))) => break (close_code::UNSUPPORTED, "send text"),
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
+            Some(Ok(Message::Close(_))) | None => return,
+            // Broken, or larger than a message may be; to the first this is not sent.
+            Some(Err(_)) => break (close_code::SIZE, "no message of at most 128 KiB"),
+        };
+        if let Err(error) = answer(text.as_str().to_owned()).await {
+            failed("message not answered", &error);
+            break (close_code::ERROR, "try again");
+        }
+    };
+    let (code, reason) = why;
+    let close = CloseFrame { code, reason: reason.into() };
+    sent(&mut socket, Message::Close(Some(close))).await;
+}
+
+async fn sent(socket: &mut WebSocket, message: Message) -> bool {
+    matches!(timeout(SEND_TIMEOUT, socket.send(message)).await, Ok(Ok(())))
+}
+
+/// Tells of every record that is written, in the order of their ids.
+pub(crate) async fn notify(host: Arc<Host>, mut stopped: Receiver<bool>) {
+    let mut untold = BTreeSet::new();
+    while !*stopped.borrow() {
+        let written = tokio::select! {
+            written = host.store.written() => written,
+            // What could not be told is told again.
+            () = tokio::time::sleep(PAUSE), if !untold.is_empty() => BTreeSet::new(),
+            _ = stopped.wait_for(|stopped| *stopped) => break,
+        };
+        // Nobody to tell; who connects now is told the latest state when it subscribes.
+        if host.hub.is_empty() {
+            untold.clear();
+            continue;
+        }
+        untold.extend(written);
+        let event = match serde_json::from_value(event(&untold)) {
+            Ok(event) => event,
+            Err(error) => {
+                failed("changes not told", &Error::internal(error));
+                untold.clear();
+                continue;
+            }
+        };
+        if host.notify.handle(event).await.batch_item_failures.is_empty() {
+            untold.clear();
+        }
+    }
+    host.hub.shut();
+}
+
+/// The writes in the shape of DynamoDB Streams.
+fn event(ids: &BTreeSet<Uuid>) -> serde_json::Value {
+    let record =
+        |id: &Uuid| json!({"eventName": "MODIFY", "dynamodb": {"Keys": {"id": {"S": id}}, "SequenceNumber": id}});
+    json!({"Records": ids.iter().map(record).collect::<Vec<_>>()})
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::{SinkExt, StreamExt};
+    use shared::auth::Identity;
+    use shared::clock::from_millis;
+    use shared::embedded::Hub;
+    use shared::ports::{Connection, Connections};
+    use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+    use tokio_tungstenite::tungstenite::{Message as Said, protocol::CloseFrame as Closed};
+
+    use super::*;
+
+    /// A client of a connection that answers nothing, by a clock that goes on when all wait.
+    async fn client() -> tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>> {
+        let hub = Hub::default();
+        let open = async move |upgrade: WebSocketUpgrade| {
+            let identity =
+                Identity { caller: String::new(), scopes: Vec::new(), key_id: None, limits: Default::default() };
+            let connection = Connection { id: "one".to_owned(), identity, expires_at: from_millis(0) };
+            hub.open(&connection).await.unwrap();
+            let outbox = hub.outbox("one").unwrap();
+            upgrade.on_upgrade(async move |socket| {
+                // The hub lives as long as its connection.
+                let _hub = hub;
+                serve(socket, outbox, async |_| Ok(())).await;
+            })
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().route("/ws", get(open));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        tokio_tungstenite::connect_async(format!("ws://{address}/ws")).await.unwrap().0
+    }
+
+    fn is_away(said: Option<Result<Said, tokio_tungstenite::tungstenite::Error>>) -> bool {
+        matches!(said, Some(Ok(Said::Close(Some(Closed { code: CloseCode::Away, .. })))))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_over_which_nothing_goes_ends_after_ten_minutes() {
+        let mut client = client().await;
+        let opened = Instant::now();
+        assert!(is_away(client.next().await));
+        assert!((IDLE..IDLE + Duration::from_secs(1)).contains(&opened.elapsed()), "{:?}", opened.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_kept_alive_ends_after_two_hours() {
+        let mut client = client().await;
+        let opened = Instant::now();
+        loop {
+            match timeout(Duration::from_secs(9 * 60), client.next()).await {
+                Err(_) => client.send(Said::text("anything")).await.unwrap(),
+                said => {
+                    assert!(is_away(said.unwrap()));
+                    break;
+                }
+            }
+        }
+        let hours = Duration::from_secs(2 * 3600);
+        assert!((hours..hours + Duration::from_secs(1)).contains(&opened.elapsed()), "{:?}", opened.elapsed());
+    }
+}

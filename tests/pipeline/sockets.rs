@@ -1,0 +1,406 @@
+//! Results over a WebSocket: who may open one, what comes over it, and what happens to those who do
+//! not read.
+
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, TimeDelta, Utc};
+use futures_util::future::join_all;
+use futures_util::{SinkExt, StreamExt};
+use reqwest::Method;
+use serde_json::{Value, json};
+use shared::ports::{Push, Pushed};
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+
+use crate::support::keyed::Keyed;
+use crate::support::llm_server::{Behaviour, Ending, LlmServer, chunks};
+use crate::support::process::Process;
+use crate::support::websocket::{Socket, Told, open, ticket};
+use crate::support::{Running, client, eventually, mole, numbered_mole, report};
+
+const ANSWER: &str = "A growth of pigment cells, often round or oval, é and 🩺.";
+
+async fn connect(host: &Running) -> Socket {
+    Socket::connect(&host.http, &host.url, "").await
+}
+
+fn question() -> Value {
+    json!({"action": "ask", "prompt": "What is a naevus?", "tag": "7"})
+}
+
+/// Asks, and reads what comes until the job has ended.
+async fn asked(socket: &mut Socket, message: Value) -> (Told, Value) {
+    socket.send(message).await;
+    let accepted = socket.next().await.unwrap();
+    assert_eq!((&accepted["type"], &accepted["tag"]), (&json!("accepted"), &json!("7")), "{accepted}");
+    let mut told = Told::default();
+    loop {
+        let frame = socket.next().await.unwrap();
+        assert_eq!(frame["request_id"], accepted["request_id"], "{frame}");
+        match frame["type"].as_str().unwrap() {
+            "text" => told.add(&frame),
+            "status" => {}
+            _ => return (told, frame),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_subscriber_is_told_of_every_end_and_what_get_says_of_it() {
+    let host = Running::start(&[]).await;
+    let mut socket = connect(&host).await;
+    let id = host.submit(&mole()).await;
+    socket.subscribe(&id).await;
+    let (frame, _) = socket.until_ended(&id).await.unwrap();
+    assert_eq!((&frame["type"], &frame["status"]), (&json!("result"), &json!("completed")), "{frame}");
+    assert_eq!(frame["result"], host.result(&id).await);
+    // Again, over another connection: the latest state, at once.
+    let mut again = connect(&host).await;
+    again.subscribe(&id).await;
+    assert_eq!(again.next().await.unwrap(), frame);
+    // Who is subscribed learns of the end of it as well.
+    host.http.delete(format!("{}/result/{id}", host.url)).send().await.unwrap();
+    for socket in [&mut socket, &mut again] {
+        let deleted = socket.next().await.unwrap();
+        let expected = json!({"v": 1, "type": "deleted", "request_id": id, "seq": frame["seq"].as_u64().unwrap() + 1});
+        assert_eq!(deleted, expected);
+    }
+    again.subscribe(&id).await;
+    assert_eq!(again.next().await.unwrap()["code"], "not_found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_clients_are_each_told_the_end_of_their_own_job_in_order() {
+    let host = Running::start(&[]).await;
+    let clients = join_all((0..50).map(async |number| {
+        let mut socket = connect(&host).await;
+        let id = host.submit(&numbered_mole(number)).await;
+        socket.subscribe(&id).await;
+        let (frame, came) = socket.until_ended(&id).await.unwrap();
+        assert_eq!(frame["status"], "completed", "{frame}");
+        assert!(came.is_sorted(), "{came:?}");
+        socket
+    }))
+    .await;
+    assert_eq!((clients.len(), host.hub.len()), (50, 50));
+    drop(clients);
+    eventually("connections that were left are forgotten", async || host.hub.is_empty()).await;
+}
+
+/// `cargo test --release -p tests --test pipeline five_hundred -- --ignored --nocapture` prints what it takes.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a benchmark"]
+async fn five_hundred_clients_are_each_told_the_end_of_their_own_job_in_order() {
+    const CLIENTS: usize = 500;
+    let host = Running::start(&[]).await;
+    let sockets = join_all((0..CLIENTS).map(|_| connect(&host))).await;
+    assert_eq!(host.hub.len(), CLIENTS);
+    let started = Instant::now();
+    let told = join_all(sockets.into_iter().enumerate().map(async |(number, mut socket)| {
+        let id = host.submit(&numbered_mole(number)).await;
+        socket.subscribe(&id).await;
+        let (frame, came) = socket.until_ended(&id).await.unwrap();
+        let told = started.elapsed();
+        assert_eq!(frame["status"], "completed", "{frame}");
+        (frame["result"]["updated_at"].as_str().unwrap().parse::<DateTime<Utc>>().unwrap(), Utc::now(), told, came)
+    }))
+    .await;
+    let frames: usize = told.iter().map(|(_, _, _, came)| came.len()).sum();
+    let stale: usize =
+        told.iter().map(|(_, _, _, came)| came.windows(2).filter(|pair| pair[1] < pair[0]).count()).sum();
+    let mut late: Vec<_> = told.iter().map(|(ended, told, ..)| (*told - *ended).num_milliseconds()).collect();
+    late.sort_unstable();
+    let last = told.iter().map(|(_, _, told, _)| told.as_secs_f64()).fold(0.0, f64::max);
+    report(&format!(
+        "{CLIENTS} clients, {CLIENTS} jobs: all told within {last:.1} s; {frames} frames, {stale} out of order; \
+         from a job's end to the client: median {} ms, 99th percentile {} ms, worst {} ms",
+        late[CLIENTS / 2],
+        late[CLIENTS * 99 / 100],
+        late[CLIENTS - 1],
+    ));
+    assert_eq!(told.len(), CLIENTS);
+}
+
+#[tokio::test]
+async fn a_ticket_opens_one_connection_within_a_minute_and_nothing_else_does() {
+    let keyed = Keyed::start(&[]).await;
+    let (http, url) = (&keyed.host.http, keyed.host.url.as_str());
+    assert_eq!(keyed.status(Method::POST, "/socket-tickets", "").await, 401);
+    let first = ticket(http, url, &keyed.admin).await.unwrap();
+    let path = first["url"].as_str().unwrap();
+    assert_eq!(path, format!("/ws?ticket={}", first["ticket"].as_str().unwrap()));
+    // Not an upgrade: the ticket is still good after it.
+    assert_eq!(keyed.status(Method::GET, path, "").await, 400);
+    let _socket = open(url, path, &[]).await.unwrap();
+    assert_eq!(open(url, path, &[]).await.err(), Some(401), "a ticket was used twice");
+    let late = ticket(http, url, &keyed.admin).await.unwrap();
+    keyed.clock.advance(TimeDelta::seconds(61));
+    assert_eq!(open(url, late["url"].as_str().unwrap(), &[]).await.err(), Some(401), "an expired ticket was taken");
+    let key = keyed.admin.clone();
+    for path in
+        ["/ws", "/ws?ticket=", "/ws?ticket=0", &format!("/ws?ticket={key}"), &format!("/ws?ticket={}", "0".repeat(64))]
+    {
+        let bearer = format!("Bearer {key}");
+        assert_eq!(open(url, path, &[("authorization", &bearer)]).await.err(), Some(401), "{path}");
+    }
+    assert_eq!(keyed.host.hub.len(), 1);
+}
+
+#[tokio::test]
+async fn another_callers_job_looks_like_none_and_is_never_told() {
+    let keyed = Keyed::start(&[]).await;
+    let (http, url) = (&keyed.host.http, keyed.host.url.as_str());
+    let (own, other) = (keyed.key_of("ward-1").await, keyed.key_of("ward-2").await);
+    let id: Value = keyed.submit(&own).await.json().await.unwrap();
+    let id = id["request_id"].as_str().unwrap();
+    let unknown = "01a1fd23-16e4-7867-8ba2-ef5c50a78321";
+    let (mut socket, mut owner) = (Socket::connect(http, url, &other).await, Socket::connect(http, url, &own).await);
+    for id in [id, unknown] {
+        socket.subscribe(id).await;
+        let expected = json!({
+            "v": 1, "type": "error", "code": "not_found", "message": "There is no such request.", "request_id": id,
+        });
+        assert_eq!(socket.next().await.unwrap(), expected);
+    }
+    owner.subscribe(id).await;
+    owner.until_ended(id).await.unwrap();
+    keyed.request(Method::DELETE, &format!("/result/{id}"), &own).send().await.unwrap();
+    assert_eq!(owner.next().await.unwrap()["type"], "deleted");
+    // What comes next is the answer to this, so nothing came before.
+    socket.send(json!({"action": "ping"})).await;
+    assert_eq!(socket.next().await.unwrap(), json!({"v": 1, "type": "pong"}));
+}
+
+#[tokio::test]
+async fn a_key_that_was_revoked_asks_for_nothing_more_over_an_open_connection() {
+    let keyed = Keyed::start(&[]).await;
+    let made = keyed.make(json!({"caller": "ward"})).await;
+    let mut socket = Socket::connect(&keyed.host.http, &keyed.host.url, made["key"].as_str().unwrap()).await;
+    let path = format!("/admin/keys/{}", made["id"].as_str().unwrap());
+    assert_eq!(keyed.status(Method::DELETE, &path, &keyed.admin).await, 204);
+    for message in [question(), json!({"action": "subscribe", "request_id": "x"})] {
+        socket.send(message).await;
+        let frame = socket.next().await.unwrap();
+        assert_eq!((&frame["type"], &frame["code"]), (&json!("error"), &json!("unauthorized")), "{frame}");
+    }
+}
+
+#[tokio::test]
+async fn guests_keys_with_limits_and_hosts_without_an_llm_get_no_answer() {
+    let llm = LlmServer::start([]).await;
+    let base_url = llm.base_url();
+    let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "tiny"), ("ADMIT_GUESTS", "true")];
+    let keyed = Keyed::start(&settings).await;
+    let limited = keyed.make(json!({"caller": "ward", "requests_per_minute": 5})).await;
+    for key in ["", limited["key"].as_str().unwrap()] {
+        let mut socket = Socket::connect(&keyed.host.http, &keyed.host.url, key).await;
+        socket.send(question()).await;
+        let frame = socket.next().await.unwrap();
+        assert_eq!((&frame["code"], &frame["tag"]), (&json!("forbidden"), &json!("7")), "{frame}");
+    }
+    assert_eq!(llm.calls(), 0);
+    let host = Running::start(&[]).await;
+    let mut socket = connect(&host).await;
+    socket.send(question()).await;
+    assert_eq!(socket.next().await.unwrap()["code"], "llm_not_configured");
+}
+
+#[tokio::test]
+async fn messages_are_counted_against_their_callers_limit() {
+    let keyed = Keyed::start(&[("REQUESTS_PER_MINUTE", "5")]).await;
+    let key = keyed.key_of("ward").await;
+    let mut socket = Socket::connect(&keyed.host.http, &keyed.host.url, &key).await;
+    let mut codes = Vec::new();
+    for _ in 0..6 {
+        socket.subscribe("01a1fd23-16e4-7867-8ba2-ef5c50a78321").await;
+        codes.push(socket.next().await.unwrap()["code"].as_str().unwrap().to_owned());
+    }
+    // The ticket was the first of the five.
+    assert_eq!(codes[..4], ["not_found"; 4]);
+    assert_eq!(codes[4..], ["too_many_requests"; 2]);
+}
+
+#[tokio::test]
+async fn an_answer_comes_as_it_is_written_and_then_whole() {
+    let mut pieces = chunks(ANSWER);
+    pieces.push("data: [DONE]\n\n".to_owned());
+    let llm = LlmServer::start([Behaviour::Stream(pieces, Ending::Close)]).await;
+    let host = Running::asking(&llm, &[]).await;
+    let mut socket = connect(&host).await;
+    let (told, frame) = asked(&mut socket, question()).await;
+    assert_eq!(told.text(), ANSWER);
+    // A dozen words that come within 250 ms go out together.
+    assert_eq!((told.frames, told.claim), (1, 1));
+    assert_eq!((&frame["type"], &frame["result"]["content"]), (&json!("result"), &json!(ANSWER)), "{frame}");
+    assert_eq!(frame["result"]["token_usage"], json!({"prompt_tokens": 19, "completion_tokens": 10}));
+    assert_eq!(llm.requests()[0].1["stream"], true);
+    assert_eq!(frame["result"], host.result(frame["request_id"].as_str().unwrap()).await);
+}
+
+#[tokio::test]
+async fn a_second_attempt_takes_the_place_of_what_the_first_one_wrote() {
+    for ending in [Ending::CutOff, Ending::Stall] {
+        let begun = chunks("A growth that nobody will hear the end of.")[..5].to_vec();
+        let llm = LlmServer::start([Behaviour::Stream(begun, ending)]).await;
+        llm.behave(Behaviour::Answer(ANSWER.into()));
+        let host = Running::asking(&llm, &[("PROMPT_LEASE_SECONDS", "3"), ("REDISPATCH_SECONDS", "1")]).await;
+        let mut socket = connect(&host).await;
+        let (told, frame) = asked(&mut socket, question()).await;
+        // Not the same try again, which would write the same text twice under one claim.
+        assert_eq!((told.frames, told.claim, llm.calls()), (2, 2, 2), "{ending:?}");
+        assert_eq!((told.text().as_str(), &frame["result"]["content"]), (ANSWER, &json!(ANSWER)), "{ending:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_error_within_a_stream_and_one_that_just_ends_are_no_answers() {
+    let error = vec!["data: {\"error\": {\"message\": \"upstream says no\"}}\n\n".to_owned()];
+    let ended = chunks("A growth that")[..3].to_vec();
+    for pieces in [error, ended] {
+        let llm = LlmServer::start([Behaviour::Stream(pieces.clone(), Ending::Close)]).await;
+        llm.behave(Behaviour::Answer(ANSWER.into()));
+        let host = Running::asking(&llm, &[]).await;
+        let (told, frame) = asked(&mut connect(&host).await, question()).await;
+        assert_eq!((told.text().as_str(), &frame["result"]["content"]), (ANSWER, &json!(ANSWER)), "{pieces:?}");
+        assert_eq!(llm.calls(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_knows_no_streams_is_told_in_one_piece_and_json_not_before_its_end() {
+    let llm = LlmServer::start([Behaviour::Late(Duration::ZERO, ANSWER.into())]).await;
+    let host = Running::asking(&llm, &[]).await;
+    let (told, frame) = asked(&mut connect(&host).await, question()).await;
+    assert_eq!((told.text().as_str(), &frame["result"]["content"]), (ANSWER, &json!(ANSWER)));
+    llm.behave(Behaviour::Answer("{}".into()));
+    let wish = json!({"action": "ask", "prompt": "As JSON.", "format": "json", "tag": "7"});
+    let (told, frame) = asked(&mut connect(&host).await, wish).await;
+    assert_eq!((told.frames, &frame["result"]["content"]), (0, &json!("{}")), "{frame}");
+}
+
+#[tokio::test]
+async fn an_answer_that_fits_into_no_frame_comes_in_pieces_and_is_fetched_at_the_end() {
+    let answer = "Pigment cells é 🩺. ".repeat(10_000);
+    let llm = LlmServer::start([]).await;
+    llm.behave(Behaviour::Answer(answer.clone()));
+    let host = Running::asking(&llm, &[]).await;
+    let mut socket = connect(&host).await;
+    let (told, frame) = asked(&mut socket, question()).await;
+    assert!(told.frames > 10);
+    assert!(told.text() == answer);
+    assert_eq!(frame["type"], "result_elsewhere", "{frame}");
+    let result: Value = host.get(frame["location"].as_str().unwrap()).await.json().await.unwrap();
+    assert!(result["content"] == answer);
+}
+
+#[tokio::test]
+async fn the_same_prompt_under_the_same_key_is_asked_once() {
+    let llm = LlmServer::start([]).await;
+    llm.behave(Behaviour::Answer(ANSWER.into()));
+    let host = Running::asking(&llm, &[]).await;
+    let mut message = question();
+    message["idempotency_key"] = "once".into();
+    let (_, first) = asked(&mut connect(&host).await, message.clone()).await;
+    let mut socket = connect(&host).await;
+    let (_, again) = asked(&mut socket, message.clone()).await;
+    assert_eq!((&again, llm.calls()), (&first, 1));
+    message["prompt"] = "Another?".into();
+    socket.send(message).await;
+    assert_eq!(socket.next().await.unwrap()["code"], "idempotency_conflict");
+}
+
+#[tokio::test]
+async fn what_is_not_understood_is_answered_and_what_is_too_large_ends_the_connection() {
+    let host = Running::start(&[]).await;
+    let mut socket = connect(&host).await;
+    for (text, code) in [
+        ("hello".to_owned(), "invalid_request"),
+        (r#"{"action": "subscribe"}"#.to_owned(), "invalid_request"),
+        (json!({"action": "ask", "prompt": "x".repeat(40_000)}).to_string(), "payload_too_large"),
+    ] {
+        socket.say(&text).await;
+        let frame = socket.next().await.unwrap();
+        assert_eq!((&frame["type"], &frame["code"]), (&json!("error"), &json!(code)), "{frame}");
+    }
+    socket.0.send(Message::Ping(b"are you there"[..].into())).await.unwrap();
+    assert_eq!(socket.0.next().await.unwrap().unwrap(), Message::Pong(b"are you there"[..].into()));
+    socket.say(&"x".repeat(200_000)).await;
+    assert_eq!(socket.closed().await, Some(CloseCode::Size));
+    let mut socket = connect(&host).await;
+    socket.0.send(Message::binary(vec![1])).await.unwrap();
+    assert_eq!(socket.closed().await, Some(CloseCode::Unsupported));
+    eventually("both are forgotten", async || host.hub.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_let_go_and_others_go_on() {
+    let host = Running::start(&[]).await;
+    let slow = connect(&host).await;
+    let id = host.submit(&mole()).await;
+    let ids: Vec<String> = host.hub.ids();
+    let mut quick = connect(&host).await;
+    quick.subscribe(&id).await;
+    quick.until_ended(&id).await.unwrap();
+    // The system's buffers take some megabytes; behind them a bounded outbox fills up.
+    let frame = "x".repeat(32 * 1024);
+    let mut pushed = 0;
+    while host.hub.push(&ids[0], frame.clone()).await.unwrap() == Pushed::Sent {
+        pushed += frame.len();
+        assert!(pushed < 64 * 1024 * 1024, "it takes whatever comes");
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(host.hub.len(), 1);
+    quick.send(json!({"action": "ping", "tag": "a"})).await;
+    assert_eq!(quick.next().await.unwrap(), json!({"v": 1, "type": "pong", "tag": "a"}));
+    drop(slow);
+}
+
+#[tokio::test]
+async fn a_page_from_elsewhere_opens_nothing_on_a_host_without_keys() {
+    let host = Running::start(&[]).await;
+    let path = ticket(&host.http, &host.url, "").await.unwrap()["url"].as_str().unwrap().to_owned();
+    for headers in [
+        [("origin", "https://attacker.example")],
+        [("origin", "null")],
+        [("origin", "http://127.0.0.1.attacker.example")],
+        [("host", "attacker.example")],
+    ] {
+        assert_eq!(open(&host.url, &path, &headers).await.err(), Some(403), "{headers:?}");
+    }
+    let refused = host.http.post(format!("{}/socket-tickets", host.url)).header("origin", "https://attacker.example");
+    assert_eq!(refused.send().await.unwrap().status().as_u16(), 403);
+    // None of them has used the ticket up; a page of this machine may.
+    open(&host.url, &path, &[("origin", "http://localhost:3000")]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_host_that_stops_says_so_to_those_who_are_connected() {
+    let host = Running::start(&[]).await;
+    let mut socket = connect(&host).await;
+    let (_, code) = tokio::join!(host.stop(), socket.closed());
+    assert_eq!(code, Some(CloseCode::Away));
+}
+
+#[tokio::test]
+async fn no_log_line_holds_a_ticket_a_prompt_or_an_answer() {
+    let llm = LlmServer::start([]).await;
+    llm.behave(Behaviour::Answer(ANSWER.into()));
+    let (folder, base_url) = (tempfile::tempdir().unwrap(), llm.base_url());
+    let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m"), ("LOG_LEVEL", "trace")];
+    let host = Process::start(folder.path(), &settings).await.unwrap();
+    let http = client();
+    let ticket = ticket(&http, &host.url, "").await.unwrap();
+    let mut socket = open(&host.url, ticket["url"].as_str().unwrap(), &[]).await.unwrap();
+    let (_, frame) = asked(&mut socket, question()).await;
+    assert_eq!(frame["type"], "result");
+    let id = frame["request_id"].as_str().unwrap();
+    let is_about_job = |line: &String| line.contains(id);
+    eventually("the message is in the log", async || host.log().iter().any(|line| line.contains("message answered")))
+        .await;
+    let log = host.log();
+    assert!(log.iter().any(is_about_job), "{log:?}");
+    for secret in [ticket["ticket"].as_str().unwrap(), "What is a naevus", "pigment cells"] {
+        let found: Vec<_> = log.iter().filter(|line| line.contains(secret)).collect();
+        assert!(found.is_empty(), "{secret}: {found:?}");
+    }
+}
