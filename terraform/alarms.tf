@@ -27,6 +27,16 @@ locals {
         namespace  = "AWS/Lambda", metric = "IteratorAge", statistic = "Maximum"
         dimensions = local.lambdas["enrichment"], above = (5 * 60 + local.enrichment_timeout_seconds) * 1000
       }
+      # The same before those are told who have subscribed.
+      notify-age = {
+        namespace  = "AWS/Lambda", metric = "IteratorAge", statistic = "Maximum"
+        dimensions = local.lambdas["notify"], above = 60 * 1000
+      }
+      # Connections and messages that the function answered with an error, or not at all.
+      socket-errors = {
+        namespace  = "AWS/ApiGateway", metric = "IntegrationError", statistic = "Sum"
+        dimensions = { ApiId = aws_apigatewayv2_api.socket.id }, above = 5
+      }
       api-errors = {
         namespace  = "AWS/ApiGateway", metric = "5xx", statistic = "Sum"
         dimensions = { ApiId = aws_apigatewayv2_api.http.id }, above = 5

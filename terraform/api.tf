@@ -4,16 +4,17 @@ locals {
   http_timeout_seconds = 29
 
   routes = {
-    "GET /healthz"        = "result"
-    "GET /openapi.json"   = "result"
-    "POST /submit"        = "submit"
-    "POST /uploads"       = "submit"
-    "GET /result"         = "result"
-    "GET /result/{id}"    = "result"
-    "DELETE /result/{id}" = "result"
-    "GET /results"        = "result"
-    "ANY /admin"          = "admin"
-    "ANY /admin/{proxy+}" = "admin"
+    "GET /healthz"         = "result"
+    "GET /openapi.json"    = "result"
+    "POST /submit"         = "submit"
+    "POST /uploads"        = "submit"
+    "POST /socket-tickets" = "socket"
+    "GET /result"          = "result"
+    "GET /result/{id}"     = "result"
+    "DELETE /result/{id}"  = "result"
+    "GET /results"         = "result"
+    "ANY /admin"           = "admin"
+    "ANY /admin/{proxy+}"  = "admin"
   }
 }
 

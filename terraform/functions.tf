@@ -95,8 +95,24 @@ locals {
     enrichment = {
       memory_mb       = 256
       timeout_seconds = local.enrichment_timeout_seconds
-      environment     = merge(local.blob_environment, local.secret_environment, local.llm_environment)
-      permissions     = concat(local.may_enrich, local.may_invoke_agent)
+      environment     = merge(local.blob_environment, local.secret_environment, local.llm_environment, local.push_environment)
+      permissions     = concat(local.may_enrich, local.may_push, local.may_invoke_agent)
+    }
+    socket = {
+      memory_mb       = 256
+      timeout_seconds = local.http_timeout_seconds
+      environment = merge(
+        local.queue_environment, local.blob_environment, local.caller_environment, local.llm_name,
+        local.push_environment, local.connection_environment,
+        { MAX_QUEUED_MB = var.max_queued_mb, SOCKET_URL = local.socket_url },
+      )
+      permissions = concat(local.may_connect, local.may_push, local.may_check_callers)
+    }
+    notify = {
+      memory_mb       = 256
+      timeout_seconds = 30
+      environment     = merge(local.push_environment, local.connection_environment)
+      permissions     = concat(local.may_notify, local.may_push)
     }
     chat = {
       memory_mb = 256

@@ -33,6 +33,16 @@ output "chat_url" {
   value       = var.emulator_url == null ? trimsuffix(aws_lambda_function_url.chat.function_url, "/") : "${var.emulator_url}/_aws/lambda-url/${aws_lambda_function_url.chat.url_id}"
 }
 
+output "connections_table_name" {
+  description = "DynamoDB table of open WebSockets."
+  value       = aws_dynamodb_table.connections.name
+}
+
+output "socket_url" {
+  description = "Where WebSockets are opened, with a ticket."
+  value       = local.socket_url
+}
+
 output "secret_arn" {
   description = "Secret with LLM_API_KEY and CACHE_KEY."
   value       = aws_secretsmanager_secret.functions.arn

@@ -26,6 +26,16 @@ locals {
     resources = local.jobs
   }
 
+  # Deleting is using up: a ticket, or a connection with what it was subscribed to.
+  may_close = { actions = ["dynamodb:DeleteItem"], resources = [aws_dynamodb_table.connections.arn] }
+
+  may_push = [
+    {
+      actions   = ["execute-api:ManageConnections"]
+      resources = ["${aws_apigatewayv2_api.socket.execution_arn}/${local.socket_stage}/POST/@connections/*"]
+    },
+  ]
+
   may_use_key = [
     { actions = ["kms:Decrypt", "kms:GenerateDataKey"], resources = [aws_kms_key.data.arn] },
   ]
@@ -117,6 +127,31 @@ locals {
     # Takes no name of a stream.
     { actions = ["dynamodb:ListStreams"], resources = ["${aws_dynamodb_table.jobs.arn}/stream/*"] },
     { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.enrichment_failures.arn] },
+  ]
+
+  may_connect = [
+    local.may_write_jobs,
+    local.may_list_blobs,
+    local.may_close,
+    {
+      actions   = ["dynamodb:GetItem", "dynamodb:PutItem", "dynamodb:UpdateItem"]
+      resources = [aws_dynamodb_table.connections.arn]
+    },
+    { actions = ["s3:PutObject"], resources = ["${local.blobs}/jobs/*/prompt.json"] },
+    # Of a prompt that was stored twice.
+    { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*"] },
+  ]
+
+  may_notify = [
+    { actions = ["dynamodb:GetItem"], resources = local.jobs },
+    local.may_close,
+    { actions = ["dynamodb:Query"], resources = [aws_dynamodb_table.connections.arn] },
+    {
+      actions   = ["dynamodb:DescribeStream", "dynamodb:GetRecords", "dynamodb:GetShardIterator"]
+      resources = [aws_dynamodb_table.jobs.stream_arn]
+    },
+    # Takes no name of a stream.
+    { actions = ["dynamodb:ListStreams"], resources = ["${aws_dynamodb_table.jobs.arn}/stream/*"] },
   ]
 
   may_chat = [

@@ -47,6 +47,29 @@ resource "aws_lambda_event_source_mapping" "enrichment" {
   }
 }
 
+# Every write to a record, and not to the other items of the table. What is given up here is told to
+# nobody: a client that misses it asks, and subscribes again.
+resource "aws_lambda_event_source_mapping" "notify" {
+  event_source_arn  = aws_dynamodb_table.jobs.stream_arn
+  function_name     = module.function["notify"].arn
+  starting_position = "LATEST"
+
+  # Several writes to one record in a batch are told once.
+  batch_size                         = 100
+  parallelization_factor             = 10
+  maximum_retry_attempts             = 2
+  maximum_record_age_in_seconds      = 300
+  bisect_batch_on_function_error     = true
+  function_response_types            = ["ReportBatchItemFailures"]
+  maximum_batching_window_in_seconds = 0
+
+  filter_criteria {
+    filter {
+      pattern = jsonencode({ dynamodb = { NewImage = { claim = { N = [{ exists = true }] } } } })
+    }
+  }
+}
+
 resource "aws_cloudwatch_event_rule" "sweep" {
   name                = "${local.name}-sweep"
   description         = "Looks for jobs that are due."

@@ -23,6 +23,7 @@ NAMES = {
     "CHAT_URL": "chat_url",
     "TABLE_NAME": "table_name",
     "CALLERS_TABLE_NAME": "callers_table_name",
+    "CONNECTIONS_TABLE_NAME": "connections_table_name",
     "QUEUE_URL": "queue_url",
     "DEAD_LETTER_QUEUE_URL": "dead_letter_queue_url",
     "BUCKET": "bucket_name",

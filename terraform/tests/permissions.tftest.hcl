@@ -101,7 +101,17 @@ run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
   }
 
   assert {
-    condition     = [for key, it in module.function : key if can(regex("dynamodb:DeleteItem", it.policy))] == ["result"]
-    error_message = "Only a delete deletes."
+    condition     = [for key, it in module.function : key if can(regex("dynamodb:DeleteItem", it.policy))] == ["notify", "result", "socket"]
+    error_message = "Only a delete deletes, and what ends a connection."
+  }
+
+  assert {
+    condition     = [for key, it in module.function : key if can(regex("execute-api:ManageConnections", it.policy))] == ["enrichment", "notify", "socket"]
+    error_message = "Others have nothing to tell."
+  }
+
+  assert {
+    condition     = !can(regex("PutItem|UpdateItem|s3:|sqs:", module.function["notify"].policy))
+    error_message = "Who tells of jobs writes none."
   }
 }

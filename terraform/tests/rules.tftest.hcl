@@ -106,12 +106,43 @@ run "the_streams_mapping_loses_nothing_and_waits_for_nobody" {
   }
 }
 
+run "the_stream_has_two_readers_and_only_records_reach_notify" {
+  command = plan
+
+  assert {
+    condition     = one(one(aws_lambda_event_source_mapping.notify.filter_criteria).filter).pattern == "{\"dynamodb\":{\"NewImage\":{\"claim\":{\"N\":[{\"exists\":true}]}}}}"
+    error_message = "Counters and keys would be told of as well."
+  }
+
+  assert {
+    condition     = aws_lambda_event_source_mapping.notify.maximum_retry_attempts < 10 && aws_lambda_event_source_mapping.notify.bisect_batch_on_function_error
+    error_message = "One frame that cannot be sent would hold up a shard."
+  }
+}
+
+run "a_socket_is_opened_at_the_address_that_a_ticket_names" {
+  command = plan
+
+  assert {
+    condition = (
+      local.functions["socket"].environment.SOCKET_URL == "wss://a.example/live"
+      && local.functions["notify"].environment.SOCKET_API_URL == "https://a.example/live"
+    )
+    error_message = "Clients would be sent elsewhere, or frames."
+  }
+
+  assert {
+    condition     = sort(keys(aws_apigatewayv2_route.socket)) == tolist(["$connect", "$default", "$disconnect"])
+    error_message = "What a client says would reach nobody."
+  }
+}
+
 run "each_mapping_reports_single_items" {
   command = plan
 
   assert {
     condition = alltrue([
-      for mapping in [aws_lambda_event_source_mapping.inference, aws_lambda_event_source_mapping.enrichment] :
+      for mapping in [aws_lambda_event_source_mapping.inference, aws_lambda_event_source_mapping.enrichment, aws_lambda_event_source_mapping.notify] :
       contains(mapping.function_response_types, "ReportBatchItemFailures")
     ])
     error_message = "One failure would repeat its whole batch."

@@ -90,7 +90,8 @@ const SCENES: &[(Kind, &[Point])] = &[
 ];
 
 /// Between writes of the embedded adapters and of the embedded host's start, its queue and its feed:
-/// on AWS the services do that. The proxy's account is written around a completion by the same code as here.
+/// on AWS the services do that. The proxy's account is written around a completion by the same code as here,
+/// and so is what WebSockets need: single writes of items that expire, after which the client comes again.
 const EMBEDDED_ALONE: &[Point] = &[
     Point::BlobWritten,
     Point::QueueBeforeAck,
@@ -99,6 +100,15 @@ const EMBEDDED_ALONE: &[Point] = &[
     Point::StartMessagesShown,
     Point::ChatReserved,
     Point::ChatSettled,
+    Point::SocketTicketWritten,
+    Point::SocketTicketTaken,
+    Point::SocketOpened,
+    Point::SocketSubscribed,
+    Point::SocketAnswered,
+    Point::SocketClosed,
+    Point::EnrichmentTextPushed,
+    Point::NotifyPushed,
+    Point::NotifyClosed,
 ];
 
 #[test]

@@ -19,5 +19,9 @@ mod pipeline;
 mod ports;
 mod redis;
 mod runtime;
+mod sockets;
 mod stores;
 mod support;
+#[path = "../pipeline/support/websocket.rs"]
+#[allow(dead_code, reason = "the pipeline's tests use all of it")]
+mod websocket;

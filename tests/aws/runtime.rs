@@ -71,6 +71,7 @@ impl Function {
             "AWS_SECRET_ACCESS_KEY",
             "TABLE_NAME",
             "CALLERS_TABLE_NAME",
+            "CONNECTIONS_TABLE_NAME",
             "QUEUE_URL",
             "DEAD_LETTER_QUEUE_URL",
             "BUCKET",
@@ -88,6 +89,9 @@ impl Function {
             ("AWS_LAMBDA_LOG_STREAM_NAME", "stream"),
             ("AWS_LAMBDA_LOG_GROUP_NAME", "group"),
             ("S3_PATH_STYLE", "true"),
+            // Nobody is connected.
+            ("SOCKET_API_URL", "http://127.0.0.1:9/live"),
+            ("SOCKET_URL", "ws://127.0.0.1:9/live"),
             ("STAGE", "events"),
             ("TMPDIR", folder.path().to_str().unwrap()),
         ];

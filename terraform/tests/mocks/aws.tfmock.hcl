@@ -33,7 +33,7 @@ mock_resource "aws_lambda_function" {
   }
 }
 mock_resource "aws_apigatewayv2_api" {
-  defaults = { execution_arn = "arn:aws:execute-api:eu-central-1:111122223333:a" }
+  defaults = { execution_arn = "arn:aws:execute-api:eu-central-1:111122223333:a", api_endpoint = "wss://a.example" }
 }
 mock_resource "aws_cloudwatch_event_rule" {
   defaults = { arn = "arn:aws:events:eu-central-1:111122223333:rule/r" }
