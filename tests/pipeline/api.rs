@@ -301,6 +301,7 @@ async fn every_described_operation_answers_and_every_answer_is_described() {
         "POST /admin/jobs/{request_id}/redrive",
         "POST /admin/keys",
         "POST /chat",
+        "POST /socket-tickets",
         "POST /submit",
         "POST /uploads",
         "POST /v1/chat/completions",
