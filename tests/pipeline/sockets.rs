@@ -95,9 +95,10 @@ async fn five_hundred_clients_are_each_told_the_end_of_their_own_job_in_order() 
     let host = Running::start(&[]).await;
     let sockets = join_all((0..CLIENTS).map(|_| connect(&host))).await;
     assert_eq!(host.hub.len(), CLIENTS);
+    let photos: Vec<_> = (0..CLIENTS).map(numbered_mole).collect();
     let started = Instant::now();
-    let told = join_all(sockets.into_iter().enumerate().map(async |(number, mut socket)| {
-        let id = host.submit(&numbered_mole(number)).await;
+    let told = join_all(sockets.into_iter().zip(&photos).map(async |(mut socket, photo)| {
+        let id = host.submit(photo).await;
         socket.subscribe(&id).await;
         let (frame, came) = socket.until_ended(&id).await.unwrap();
         let told = started.elapsed();

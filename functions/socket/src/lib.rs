@@ -53,6 +53,9 @@ pub struct Socket<J, Q, B, K, C, P> {
     pub url: String,
 }
 
+/// As the routes share it.
+type Handler<J, Q, B, K, C, P> = Arc<Socket<J, Q, B, K, C, P>>;
+
 /// What happened to a WebSocket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -109,7 +112,7 @@ where
     )
 )]
 async fn create_ticket<J, Q, B, K, C, P>(
-    State(socket): State<Arc<Socket<J, Q, B, K, C, P>>>,
+    State(socket): State<Handler<J, Q, B, K, C, P>>,
     _: Caller,
     Extension(identity): Extension<Identity>,
 ) -> Result<Response, Error>
