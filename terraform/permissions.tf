@@ -32,7 +32,7 @@ locals {
   may_push = [
     {
       actions   = ["execute-api:ManageConnections"]
-      resources = ["${aws_apigatewayv2_api.socket.execution_arn}/${local.socket_stage}/POST/@connections/*"]
+      resources = ["${local.socket_arn}/${local.socket_stage}/POST/@connections/*"]
     },
   ]
 

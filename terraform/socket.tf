@@ -9,6 +9,9 @@ locals {
   socket_url     = var.emulator_url == null ? "${aws_apigatewayv2_api.socket.api_endpoint}/${local.socket_stage}" : "${replace(var.emulator_url, "/^http/", "ws")}/${local.socket_path}"
   socket_api_url = replace(local.socket_url, "/^ws/", "http")
 
+  # Of an emulator the provider knows no account, and leaves it out.
+  socket_arn = var.emulator_url == null ? aws_apigatewayv2_api.socket.execution_arn : replace(aws_apigatewayv2_api.socket.execution_arn, "::", ":000000000000:")
+
   # Of those that send frames.
   push_environment       = { SOCKET_API_URL = local.socket_api_url }
   connection_environment = { CONNECTIONS_TABLE_NAME = aws_dynamodb_table.connections.name }
