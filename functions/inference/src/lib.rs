@@ -154,23 +154,34 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             Err(NotMoved::Store(error)) => return Err(error),
         };
         crash::here(Point::InferenceClaimed);
-        let worked = async {
-            let worked = self.work(&job).await?;
-            self.store_map(&job, &worked).await?;
-            Ok(worked)
-        };
-        match worked.await {
-            Ok(worked) => self.finish(&job, worked).await,
+        match self.work(&job).await {
+            Ok(worked) => {
+                let worked = self.with_map(&job, worked).await;
+                self.finish(&job, worked).await
+            }
             Err(error) => self.release(&job, &error).await,
         }
     }
 
-    /// Before the record that names it: who reads of a map finds it.
-    async fn store_map(&self, job: &Job, worked: &Worked) -> Result<(), Error> {
-        let Some(png) = &worked.map else { return Ok(()) };
-        self.blobs.put(&job::map_key(job.id, &self.model.digest), png.clone()).await?;
-        crash::here(Point::InferenceMapStored);
-        Ok(())
+    /// Stores the overlay before the record that names it: who reads of a map finds it. Where that is not
+    /// possible the reading goes without, as it does where the network draws none.
+    async fn with_map(&self, job: &Job, mut worked: Worked) -> Worked {
+        let Some(png) = worked.map.take() else { return worked };
+        // Not behind the lease's end: a delete erases once more by then, and no later.
+        let is_late = job.lease_until.is_none_or(|end| end <= self.clock.now());
+        let stored = match is_late {
+            true => Err(Error::unavailable("the lease", "it has ended")),
+            false => self.blobs.put(&job::map_key(job.id, &self.model.digest), png).await,
+        };
+        match (stored, &mut worked.outcome) {
+            (Ok(()), _) => crash::here(Point::InferenceMapStored),
+            (Err(error), InferenceOutcome::Read { reading, .. }) => {
+                tracing::warn!(error.code = error.code().as_str(), error.chain = error.chain(), "map not stored");
+                reading.has_map = false;
+            }
+            (Err(_), _) => {}
+        }
+        worked
     }
 
     async fn finish(&self, job: &Job, worked: Worked) -> Result<Outcome, Error> {

@@ -131,6 +131,14 @@ impl Model {
             let side = |axis: usize| shape.get(axis).and_then(|side| u32::try_from(*side).ok()).unwrap_or(0);
             ActivationMap { width: side(2), height: side(1), values }
         });
+        // It explains the scores and is none: they stand without it.
+        let map = map.filter(|map| {
+            let is_sound = map.is_sound();
+            if !is_sound {
+                tracing::warn!("map left out: too large, of another size than its values, or no numbers");
+            }
+            is_sound
+        });
         let outputs = RawOutputs { scores, ood, map };
         if self.fits(&outputs) {
             Ok(outputs)
@@ -156,7 +164,7 @@ impl Model {
         outputs.scores.len() == self.manifest.labels.len()
             && outputs.ood.is_some() == self.manifest.outputs.ood.is_some()
             && outputs.scores.iter().chain(outputs.ood.iter()).all(|value| value.is_finite())
-            && outputs.map.is_some() == self.manifest.outputs.map.is_some()
+            && (outputs.map.is_none() || self.manifest.outputs.map.is_some())
             && outputs.map.as_ref().is_none_or(ActivationMap::is_sound)
     }
 

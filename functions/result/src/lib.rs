@@ -275,19 +275,26 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Results<J, Q, B> {
                 Some(String::from_utf8(bytes).map_err(Error::internal)?)
             }
         };
-        Ok(JobResult::from(job).with_content(text).with_map(self.map_link(job, now).await?))
+        Ok(JobResult::from(job).with_content(text).with_map(self.map_link(job, now).await))
     }
 
-    /// `None` where there is no map, or none any more: it expires with the photo.
-    async fn map_link(&self, job: &Job, now: Timestamp) -> Result<Option<MapLink>, Error> {
-        let Some(reading) = job.reading.as_ref().filter(|reading| reading.has_map) else { return Ok(None) };
+    /// `None` where there is no map, or none any more: the link ends with the photo. One that cannot be signed
+    /// hides no result.
+    async fn map_link(&self, job: &Job, now: Timestamp) -> Option<MapLink> {
+        let reading = job.reading.as_ref().filter(|reading| reading.has_map)?;
         let expires_at = (now + MAP_LINK_TTL).min(job.input.expires_at());
-        if expires_at <= now {
-            return Ok(None);
+        // S3 counts in whole seconds.
+        if expires_at < now + TimeDelta::seconds(2) {
+            return None;
         }
         let terms = GetTerms { content_type: "image/png".to_owned(), expires_at };
-        let url = self.blobs.presign_get(&job::map_key(job.id, &reading.model_digest), &terms).await?;
-        Ok(Some(MapLink { url, expires_at, note: MAP_NOTE.to_owned() }))
+        match self.blobs.presign_get(&job::map_key(job.id, &reading.model_digest), &terms).await {
+            Ok(url) => Some(MapLink { url, expires_at, note: MAP_NOTE.to_owned() }),
+            Err(error) => {
+                tracing::warn!(error.code = error.code().as_str(), error.chain = error.chain(), "map not linked");
+                None
+            }
+        }
     }
 
     async fn own_record(&self, caller: &Caller, request_id: &str) -> Result<Record, Error> {
