@@ -27,7 +27,7 @@ locals {
   }
 
   # Deleting is using up: a ticket, or a connection with what it was subscribed to.
-  may_close = { actions = ["dynamodb:DeleteItem"], resources = [aws_dynamodb_table.connections.arn] }
+  may_close = { actions = ["dynamodb:DeleteItem", "dynamodb:GetItem"], resources = [aws_dynamodb_table.connections.arn] }
 
   may_push = [
     {
@@ -134,12 +134,12 @@ locals {
     local.may_list_blobs,
     local.may_close,
     {
-      actions   = ["dynamodb:GetItem", "dynamodb:PutItem", "dynamodb:UpdateItem"]
+      actions   = ["dynamodb:PutItem", "dynamodb:UpdateItem"]
       resources = [aws_dynamodb_table.connections.arn]
     },
     { actions = ["s3:PutObject"], resources = ["${local.blobs}/jobs/*/prompt.json"] },
     # Of a prompt that was stored twice.
-    { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*"] },
+    { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*/prompt.json"] },
   ]
 
   may_notify = [

@@ -57,7 +57,7 @@ resource "aws_lambda_event_source_mapping" "notify" {
   # Several writes to one record in a batch are told once.
   batch_size                         = 100
   parallelization_factor             = 10
-  maximum_retry_attempts             = 2
+  maximum_retry_attempts             = 8
   maximum_record_age_in_seconds      = 300
   bisect_batch_on_function_error     = true
   function_response_types            = ["ReportBatchItemFailures"]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::extract::{Query, State};
 use axum::response::Response;
@@ -32,6 +33,10 @@ const IDLE: Duration = Duration::from_secs(10 * 60);
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// A message above [`MAX_FRAME_BYTES`] is answered; one that is above this ends the connection.
 const MAX_MESSAGE_BYTES: usize = 128 * 1024;
+/// Held for every connection, whether it says something or not.
+const READ_BUFFER_BYTES: usize = 8 * 1024;
+/// How long a client has to answer that it has heard of the end.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 #[derive(Deserialize)]
 struct Parameters {
@@ -45,9 +50,10 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
 
 async fn open(
     State(host): State<Arc<Host>>,
-    Query(parameters): Query<Parameters>,
+    parameters: Result<Query<Parameters>, QueryRejection>,
     upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
 ) -> Result<Response, Error> {
+    let Query(parameters) = parameters.map_err(|_| Error::new(Code::InvalidRequest, "Send one ticket."))?;
     // Before the ticket is used up.
     let upgrade = upgrade.map_err(|_| Error::new(Code::InvalidRequest, "Open a WebSocket here (RFC 6455)."))?;
     let connection = Uuid::new_v4().to_string();
@@ -58,6 +64,7 @@ async fn open(
     let upgrade = upgrade
         .max_message_size(MAX_MESSAGE_BYTES)
         .max_frame_size(MAX_MESSAGE_BYTES)
+        .read_buffer_size(READ_BUFFER_BYTES)
         // Or what the client does not read would be held here a second time.
         .max_write_buffer_size(2 * MAX_FRAME_BYTES)
         .write_buffer_size(0)
@@ -65,11 +72,13 @@ async fn open(
     let opened = request_id();
     Ok(upgrade.on_upgrade(async move |socket| {
         tracing::info!(request.id = opened, "socket opened");
-        let answer = |text| {
-            let (host, connection) = (Arc::clone(&host), connection.clone());
+        let (answering, id) = (Arc::clone(&host), connection.clone());
+        let answer = move |text| {
+            let (host, connection) = (Arc::clone(&answering), id.clone());
             async move { exchanged(host.socket.handle(Event::Message { connection, text })).await }
         };
-        serve(socket, outbox, answer).await;
+        // In a task of its own: after a panic in it there is still somebody to take the connection out.
+        let _ = tokio::spawn(serve(socket, outbox, answer)).await;
         exchanged(disconnect(&host, connection)).await;
     }))
 }
@@ -90,8 +99,9 @@ async fn serve<A: Future<Output = Result<(), Error>>>(
     let mut idle_at = Instant::now() + IDLE;
     let why = loop {
         let received = tokio::select! {
-            // First: who sends without end is not to keep the answers back.
+            // In this order: who sends without end keeps neither the end nor the answers back.
             biased;
+            () = sleep_until(end) => break (close_code::AWAY, "open for two hours"),
             frame = outbox.next() => {
                 let Some(frame) = frame else { break (close_code::AWAY, "subscribe again over a new connection") };
                 if !sent(&mut socket, Message::text(frame)).await {
@@ -101,15 +111,17 @@ async fn serve<A: Future<Output = Result<(), Error>>>(
                 continue;
             }
             received = socket.recv() => received,
-            () = sleep_until(idle_at.min(end)) => break (close_code::AWAY, "idle, or open for two hours"),
+            () = sleep_until(idle_at) => break (close_code::AWAY, "idle"),
         };
         idle_at = Instant::now() + IDLE;
         let text = match received {
             Some(Ok(Message::Text(text))) => text,
             Some(Ok(Message::Binary(_))) => break (close_code::UNSUPPORTED, "send text"),
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
-            Some(Ok(Message::Close(_))) | None => return,
-            // Broken, or larger than a message may be; to the first this is not sent.
+            // The answer to it goes out with the next read.
+            Some(Ok(Message::Close(_))) => return drop(timeout(GOODBYE, socket.recv()).await),
+            None => return,
+            // Broken, no UTF-8, or larger than a message may be; to the first this is not sent.
             Some(Err(_)) => break (close_code::SIZE, "no message of at most 128 KiB"),
         };
         if let Err(error) = answer(text.as_str().to_owned()).await {
@@ -119,7 +131,10 @@ async fn serve<A: Future<Output = Result<(), Error>>>(
     };
     let (code, reason) = why;
     let close = CloseFrame { code, reason: reason.into() };
-    sent(&mut socket, Message::Close(Some(close))).await;
+    if sent(&mut socket, Message::Close(Some(close))).await {
+        // What lies unread when a connection is dropped resets it, and its client might not hear why.
+        let _ = timeout(GOODBYE, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
+    }
 }
 
 async fn sent(socket: &mut WebSocket, message: Message) -> bool {
@@ -150,9 +165,11 @@ pub(crate) async fn notify(host: Arc<Host>, mut stopped: Receiver<bool>) {
                 continue;
             }
         };
-        if host.notify.handle(event).await.batch_item_failures.is_empty() {
-            untold.clear();
-        }
+        let failures = host.notify.handle(event).await.batch_item_failures;
+        untold = failures
+            .into_iter()
+            .filter_map(|failure| Uuid::parse_str(failure.item_identifier.as_deref()?).ok())
+            .collect();
     }
     host.hub.shut();
 }
@@ -166,47 +183,68 @@ fn event(ids: &BTreeSet<Uuid>) -> serde_json::Value {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use futures_util::StreamExt;
     use shared::auth::Identity;
     use shared::clock::from_millis;
     use shared::embedded::Hub;
     use shared::ports::{Connection, Connections};
+    use tokio::net::TcpStream;
+    use tokio::sync::oneshot;
     use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
     use tokio_tungstenite::tungstenite::{Message as Said, protocol::CloseFrame as Closed};
+    use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
     use super::*;
 
-    /// A client of a connection that answers nothing, by a clock that goes on when all wait.
-    async fn client() -> tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>> {
+    /// A client of a connection that answers nothing, and how long that is served, by a clock that goes on when
+    /// all wait.
+    async fn client() -> (WebSocketStream<MaybeTlsStream<TcpStream>>, oneshot::Receiver<Duration>) {
         let hub = Hub::default();
+        let (ended, served) = oneshot::channel();
+        let ended = Arc::new(Mutex::new(Some(ended)));
         let open = async move |upgrade: WebSocketUpgrade| {
-            let identity =
-                Identity { caller: String::new(), scopes: Vec::new(), key_id: None, limits: Default::default() };
+            let identity = Identity {
+                caller: String::new(),
+                scopes: Vec::new(),
+                key_id: None,
+                limits: Default::default(),
+                expires_at: None,
+            };
             let connection = Connection { id: "one".to_owned(), identity, expires_at: from_millis(0) };
             hub.open(&connection).await.unwrap();
             let outbox = hub.outbox("one").unwrap();
             upgrade.on_upgrade(async move |socket| {
                 // The hub lives as long as its connection.
                 let _hub = hub;
+                let began = Instant::now();
                 serve(socket, outbox, async |_| Ok(())).await;
+                ended.lock().unwrap().take().unwrap().send(began.elapsed()).unwrap();
             })
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = Router::new().route("/ws", get(open));
         tokio::spawn(async move { axum::serve(listener, router).await });
-        tokio_tungstenite::connect_async(format!("ws://{address}/ws")).await.unwrap().0
+        (tokio_tungstenite::connect_async(format!("ws://{address}/ws")).await.unwrap().0, served)
     }
 
     fn is_away(said: Option<Result<Said, tokio_tungstenite::tungstenite::Error>>) -> bool {
         matches!(said, Some(Ok(Said::Close(Some(Closed { code: CloseCode::Away, .. })))))
     }
 
+    /// With the time that a client has to say goodbye.
+    fn is_about(found: Duration, expected: Duration) -> bool {
+        (expected..=expected + GOODBYE + Duration::from_secs(1)).contains(&found)
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_connection_over_which_nothing_goes_ends_after_ten_minutes() {
-        let mut client = client().await;
-        let opened = Instant::now();
+        let (mut client, served) = client().await;
         assert!(is_away(client.next().await));
-        assert!((IDLE..IDLE + Duration::from_secs(1)).contains(&opened.elapsed()), "{:?}", opened.elapsed());
+        drop(client);
+        let served = served.await.unwrap();
+        assert!(is_about(served, IDLE), "{served:?}");
     }
 }

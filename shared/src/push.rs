@@ -27,7 +27,7 @@ pub const MAX_SUBSCRIPTIONS: usize = 500;
 pub enum Frame {
     /// An open job has moved.
     Status { request_id: Uuid, seq: u64, status: Status },
-    /// The job has ended; `result` is what `GET /result/{request_id}` answers.
+    /// The job has ended; `result` is what `GET /result/{request_id}` answers, but without the link to a map.
     Result { request_id: Uuid, seq: u64, status: Status, result: Box<JobResult> },
     /// The job has ended, and its result is too large for a frame.
     ResultElsewhere { request_id: Uuid, seq: u64, status: Status, location: String },

@@ -48,7 +48,9 @@ async fn a_subscriber_is_told_the_end_of_a_photo_and_what_get_says_of_it() {
     socket.subscribe(&id).await;
     let (frame, _) = socket.until_ended(&id).await.unwrap();
     assert_eq!((&frame["type"], &frame["status"]), (&json!("result"), &json!("completed")), "{frame}");
-    let answer: Value = user.request(Method::GET, &format!("/result/{id}")).send().await.unwrap().json().await.unwrap();
+    let mut answer: Value =
+        user.request(Method::GET, &format!("/result/{id}")).send().await.unwrap().json().await.unwrap();
+    assert!(answer["map"].take().is_object(), "{answer}");
     assert_eq!(frame["result"], answer);
     assert!(items(&id).await > 0);
     drop(socket);
@@ -144,8 +146,13 @@ async fn the_function_takes_the_events_of_a_websocket_api_as_aws_documents_them(
     let table = fresh_table(&sdk, "CONNECTIONS_TABLE_NAME").await;
     let store = DynamoConnections::new(&sdk, table.clone());
     let mut socket = Function::start("socket", &[("CONNECTIONS_TABLE_NAME", table.as_str())]).await;
-    let identity =
-        Identity { caller: "wanda".to_owned(), scopes: vec![Scope::Jobs], key_id: None, limits: KeyLimits::default() };
+    let identity = Identity {
+        caller: "wanda".to_owned(),
+        scopes: vec![Scope::Jobs],
+        key_id: None,
+        limits: KeyLimits::default(),
+        expires_at: None,
+    };
     let (ticket, _) = tickets::make(&store, identity.clone(), Clock::System.now()).await.unwrap();
     let query = json!({"queryStringParameters": {"ticket": ticket.expose_secret()}});
     let status = |answer: Value| answer["statusCode"].as_u64().unwrap();

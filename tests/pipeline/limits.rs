@@ -285,6 +285,7 @@ async fn where_an_answer_is_read_to_its_end_for_a_client_that_left_the_ledger_is
         scopes: vec![Scope::Jobs],
         key_id: Some("0123456789ab".into()),
         limits: KeyLimits::default(),
+        expires_at: None,
     };
     let router: Router = chat::router(Arc::new(chat)).layer(Extension(identity));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -4,21 +4,26 @@
 //! text of a second attempt takes the place of the first. Nothing is lost where nobody listens: the
 //! record gets the whole answer, and who asks for it is told.
 
+use std::pin::pin;
 use std::time::Duration;
 
-use futures_util::future::join;
+use futures_util::future::{Either, select};
 use shared::crash::{self, Point};
 use shared::job::{Input, Job};
 use shared::llm::{Answer, Format, Live, LlmError, Prompt};
 use shared::ports::{BlobStore, JobStore, Push, Pushed};
 use shared::push::{text_frames, utf16_len};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::Enrichment;
 
 /// What comes within this time goes out together.
 const COALESCED: Duration = Duration::from_millis(250);
+/// How long the telling may go on when the answer is whole: it must be committed before its lease ends.
+const LAST_FRAMES: Duration = Duration::from_secs(1);
+/// What comes at once and is longer is not told, or it alone would fill a client's outbox.
+const MAX_AT_ONCE: usize = 96 * 1024;
 
 impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
     /// Asks for a prompt's answer, and tells it as it comes where a connection has asked for text.
@@ -42,7 +47,13 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
             let live = Live::to(sender);
             self.llm.complete_at_length(prompt, deadline, Some(&live)).await
         };
-        join(asked, self.tell(connection, job, pieces)).await.0
+        match select(pin!(asked), pin!(self.tell(connection, job, pieces))).await {
+            Either::Left((answer, telling)) => {
+                let _ = timeout(LAST_FRAMES, telling).await;
+                answer
+            }
+            Either::Right(((), asked)) => asked.await,
+        }
     }
 
     async fn tell(&self, connection: &str, job: &Job, mut pieces: UnboundedReceiver<String>) {
@@ -51,6 +62,9 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
             let until = Instant::now() + COALESCED;
             while let Ok(Some(more)) = timeout_at(until, pieces.recv()).await {
                 text.push_str(&more);
+            }
+            if text.len() > MAX_AT_ONCE {
+                return;
             }
             for frame in text_frames(job, &text, offset) {
                 let pushed = match frame.to_json() {
@@ -61,8 +75,8 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
                 match pushed {
                     Ok(Pushed::Sent) => {}
                     Ok(Pushed::Gone) => return,
-                    // The client sees the gap by the next offset, and gets the whole text at the end.
-                    Err(error) => tracing::warn!(error.chain = error.chain(), "text not pushed"),
+                    // The client gets the whole text at the end.
+                    Err(error) => return tracing::warn!(error.chain = error.chain(), "text not pushed"),
                 }
             }
             offset += utf16_len(&text);

@@ -173,13 +173,14 @@ where
         let (name, tag, done) = match Action::read(text) {
             Ok(action) => {
                 let (name, tag) = (action.name(), action.tag().map(str::to_owned));
-                let about = match &action {
+                let mut about = match &action {
                     Action::Subscribe { request_id, .. } if request_id.len() <= MAX_ID_BYTES => {
                         Some(request_id.clone())
                     }
                     _ => None,
                 };
-                (name, tag, self.act(&connection, action).await.map_err(|error| (error, about)))
+                let done = self.act(&connection, action, &mut about).await;
+                (name, tag, done.map_err(|error| (error, about)))
             }
             Err(error) => ("none", None, Err((error, None))),
         };
@@ -196,7 +197,8 @@ where
         self.answer(&connection, Frame::Error { code, message, request_id, tag }).await
     }
 
-    async fn act(&self, connection: &Connection, action: Action) -> Result<(), Error> {
+    /// `about` becomes the job that was made, so that a later failure is not taken for one to make it.
+    async fn act(&self, connection: &Connection, action: Action, about: &mut Option<String>) -> Result<(), Error> {
         match action {
             Action::Ping { tag } => return self.answer(connection, Frame::Pong { tag }).await,
             // What costs something is counted, and wants a key that is still good.
@@ -211,7 +213,11 @@ where
                 self.own(connection, id).await?;
                 id
             }
-            asked => self.ask(connection, asked).await?,
+            asked => {
+                let id = self.ask(connection, asked).await?;
+                *about = Some(id.to_string());
+                id
+            }
         };
         self.subscribe(connection, id).await
     }

@@ -7,10 +7,12 @@ use serde::Deserialize;
 
 use super::jwks::{Jwks, trusted_url};
 use super::{refused, signature};
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp, from_millis};
 use crate::config::{ConfigError, Env};
 use crate::error::Error;
 
+/// In the year 9999: what a number can say, a date need not.
+const LAST_MILLIS: f64 = 253_370_764_800_000.0;
 /// How far the issuer's clock may be from ours.
 const LEEWAY_SECONDS: f64 = 60.0;
 /// OpenID Connect Core 1.0, section 2: a subject has at most 255 ASCII characters.
@@ -68,11 +70,11 @@ impl Tokens {
         Ok(Some(Self { issuer: issuer.to_owned(), audience: audience.to_owned(), keys, clock }))
     }
 
-    /// The caller that a token speaks for: `user:<sub>`, which no key's caller can be.
+    /// The caller that a token speaks for, `user:<sub>`, which no key's caller can be, and the token's end.
     ///
     /// # Errors
     /// 401 where the token is not good, 503 where that cannot be known.
-    pub(super) async fn verify(&self, token: &str) -> Result<String, Error> {
+    pub(super) async fn verify(&self, token: &str) -> Result<(String, Timestamp), Error> {
         let invalid = |reason| refused(reason, "This token is not valid here.");
         // An algorithm that is not in the crate's list, `none` among them, fails here.
         let header = decode_header(token).map_err(|_| invalid("unreadable"))?;
@@ -93,7 +95,8 @@ impl Tokens {
         let verified = decode::<Claims>(token, &key.decoding, &validation);
         let claims = verified.map_err(|_| invalid("signature_or_claims"))?.claims;
         self.check(&claims).map_err(invalid)?;
-        Ok(format!("user:{}", claims.sub))
+        let end = (claims.exp * 1000.0).clamp(0.0, LAST_MILLIS) as i64;
+        Ok((format!("user:{}", claims.sub), from_millis(end)))
     }
 
     fn check(&self, claims: &Claims) -> Result<(), &'static str> {

@@ -20,7 +20,7 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
 use crate::api::admin::{KeyLimits, Scope};
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::config::{ConfigError, Env};
 use crate::error::{Code, Error};
 use crate::ports::Callers;
@@ -46,6 +46,9 @@ pub struct Identity {
     pub key_id: Option<String>,
     /// The key's.
     pub limits: KeyLimits,
+    /// The token's end; a key is looked up anew.
+    #[serde(default)]
+    pub expires_at: Option<Timestamp>,
 }
 
 impl Identity {
@@ -74,7 +77,7 @@ impl Identity {
     }
 
     fn with_jobs(caller: String) -> Self {
-        Self { caller, scopes: vec![Scope::Jobs], key_id: None, limits: KeyLimits::default() }
+        Self { caller, scopes: vec![Scope::Jobs], key_id: None, limits: KeyLimits::default(), expires_at: None }
     }
 }
 
@@ -147,6 +150,7 @@ pub async fn authenticate<C: Callers>(
             scopes: vec![Scope::Jobs, Scope::Admin],
             key_id: None,
             limits: KeyLimits::default(),
+            expires_at: None,
         },
         Access::Checked(checks) => {
             let identity = checks.identify(request.headers()).await?;
@@ -172,6 +176,9 @@ impl<C: Callers> Access<C> {
                 return Err(ended_key());
             }
         }
+        if identity.expires_at.is_some_and(|end| end <= checks.clock.now()) {
+            return Err(refused("expired", "This connection's token has expired. Open another one."));
+        }
         checks.count(identity).await
     }
 }
@@ -188,7 +195,10 @@ impl<C: Callers> Checks<C> {
             return self.key(credential).await;
         }
         match &self.tokens {
-            Some(tokens) => tokens.verify(credential).await.map(Identity::with_jobs),
+            Some(tokens) => {
+                let (caller, expires_at) = tokens.verify(credential).await?;
+                Ok(Identity { expires_at: Some(expires_at), ..Identity::with_jobs(caller) })
+            }
             None => Err(refused("no_key", "This is no API key, and this host takes no tokens.")),
         }
     }
@@ -206,6 +216,7 @@ impl<C: Callers> Checks<C> {
             scopes: key.info.scopes,
             key_id: Some(key.info.id),
             limits: key.info.limits,
+            expires_at: None,
         })
     }
 

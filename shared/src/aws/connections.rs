@@ -14,7 +14,7 @@ use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
 use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValue, TransactWriteItem, Update};
 use uuid::Uuid;
 
-use super::dynamodb::{Item, millis, number, text};
+use super::dynamodb::{Item, MAX_TRIES, conflict_pause, millis, number, text};
 use crate::auth::Identity;
 use crate::clock::{Timestamp, from_millis};
 use crate::error::Error;
@@ -24,8 +24,6 @@ use crate::push::{MAX_SUBSCRIPTIONS, Subscriber};
 const WHAT: &str = "the store of connections";
 const TICKET: &str = "ticket";
 const CONNECTION: &str = "connection";
-/// How often a transaction is tried that met another one on the same item.
-const MAX_TRIES: u32 = 5;
 
 /// Connections in one table.
 #[derive(Debug, Clone)]
@@ -113,7 +111,7 @@ impl Connections for DynamoConnections {
     }
 
     async fn subscribe(&self, connection: &Connection, job: Uuid) -> Result<Subscribed, Error> {
-        for _ in 0..MAX_TRIES {
+        for attempt in 0..MAX_TRIES {
             let items = self.subscription(connection, job)?;
             let error = match self.client.transact_write_items().set_transact_items(Some(items.into())).send().await {
                 Ok(_) => return Ok(Subscribed::Done),
@@ -126,6 +124,11 @@ impl Connections for DynamoConnections {
                         let is_open = self.find(&connection.id).await?.is_some();
                         return Ok(if is_open { Subscribed::TooMany } else { Subscribed::Gone });
                     }
+                    if !reasons.iter().any(|reason| reason.code() == Some("TransactionConflict")) {
+                        return Err(unavailable(error));
+                    }
+                    // A client that comes again subscribes to all that it waits for at once.
+                    conflict_pause(attempt).await;
                 }
                 _ => return Err(unavailable(error)),
             }
@@ -153,13 +156,24 @@ impl Connections for DynamoConnections {
     }
 
     async fn close(&self, id: &str) -> Result<(), Error> {
-        // First: from here on nothing can be subscribed to.
-        let Some(item) = self.take(connection_id(id), CONNECTION).await? else { return Ok(()) };
-        for job in item.get("jobs").and_then(|jobs| jobs.as_ss().ok()).into_iter().flatten() {
+        // The connection last: cut off before that, the next close finds what is left. What was subscribed to in
+        // the meantime is in what is deleted.
+        let get = self.client.get_item().table_name(&self.table).consistent_read(true);
+        let get = get.key("id", text(connection_id(id))).key("part", text(CONNECTION));
+        let Some(item) = get.send().await.map_err(unavailable)?.item else { return Ok(()) };
+        for job in jobs(&item) {
+            self.take(format!("job#{job}"), id).await?;
+        }
+        let Some(last) = self.take(connection_id(id), CONNECTION).await? else { return Ok(()) };
+        for job in jobs(&last).filter(|job| jobs(&item).all(|known| known != *job)) {
             self.take(format!("job#{job}"), id).await?;
         }
         Ok(())
     }
+}
+
+fn jobs(item: &Item) -> impl Iterator<Item = &String> {
+    item.get("jobs").and_then(|jobs| jobs.as_ss().ok()).into_iter().flatten()
 }
 
 fn ticket_id(sha256: &str) -> String {

@@ -34,7 +34,7 @@ const WHAT: &str = "the job store";
 /// Partitions of the index of due records: one alone takes a thousand writes a second.
 const DUE_SHARDS: u128 = 8;
 /// How often a transaction is tried that met another one on the same item.
-const MAX_TRIES: u32 = 6;
+pub(super) const MAX_TRIES: u32 = 6;
 const CONFLICT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Jobs in one table.
@@ -82,8 +82,7 @@ impl DynamoJobStore {
             if place("TransactionConflict").is_none() {
                 return Err(unavailable(error));
             }
-            let jitter = rand::rng().random_range(0.5..1.0);
-            tokio::time::sleep((CONFLICT_PAUSE * 2_u32.pow(attempt)).mul_f64(jitter)).await;
+            conflict_pause(attempt).await;
         }
         Err(Error::unavailable(WHAT, "a transaction kept meeting others"))
     }
@@ -147,6 +146,12 @@ impl DynamoJobStore {
             Err(error) => Err(unavailable(error)),
         }
     }
+}
+
+/// Between two tries of a transaction that met another one.
+pub(super) async fn conflict_pause(attempt: u32) {
+    let jitter = rand::rng().random_range(0.5..1.0);
+    tokio::time::sleep((CONFLICT_PAUSE * 2_u32.pow(attempt)).mul_f64(jitter)).await;
 }
 
 impl JobStore for DynamoJobStore {

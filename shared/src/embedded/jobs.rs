@@ -86,10 +86,17 @@ struct Written {
     rung: Notify,
 }
 
-impl Written {
-    fn note(&self, id: Uuid) {
-        self.ids.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
-        self.rung.notify_one();
+/// Notes a record as written when it is dropped. It goes along with the write's result: should its caller have
+/// gone by then, it is dropped with that, behind the commit all the same.
+struct Note {
+    written: Arc<Written>,
+    id: Uuid,
+}
+
+impl Drop for Note {
+    fn drop(&mut self) {
+        self.written.ids.lock().unwrap_or_else(PoisonError::into_inner).insert(self.id);
+        self.written.rung.notify_one();
     }
 }
 
@@ -99,6 +106,10 @@ impl SqliteJobStore {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let sqlite = Sqlite::open(path, "the job store", VERSION, SCHEMA)?;
         Ok(Self { sqlite, changed: Arc::new(Notify::new()), written: Arc::default() })
+    }
+
+    fn note(&self, id: Uuid) -> Note {
+        Note { written: Arc::clone(&self.written), id }
     }
 
     /// Completes when something was written since the last call.
@@ -209,7 +220,7 @@ impl SqliteJobStore {
 
 impl JobStore for SqliteJobStore {
     async fn create(&self, creation: Creation) -> Result<Created, Error> {
-        let (id, now) = (creation.job.id, creation.job.created_at);
+        let now = creation.job.created_at;
         let job = NewRow::of(&Record::Job(creation.job))?;
         let used = match &creation.upload {
             None => None,
@@ -243,8 +254,8 @@ impl JobStore for SqliteJobStore {
                 Ok(Created::New)
             })
             .await?;
+        // Nobody can be waiting to hear of it: nobody knows its id yet.
         self.changed.notify_one();
-        self.written.note(id);
         Ok(created)
     }
 
@@ -277,27 +288,27 @@ impl JobStore for SqliteJobStore {
         // A power cut that undoes a claim ends its worker as well: the job is claimed anew.
         let is_claim = matches!(after, Record::Job(job) if job.lease_until.is_some());
         let kept = if is_claim { Kept::InFile } else { Kept::OnDisk };
-        let written = self.sqlite.call_kept(kept, move |db| row.write(db, fence)).await?;
+        let note = self.note(fence.id);
+        let (written, _note) = self.sqlite.call_kept(kept, move |db| Ok((row.write(db, fence)?, note))).await?;
         self.changed.notify_one();
-        self.written.note(fence.id);
         Ok(written)
     }
 
     async fn bury(&self, job: &Job, tombstone: &Tombstone) -> Result<bool, Error> {
         let row = NewRow::of(&Record::Tombstone(tombstone.clone()))?;
         let (fence, caller, key) = (job.fence(), job.caller.clone(), job.idempotency_key.clone());
-        let written = self
+        let note = self.note(fence.id);
+        let (written, _note) = self
             .sqlite
             .scrub(move |db| {
                 let written = row.write(db, fence)?;
                 if written && let Some(key) = key {
                     db.execute("DELETE FROM idempotency WHERE caller = ?1 AND key = ?2", [caller, key])?;
                 }
-                Ok(written)
+                Ok((written, note))
             })
             .await?;
         self.changed.notify_one();
-        self.written.note(fence.id);
         Ok(written)
     }
 

@@ -16,7 +16,7 @@ pub struct StoredPrompt {
     pub size_bytes: u64,
     /// When the prompt may be gone; a redrive after it is refused.
     pub expires_at: Timestamp,
-    /// The connection that asked (`api/push.rs`), which is told the text as it comes.
+    /// The connection that asked (`push.rs`), which is told the text as it comes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connection: Option<String>,
 }
