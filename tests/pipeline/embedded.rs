@@ -53,6 +53,8 @@ async fn a_link_gives_one_blob_until_it_expires() {
     let http = client();
     let status = async |url: &str| http.get(url).send().await.unwrap().status().as_u16();
     assert_eq!((status(&url).await, status(&strangers).await), (200, 403));
+    let unsigned = &url[..url.rfind("ignature=").unwrap() - 2];
+    assert!((400..500).contains(&status(unsigned).await), "{unsigned}");
     clock.advance(TimeDelta::minutes(15));
     assert_eq!(status(&url).await, 403);
 }

@@ -349,7 +349,8 @@ async fn photos_expire_before_results_and_results_expire() {
     host.enrichment.process(id, deadline).await.unwrap();
     let in_a_moment = std::time::SystemTime::now() + Duration::from_secs(1);
     assert_eq!(host.blobs.remove_older("jobs/", in_a_moment - Duration::from_secs(3600)).await.unwrap(), 0);
-    assert_eq!(host.blobs.remove_older("jobs/", in_a_moment).await.unwrap(), 1);
+    // The photo and its map.
+    assert_eq!(host.blobs.remove_older("jobs/", in_a_moment).await.unwrap(), 2);
     clock.advance(TimeDelta::days(29));
     assert_eq!(host.store.remove_expired(clock.now()).await.unwrap(), 0);
     clock.advance(TimeDelta::days(2));

@@ -1,6 +1,6 @@
 //! The disk fills up in the middle of 500 jobs, more than once, and is freed again.
 //!
-//! Real: the data folder is a tmpfs of 32 MiB in a mount namespace of its own (`unshare`, which
+//! Real: the data folder is a tmpfs of 64 MiB in a mount namespace of its own (`unshare`, which
 //! needs no root where user namespaces are allowed). The namespace outlives the host, so that a
 //! host can be killed on a full disk and started again.
 
@@ -33,7 +33,7 @@ impl SmallDisk {
     /// `None` where this machine allows no mount namespace.
     fn mount() -> Option<Self> {
         let place = tempfile::tempdir().unwrap();
-        let script = "mount -t tmpfs -o size=32m,mode=700 tmpfs \"$0\" && touch \"$0/mounted\" && exec cat";
+        let script = "mount -t tmpfs -o size=64m,mode=700 tmpfs \"$0\" && touch \"$0/mounted\" && exec cat";
         let holder = std::process::Command::new("unshare")
             .args(["-rm", "sh", "-c", script])
             .arg(place.path())

@@ -33,7 +33,6 @@ use crate::kill::{
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
-use crate::support::network::Network;
 use crate::support::process::Process;
 use crate::support::{client, numbered_mole, open, report, submit, within};
 use crate::uploads;
@@ -42,8 +41,6 @@ use crate::uploads;
 const KILLS: [u32; 2] = [200, 100];
 /// A batch of the feed meets its point once for up to ten jobs.
 const KILLS_IN_BATCHES: [u32; 2] = [20, 10];
-/// In a scene's folder: a bundle whose network draws maps.
-const MAP_MODEL: &str = "map-model";
 /// Scenes at a time: they wait more than they work.
 const AT_ONCE: usize = 3;
 
@@ -209,9 +206,6 @@ impl Scene {
         let (llm, uploaded) = (LlmServer::start([]).await, Arc::default());
         let scene = Self { kind, point, folder, http: client(), llm, ids, uploaded, cut_off: 0 };
         let data = scene.folder.path();
-        if INFERENCE_MAP.contains(&point) {
-            Network::default().write(&data.join(MAP_MODEL));
-        }
         match kind {
             Kind::Unreadable => backlog::photos(data).iter().for_each(hide),
             Kind::Refused => scene.llm.behave(Behaviour::Status(503, Some(600))),
@@ -243,10 +237,6 @@ impl Scene {
         let times = if matches!(self.kind, Kind::Deleted | Kind::Buried) { ERASING } else { UNHURRIED };
         let mut extra = [&[("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")], times].concat();
         extra.extend(crash_at.map(|at| ("CRASH_AT", at)));
-        let map_model = self.data().join(MAP_MODEL);
-        if map_model.is_dir() {
-            extra.push(("MODEL_DIR", map_model.to_str().unwrap()));
-        }
         Process::start(self.data(), &extra).await
     }
 
