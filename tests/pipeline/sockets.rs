@@ -289,17 +289,22 @@ async fn a_server_that_knows_no_streams_is_told_in_one_piece_and_json_not_before
 
 #[tokio::test]
 async fn an_answer_that_fits_into_no_frame_comes_in_pieces_and_is_fetched_at_the_end() {
-    let answer = "Pigment cells é 🩺. ".repeat(10_000);
-    let llm = LlmServer::start([]).await;
-    llm.behave(Behaviour::Answer(answer.clone()));
-    let host = Running::asking(&llm, &[]).await;
-    let mut socket = connect(&host).await;
-    let (told, frame) = asked(&mut socket, question()).await;
-    assert!(told.frames > 10);
-    assert!(told.text() == answer);
-    assert_eq!(frame["type"], "result_elsewhere", "{frame}");
-    let result: Value = host.get(frame["location"].as_str().unwrap()).await.json().await.unwrap();
-    assert!(result["content"] == answer);
+    // The second is more than a client's outbox holds: its text may be left out, and its client is kept.
+    for (times, is_told) in [(3_000, true), (40_000, false)] {
+        let answer = "Pigment cells é 🩺. ".repeat(times);
+        let llm = LlmServer::start([]).await;
+        llm.behave(Behaviour::Answer(answer.clone()));
+        let host = Running::asking(&llm, &[]).await;
+        let mut socket = connect(&host).await;
+        let (told, frame) = asked(&mut socket, question()).await;
+        if is_told {
+            assert!(told.frames > 10, "{}", told.frames);
+            assert!(told.text() == answer);
+        }
+        assert_eq!(frame["type"], "result_elsewhere", "{frame}");
+        let result: Value = host.get(frame["location"].as_str().unwrap()).await.json().await.unwrap();
+        assert!(result["content"] == answer);
+    }
 }
 
 #[tokio::test]
@@ -360,7 +365,12 @@ async fn a_client_that_does_not_read_is_let_go_and_others_go_on() {
     }
     assert_eq!(host.hub.len(), 1);
     quick.send(json!({"action": "ping", "tag": "a"})).await;
-    assert_eq!(quick.next().await.unwrap(), json!({"v": 1, "type": "pong", "tag": "a"}));
+    // The end may have been told a second time before it.
+    let mut told = quick.next().await.unwrap();
+    while told["type"] == "result" {
+        told = quick.next().await.unwrap();
+    }
+    assert_eq!(told, json!({"v": 1, "type": "pong", "tag": "a"}));
     drop(slow);
 }
 
