@@ -1,15 +1,19 @@
 //! One SQLite file behind one thread, which commits what has piled up in one transaction: many
 //! callers share the price of one fsync. Where nobody in a batch needs one there is none: SIGKILL
 //! loses nothing of it, a power cut may (<https://www.sqlite.org/pragma.html#pragma_synchronous>).
+//!
+//! What is deleted is overwritten: its row and its place in the log at once. Where a page was split or
+//! merged before, SQLite may have left a copy of the row between the page's cells, which `secure_delete`
+//! does not reach: those go when the file is written anew, soon after and whenever it is closed.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use tokio::sync::oneshot;
@@ -22,6 +26,10 @@ const MAX_BATCH: usize = 64;
 const STATEMENTS: usize = 64;
 /// How long another process may hold the file.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// From one rewriting of the file to the next, at least.
+const REWRITE_EVERY: Duration = Duration::from_secs(60);
+/// Nor is it rewritten for more than one part in this many of the time: 10,000 jobs take a quarter of a second.
+const REWRITE_SHARE: u32 = 100;
 
 /// What a caller needs to be sure of when it is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,14 +108,18 @@ impl Sqlite {
         changes: &[&str],
     ) -> Result<Self, Error> {
         let unavailable = |error| Error::unavailable(what, error);
+        // Whoever closes the file last deletes its log: one that is left comes from a kill.
+        let mut log = path.as_os_str().to_owned();
+        log.push("-wal");
+        let was_killed = Path::new(&log).exists();
         let connection = connect(path, version, schema, changes).map_err(unavailable)?;
         let reader = Arc::new(Mutex::new(connect_reader(path).map_err(unavailable)?));
         let (calls, inbox) = channel();
-        let scrub = Arc::new(AtomicBool::new(true));
+        let scrub = Arc::new(AtomicBool::new(was_killed));
         let scrub_due = Arc::clone(&scrub);
         let running = std::thread::Builder::new()
             .name(what.to_owned())
-            .spawn(move || serve(connection, &inbox, &scrub_due))
+            .spawn(move || serve(connection, &inbox, &scrub_due, was_killed))
             .map_err(|error| Error::unavailable(what, error))?;
         let thread = Arc::new(Thread { calls: Some(calls), running: Some(running) });
         Ok(Self { reader, thread, what, scrub })
@@ -153,7 +165,7 @@ impl Sqlite {
     }
 
     /// As [`Sqlite::call`], for work that deletes: what it overwrote must not stay readable in the
-    /// write-ahead log either.
+    /// write-ahead log either, nor between the cells of a page.
     pub(super) async fn scrub<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
@@ -225,9 +237,24 @@ fn savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> rusql
     result
 }
 
-fn serve(mut connection: Connection, inbox: &Receiver<Call>, scrub: &AtomicBool) {
+fn serve(mut connection: Connection, inbox: &Receiver<Call>, scrub: &AtomicBool, was_killed: bool) {
     let mut set = Kept::OnDisk;
-    while let Ok(first) = inbox.recv() {
+    let mut rewrite = Rewrite { is_due: was_killed, not_before: Instant::now() + REWRITE_EVERY };
+    loop {
+        let pause = rewrite.pause();
+        if pause.is_some_and(|pause| pause.is_zero()) {
+            rewrite.run(&connection);
+            continue;
+        }
+        let first = match pause {
+            Some(pause) => inbox.recv_timeout(pause),
+            None => inbox.recv().map_err(RecvTimeoutError::from),
+        };
+        let first = match first {
+            Ok(first) => first,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => break,
+        };
         let calls: Vec<Call> = std::iter::once(first).chain(inbox.try_iter().take(MAX_BATCH - 1)).collect();
         let kept = if calls.iter().any(|call| call.kept == Kept::OnDisk) { Kept::OnDisk } else { Kept::InFile };
         if kept != set {
@@ -241,10 +268,41 @@ fn serve(mut connection: Connection, inbox: &Receiver<Call>, scrub: &AtomicBool)
         let replies = serve_batch(&mut connection, calls);
         if scrub.swap(false, Ordering::SeqCst) {
             // Not emptied while another process reads: then after the next batch.
-            let busy = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0));
-            scrub.store(busy.unwrap_or(true), Ordering::SeqCst);
+            scrub.store(!empty_log(&connection).unwrap_or(false), Ordering::SeqCst);
+            rewrite.is_due = true;
         }
         replies.into_iter().for_each(|reply| reply());
+    }
+    if rewrite.is_due {
+        rewrite.run(&connection);
+    }
+}
+
+/// Whether all of the log is in the file now, and nothing in the log.
+fn empty_log(connection: &Connection) -> rusqlite::Result<bool> {
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0)).map(|is_busy| !is_busy)
+}
+
+/// When the file is written anew (<https://www.sqlite.org/lang_vacuum.html>).
+struct Rewrite {
+    is_due: bool,
+    not_before: Instant,
+}
+
+impl Rewrite {
+    /// How long calls may still be waited for; `None`: for ever.
+    fn pause(&self) -> Option<Duration> {
+        self.is_due.then(|| self.not_before.saturating_duration_since(Instant::now()))
+    }
+
+    fn run(&mut self, connection: &Connection) {
+        let start = Instant::now();
+        let done = connection.execute_batch("VACUUM").and_then(|()| empty_log(connection));
+        if let Err(error) = &done {
+            tracing::warn!(error.code = "sqlite_vacuum", error.chain = %error, "file not rewritten");
+        }
+        self.is_due = !done.unwrap_or(false);
+        self.not_before = Instant::now() + REWRITE_EVERY.max(start.elapsed() * REWRITE_SHARE);
     }
 }
 
@@ -274,6 +332,8 @@ fn commit(transaction: Transaction<'_>) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[tokio::test]
@@ -294,5 +354,66 @@ mod tests {
         drop(other);
         assert!(!folder.path().join("numbers.sqlite-wal").exists(), "what is left in the log");
         assert_eq!(count(&Connection::open(&path).unwrap()).unwrap(), 300);
+    }
+
+    const PEOPLE: &str = "CREATE TABLE people (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT, WITHOUT ROWID";
+
+    fn id(number: usize) -> String {
+        // In no order, as the ids of jobs are.
+        format!("{:08x}", number.wrapping_mul(2_654_435_761) % 0x1_0000_0000)
+    }
+
+    /// Long enough that pages are split, and again when it grows.
+    fn record(number: usize, length: usize) -> String {
+        format!("record {number:04} {}", "x".repeat(length))
+    }
+
+    /// The even records of which anything is left in the file, and the odd ones.
+    fn readable(path: &Path) -> (BTreeSet<usize>, BTreeSet<usize>) {
+        let bytes = std::fs::read(path).unwrap();
+        let number = |window: &[u8]| std::str::from_utf8(window.strip_prefix(b"record ")?).ok()?.parse::<usize>().ok();
+        bytes.windows(11).filter_map(number).partition(|number| number % 2 == 0)
+    }
+
+    fn fill(db: &Connection) -> rusqlite::Result<()> {
+        for number in 0..500 {
+            db.execute("INSERT INTO people VALUES (?1, ?2)", [id(number), record(number, 500)])?;
+            let grown = (number * 7) % 500;
+            let longer = record(grown, 500 + (number * 131) % 2000);
+            db.execute("UPDATE people SET record = ?2 WHERE id = ?1", [id(grown), longer])?;
+        }
+        Ok(())
+    }
+
+    fn delete(db: &Connection) -> rusqlite::Result<()> {
+        (0..500)
+            .step_by(2)
+            .try_for_each(|number| db.execute("DELETE FROM people WHERE id = ?1", [id(number)]).map(|_| ()))
+    }
+
+    #[tokio::test]
+    async fn no_copy_of_a_deleted_row_is_left_in_the_file_when_it_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("people.sqlite");
+        let sqlite = Sqlite::open(&path, "the people", 1, PEOPLE).unwrap();
+        sqlite.call(fill).await.unwrap();
+        sqlite.scrub(delete).await.unwrap();
+        drop(sqlite);
+        let (deleted, kept) = readable(&path);
+        assert!(deleted.is_empty() && kept.len() == 250, "{deleted:?} can be read, and {} that were kept", kept.len());
+    }
+
+    #[test]
+    fn what_a_killed_process_deleted_is_gone_after_the_next_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("people.sqlite");
+        // Never closed, as by a kill.
+        let killed = connect(&path, 1, PEOPLE, &[]).unwrap();
+        fill(&killed).unwrap();
+        delete(&killed).unwrap();
+        assert!(empty_log(&killed).unwrap());
+        assert!(!readable(&path).0.is_empty(), "secure_delete reaches it all by itself: this test shows nothing");
+        drop(Sqlite::open(&path, "the people", 1, PEOPLE).unwrap());
+        assert_eq!(readable(&path).0, BTreeSet::new());
     }
 }
