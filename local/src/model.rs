@@ -3,6 +3,8 @@
 //! Triggered by a person. `check` reads a bundle and writes nothing; `new` reads a network and writes
 //! a manifest beside it.
 
+use std::fs::File;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -135,11 +137,13 @@ fn new(network: &Path, library: &Path) -> anyhow::Result<()> {
     let graph = graph(&bytes, library)?;
     let manifest = draft::manifest(file, &bytes, &graph)?;
     let path = network.with_file_name(MANIFEST);
-    if path.exists() {
-        bail!("{} is there already; move it away first", path.display());
+    let text = serde_json::to_string_pretty(&manifest)? + "\n";
+    match File::create_new(&path).and_then(|mut file| file.write_all(text.as_bytes())) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            bail!("{} is there already; move it away first", path.display())
+        }
+        written => written.with_context(|| path.display().to_string())?,
     }
-    std::fs::write(&path, serde_json::to_string_pretty(&manifest)? + "\n")
-        .with_context(|| path.display().to_string())?;
     println!("{} is written. To be filled in:", path.display());
     draft::missing(&manifest).iter().for_each(|field| println!("  {field}"));
     println!("Then: local model check {}", path.parent().unwrap_or(Path::new(".")).display());

@@ -309,6 +309,18 @@ fn a_bundle_is_begun_from_its_network_filled_in_and_passes_the_check() {
 
 #[test]
 fn what_the_graph_tells_is_in_the_draft_and_what_is_no_classifier_gets_none() {
+    // Outputs of the same shapes whose names say nothing: what they mean is not guessed.
+    fn renamed(onnx: &[u8]) -> Vec<u8> {
+        let mut renamed = onnx.to_vec();
+        for at in 0..onnx.len() {
+            for (known, other) in [(b"ood_mean", b"age_mean"), (b"map_mean", b"out_mean")] {
+                if onnx[at..].starts_with(known) {
+                    renamed[at..at + known.len()].copy_from_slice(other);
+                }
+            }
+        }
+        renamed
+    }
     for nhwc in [false, true] {
         let network = Network { nhwc, uint8: nhwc, probabilities: nhwc, ood: true, ..Network::default() };
         let folder = tempfile::tempdir().unwrap();
@@ -326,6 +338,12 @@ fn what_the_graph_tells_is_in_the_draft_and_what_is_no_classifier_gets_none() {
         );
         assert_eq!(drafted["labels"].as_array().unwrap().len(), 3);
         assert_eq!(drafted["input"]["mean"].is_string(), !nhwc, "bytes go in as they are");
+        std::fs::remove_file(path(MANIFEST)).unwrap();
+        std::fs::write(path("means.onnx"), renamed(&network.onnx())).unwrap();
+        assert_eq!(local(&["model", "new", &path("means.onnx")]).0, Some(0));
+        let drafted: Value = serde_json::from_slice(&std::fs::read(path(MANIFEST)).unwrap()).unwrap();
+        assert_eq!((&drafted["outputs"]["ood"], &drafted["outputs"]["map"]), (&Value::Null, &Value::Null));
+        assert_eq!(local(&["model", "new", &path("means.onnx")]).0, Some(1), "a manifest is not written over");
         std::fs::write(path("none.onnx"), b"no network").unwrap();
         assert_eq!(local(&["model", "new", &path("none.onnx")]).0, Some(1));
     }

@@ -56,8 +56,10 @@ pub fn manifest(file: &str, network: &[u8], graph: &Graph) -> Result<Value, Refu
         "malignant": fill_in("true or false; pre-malignant counts")})
     };
     let mut outputs = json!({"scores": {"name": scores.name, "kind": kind(&scores.name)}});
-    for (field, is_it) in [("ood", is_number as fn(&Outlet) -> bool), ("map", is_map)] {
-        if let Some(output) = graph.outputs.iter().find(|output| is_it(output)) {
+    for (field, is_it, names) in
+        [("ood", is_number as fn(&Outlet) -> bool, &["ood"] as &[&str]), ("map", is_map, &["map", "cam"])]
+    {
+        if let Some(output) = graph.outputs.iter().find(|output| is_it(output) && is_called(output, names)) {
             outputs[field] = json!({"name": output.name});
         }
     }
@@ -125,6 +127,13 @@ fn is_number(outlet: &Outlet) -> bool {
 
 fn is_map(outlet: &Outlet) -> bool {
     outlet.element == "float32" && outlet.shape.len() == 3
+}
+
+/// Whether the output's name says what it is: its shape alone does not, and a number of another meaning would decide
+/// what is answered.
+fn is_called(outlet: &Outlet, names: &[&str]) -> bool {
+    let called = outlet.name.to_ascii_lowercase();
+    called.split(|letter: char| !letter.is_ascii_alphanumeric()).any(|word| names.contains(&word))
 }
 
 /// A name often says it, and the golden pictures find out.

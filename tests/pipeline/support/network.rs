@@ -65,12 +65,12 @@ impl Network {
         }
         parts.push(message(12, &value("scores", FLOAT, &[-1, labels])));
         if self.ood {
-            parts.push(mean(picture, "strangeness", &[1, 2, 3]));
-            parts.push(message(12, &value("strangeness", FLOAT, &[-1])));
+            parts.push(mean(picture, "ood_mean", &[1, 2, 3]));
+            parts.push(message(12, &value("ood_mean", FLOAT, &[-1])));
         }
         if self.map {
-            parts.push(mean(picture, "heat", &[channels]));
-            parts.push(message(12, &value("heat", FLOAT, &[-1, SIDE, SIDE])));
+            parts.push(mean(picture, "map_mean", &[channels]));
+            parts.push(message(12, &value("map_mean", FLOAT, &[-1, SIDE, SIDE])));
         }
         parts.concat()
     }
@@ -103,10 +103,10 @@ impl Network {
         let kind = if self.probabilities { "probabilities" } else { "logits" };
         let mut outputs = json!({"scores": {"name": "scores", "kind": kind}});
         if self.ood {
-            outputs["ood"] = json!({"name": "strangeness"});
+            outputs["ood"] = json!({"name": "ood_mean"});
         }
         if self.map {
-            outputs["map"] = json!({"name": "heat"});
+            outputs["map"] = json!({"name": "map_mean"});
         }
         let mut png = std::io::Cursor::new(Vec::new());
         RgbImage::from_pixel(9, 7, Rgb(GOLDEN)).write_to(&mut png, ImageFormat::Png).unwrap();
