@@ -35,7 +35,7 @@ use shared::embedded::{DirBlobStore, Hub, SqliteCallers, SqliteJobQueue, SqliteJ
 use shared::llm::Llm;
 use shared::llm::models::Models;
 use shared::ports::Callers;
-use socket::Socket;
+use socket::{Socket, TicketDesk};
 use submit::Submit;
 use sweep::Sweep;
 use tokio::net::TcpListener;
@@ -79,6 +79,7 @@ pub struct Host {
     /// Who is connected.
     pub hub: Hub,
     pub socket: Arc<Socket<Store, Queue, Blobs, Keys, Hub, Hub>>,
+    pub tickets: Arc<TicketDesk<Hub>>,
     pub notify: Notify<Store, Hub, Hub>,
     pub model: Arc<Model>,
     /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
@@ -163,8 +164,8 @@ impl Host {
             policy,
             max_queued_bytes: config.max_queued_bytes,
             has_llm: submit.has_llm,
-            url: "/ws".to_owned(),
         };
+        let tickets = TicketDesk { connections: hub.clone(), clock: clock.clone(), url: "/ws".to_owned() };
         let notify = Notify { jobs: store.clone(), connections: hub.clone(), push: hub.clone() };
         Ok(Self {
             config,
@@ -182,6 +183,7 @@ impl Host {
             access,
             hub,
             socket: Arc::new(socket),
+            tickets: Arc::new(tickets),
             notify,
             model,
             _lock: lock,

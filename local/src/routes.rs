@@ -36,7 +36,7 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
         .merge(result::router(Arc::clone(&host.results)))
         .merge(admin::router(Arc::clone(&host.admin)))
         .merge(chat::router(Arc::clone(&host.chat)))
-        .merge(socket::router(Arc::clone(&host.socket)));
+        .merge(socket::router(Arc::clone(&host.tickets)));
     let open = result::open_router(openapi())
         .merge(uploads::router(host.blobs.clone(), host.clock.clone()))
         .merge(downloads::router(host.blobs.clone(), host.clock.clone()))

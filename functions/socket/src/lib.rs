@@ -49,12 +49,15 @@ pub struct Socket<J, Q, B, K, C, P> {
     pub policy: Policy,
     pub max_queued_bytes: u64,
     pub has_llm: bool,
+}
+
+/// What `POST /socket-tickets` works with.
+pub struct TicketDesk<C> {
+    pub connections: C,
+    pub clock: Clock,
     /// Where WebSockets are opened: absolute, or to be resolved against the address of the API.
     pub url: String,
 }
-
-/// As the routes share it.
-type Handler<J, Q, B, K, C, P> = Arc<Socket<J, Q, B, K, C, P>>;
 
 /// What happened to a WebSocket.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,16 +87,8 @@ pub struct SocketTicket {
 pub struct Api;
 
 /// This function's routes, to be put behind authentication.
-pub fn router<J, Q, B, K, C, P>(socket: Arc<Socket<J, Q, B, K, C, P>>) -> Router
-where
-    J: JobStore,
-    Q: JobQueue,
-    B: BlobStore,
-    K: Callers,
-    C: Connections,
-    P: Push,
-{
-    Router::new().route("/socket-tickets", post(create_ticket::<J, Q, B, K, C, P>)).with_state(socket)
+pub fn router<C: Connections>(desk: Arc<TicketDesk<C>>) -> Router {
+    Router::new().route("/socket-tickets", post(create_ticket::<C>)).with_state(desk)
 }
 
 /// Get a ticket for a WebSocket
@@ -111,23 +106,15 @@ where
         (status = 503, description = "The store is not available.", body = ErrorBody),
     )
 )]
-async fn create_ticket<J, Q, B, K, C, P>(
-    State(socket): State<Handler<J, Q, B, K, C, P>>,
+async fn create_ticket<C: Connections>(
+    State(desk): State<Arc<TicketDesk<C>>>,
     _: Caller,
     Extension(identity): Extension<Identity>,
-) -> Result<Response, Error>
-where
-    J: JobStore,
-    Q: JobQueue,
-    B: BlobStore,
-    K: Callers,
-    C: Connections,
-    P: Push,
-{
-    let (ticket, expires_at) = tickets::make(&socket.connections, identity, socket.clock.now()).await?;
+) -> Result<Response, Error> {
+    let (ticket, expires_at) = tickets::make(&desk.connections, identity, desk.clock.now()).await?;
     crash::here(Point::SocketTicketWritten);
     let ticket = ticket.expose_secret();
-    let body = SocketTicket { ticket: ticket.to_owned(), url: format!("{}?ticket={ticket}", socket.url), expires_at };
+    let body = SocketTicket { ticket: ticket.to_owned(), url: format!("{}?ticket={ticket}", desk.url), expires_at };
     Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)).into_response())
 }
 

@@ -13,7 +13,7 @@ use lambda_http::request::RequestContext;
 use shared::aws::{DynamoCallers, DynamoConnections, DynamoJobStore, GatewayPush, S3BlobStore, SqsJobQueue};
 use shared::aws::{Stage, flush_after};
 use shared::http;
-use socket::{Event, Socket};
+use socket::{Event, Socket, TicketDesk};
 
 type Handler = Socket<DynamoJobStore, SqsJobQueue, S3BlobStore, DynamoCallers, DynamoConnections, GatewayPush>;
 
@@ -24,20 +24,21 @@ const MAX_MESSAGE_BYTES: usize = 128 * 1024;
 async fn main() -> Result<(), lambda_http::Error> {
     let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
     let access = stage.access()?;
+    let (connections, clock) = (stage.connections()?, stage.clock.clone());
     let socket = Arc::new(Socket {
         jobs: stage.jobs()?,
         queue: stage.queue()?,
         blobs: stage.blobs()?,
         access: Arc::clone(&access),
-        connections: stage.connections()?,
+        connections: connections.clone(),
         push: stage.push()?,
-        clock: stage.clock.clone(),
+        clock: clock.clone(),
         policy: stage.policy,
         max_queued_bytes: shared::config::max_queued_bytes(&stage.env)?,
         has_llm: shared::config::has_llm(&stage.env)?,
-        url: stage.socket_url()?,
     });
-    let app = http::app(socket::router(Arc::clone(&socket)), Router::new(), access);
+    let desk = TicketDesk { connections, clock, url: stage.socket_url()? };
+    let app = http::app(socket::router(Arc::new(desk)), Router::new(), access);
     let app = app.layer(from_fn_with_state(socket, of_gateway)).layer(from_fn(http::trace));
     lambda_http::run(app.layer(from_fn_with_state(stage.metrics, flush_after))).await
 }
