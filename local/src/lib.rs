@@ -7,6 +7,7 @@ pub mod config;
 mod data;
 mod feed;
 mod init;
+mod page;
 mod routes;
 mod sockets;
 mod turns;
@@ -223,7 +224,7 @@ impl Host {
         let listener = listener.tap_io(|stream| {
             let _ = stream.set_nodelay(true);
         });
-        let server = axum::serve(listener, routes::router(&host)).with_graceful_shutdown(async move {
+        let server = axum::serve(listener, routes::router(&host)?).with_graceful_shutdown(async move {
             let _ = server_stopped.wait_for(|stopped| *stopped).await;
         });
         let server = tokio::spawn(server.into_future());

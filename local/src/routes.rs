@@ -14,7 +14,7 @@ use shared::http;
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
-use crate::{Host, sockets, turns};
+use crate::{Host, page, sockets, turns};
 
 /// The description of the whole API.
 #[must_use]
@@ -28,7 +28,9 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     ])
 }
 
-pub(crate) fn router(host: &Arc<Host>) -> Router {
+/// # Errors
+/// Where the page cannot be served.
+pub(crate) fn router(host: &Arc<Host>) -> anyhow::Result<Router> {
     let turns = Arc::new(Semaphore::new(turns::TURNS));
     let submit = submit::router(Arc::clone(&host.submit));
     let protected = Router::new()
@@ -40,13 +42,14 @@ pub(crate) fn router(host: &Arc<Host>) -> Router {
     let open = result::open_router(openapi())
         .merge(uploads::router(host.blobs.clone(), host.clock.clone()))
         .merge(downloads::router(host.blobs.clone(), host.clock.clone()))
-        .merge(sockets::router(Arc::clone(host)));
+        .merge(sockets::router(Arc::clone(host)))
+        .merge(page::router(&host.model.manifest.quality)?);
     let router = http::app(protected, open, Arc::clone(&host.access));
     let router = match *host.access {
         Access::Keyless => router.layer(middleware::from_fn(loopback_only)),
         Access::Checked(_) => router,
     };
-    router.layer(middleware::from_fn(http::trace))
+    Ok(router.layer(middleware::from_fn(http::trace)))
 }
 
 /// Lets in what was addressed to a loopback name: without keys there is nothing else to go by.

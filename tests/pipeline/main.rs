@@ -25,6 +25,7 @@ mod logs;
 mod maps;
 mod models;
 mod mutations;
+mod page;
 mod photos;
 #[path = "../ports.rs"]
 mod ports;

@@ -1,0 +1,81 @@
+// The HTTP API: where it is, the key, and what went wrong.
+import { has, t } from "./text.js";
+
+const KEY = "lesion.key";
+const TIMEOUT_MS = 60_000;
+const listeners = [];
+let config = { api: "" };
+// Where sessionStorage is forbidden, for as long as the page is open.
+let key = null;
+
+export class ApiError extends Error {
+  // `code` is the API's, or "network" where nothing came back.
+  constructor(code, status = 0, { message = "", request_id: id = "" } = {}, retryAfter = 0) {
+    super(code);
+    Object.assign(this, { code, status, said: message, id, retryAfter });
+  }
+
+  get words() {
+    const name = `error.${this.code}`;
+    return t(has(name) ? name : "error.other", { message: this.said, code: this.code, id: this.id, seconds: this.retryAfter || 5 });
+  }
+
+  // Whether the same request may do later.
+  get passes() {
+    return this.code === "network" || this.status === 429 || this.status === 503;
+  }
+}
+
+export async function open() {
+  config = await (await fetch("config.json")).json();
+  try { key = sessionStorage.getItem(KEY); } catch { key = null; }
+  return config;
+}
+
+// Of this tab alone and gone with it: what localStorage holds, the next one to use the device finds.
+export function setKey(value) {
+  key = value || null;
+  try {
+    if (key) sessionStorage.setItem(KEY, key);
+    else sessionStorage.removeItem(KEY);
+  } catch { /* Then until the page is closed. */ }
+}
+
+export const hasKey = () => key !== null;
+
+// Hears of every 401.
+export const onUnauthorized = (listener) => listeners.push(listener);
+
+// An address that the API has answered: absolute, or of the API's own.
+export const resolve = (url) => (url.startsWith("/") ? new URL(config.api + url, location.href).href : url);
+
+// Asks the API. Gives the status, the headers and the JSON, and throws ApiError.
+export async function request(method, path, { body, headers = {}, signal, timeoutMs = TIMEOUT_MS } = {}) {
+  const all = { ...headers, ...(key && { authorization: `Bearer ${key}` }) };
+  const signals = [AbortSignal.timeout(timeoutMs), ...(signal ? [signal] : [])];
+  let response, text;
+  try {
+    response = await fetch(config.api + path, {
+      method, body, headers: all, signal: AbortSignal.any(signals), credentials: "omit", cache: "no-store", redirect: "error",
+    });
+    text = await response.text();
+  } catch {
+    throw new ApiError("network");
+  }
+  if (response.ok || response.status === 304) {
+    return { status: response.status, headers: response.headers, json: text ? JSON.parse(text) : null };
+  }
+  const retryAfter = Number(response.headers.get("retry-after")) || 0;
+  let error;
+  try { error = JSON.parse(text).error; } catch { error = undefined; }
+  const failure = new ApiError(error?.code ?? "unavailable", response.status, error, retryAfter);
+  if (response.status === 401) for (const listener of listeners) listener();
+  throw failure;
+}
+
+export async function submit(body, contentType, idempotencyKey) {
+  const headers = { "content-type": contentType, "idempotency-key": idempotencyKey };
+  return (await request("POST", "/submit", { body, headers })).json.request_id;
+}
+
+export const erase = (id) => request("DELETE", `/result/${encodeURIComponent(id)}`);

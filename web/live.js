@@ -1,0 +1,203 @@
+// Follows jobs until they end: over a WebSocket, and by long poll for as long as there is none.
+import { request, resolve } from "./api.js";
+
+const POLL_SECONDS = 25;
+// After so long without a word the job is asked for: frames may be lost.
+const SILENCE_MS = 60_000;
+const ACCEPT_MS = 15_000;
+const OPEN_MS = 5_000;
+const PAUSES_MS = [1_000, 2_000, 5_000, 15_000, 30_000];
+
+// What is followed: id → { seq, etag, claim, text, told, poll }.
+const jobs = new Map();
+// Questions that were sent and not yet accepted: tag → { resolve, reject }.
+const asked = new Map();
+// Who hears: status(id, status, result), ended(id, result), text(id, text), deleted(id), unknown(id),
+// refused(id, error), connection(state).
+let heard = {};
+let socket = null;
+let opening = null;
+let failures = 0;
+let state = "";
+
+export function listen(listeners) {
+  heard = listeners;
+  addEventListener("online", () => { failures = 0; if (jobs.size) connect(); });
+  addEventListener("offline", () => {
+    const last = socket;
+    last?.close();
+    if (last) lost(last);
+    tell();
+  });
+  setInterval(watch, 5_000);
+}
+
+export function follow(id) {
+  if (jobs.has(id)) return;
+  begin(id);
+  if (isOpen()) subscribe(id);
+  else { connect(); poll(id); }
+  tell();
+}
+
+export function unfollow(id) {
+  jobs.get(id)?.poll?.abort();
+  jobs.delete(id);
+}
+
+// Makes a prompt job over the socket, where its answer comes as it is written. Gives the id, or null where
+// there is no socket or it fell silent: then the same question may be submitted under the same idempotency key.
+export async function ask(fields) {
+  await connect();
+  if (!isOpen()) return null;
+  const tag = crypto.randomUUID();
+  const accepted = new Promise((resolve, reject) => asked.set(tag, { resolve, reject }));
+  socket.send(JSON.stringify({ action: "ask", tag, ...fields }));
+  const timer = setTimeout(() => asked.get(tag)?.resolve(null), ACCEPT_MS);
+  try {
+    return await accepted;
+  } finally {
+    clearTimeout(timer);
+    asked.delete(tag);
+  }
+}
+
+const begin = (id) => jobs.set(id, { seq: -1, etag: null, claim: 0, text: "", told: Date.now(), poll: null });
+const isOpen = () => socket?.readyState === WebSocket.OPEN;
+const subscribe = (id) => socket.send(JSON.stringify({ action: "subscribe", request_id: id }));
+
+function tell() {
+  const now = isOpen() ? "live" : navigator.onLine ? "polling" : "offline";
+  if (now !== state) heard.connection(state = now);
+}
+
+// Gives up quietly: long polls go on, and `watch` tries again.
+function connect() {
+  if (isOpen() || !navigator.onLine) return Promise.resolve();
+  opening ??= dial().catch(() => { failures += 1; }).finally(() => { opening = null; tell(); });
+  return opening;
+}
+
+async function dial() {
+  const { json } = await request("POST", "/socket-tickets", { timeoutMs: OPEN_MS });
+  const url = new URL(resolve(json.url));
+  url.protocol = url.protocol.replace("http", "ws");
+  const next = new WebSocket(url);
+  await new Promise((opened, failed) => {
+    const timer = setTimeout(() => { next.close(); failed(new Error("silent")); }, OPEN_MS);
+    next.onopen = () => { clearTimeout(timer); opened(); };
+    next.onclose = () => { clearTimeout(timer); failed(new Error("closed")); };
+  });
+  socket = next;
+  failures = 0;
+  next.onmessage = (message) => receive(JSON.parse(message.data));
+  next.onclose = () => lost(next);
+  for (const [id, job] of jobs) {
+    job.poll?.abort();
+    job.told = Date.now();
+    subscribe(id);
+  }
+}
+
+function lost(which) {
+  if (which !== socket) return;
+  socket = null;
+  for (const { resolve } of asked.values()) resolve(null);
+  for (const id of jobs.keys()) poll(id);
+  tell();
+  if (jobs.size) connect();
+}
+
+let nextTry = 0;
+function watch() {
+  if (!jobs.size) return;
+  if (isOpen()) {
+    for (const [id, job] of jobs) if (Date.now() - job.told > SILENCE_MS) { job.told = Date.now(); look(id).catch(tell); }
+  } else if (Date.now() > nextTry) {
+    nextTry = Date.now() + PAUSES_MS[Math.min(failures, PAUSES_MS.length - 1)];
+    connect();
+  }
+  tell();
+}
+
+function receive(frame) {
+  const job = jobs.get(frame.request_id);
+  if (job) job.told = Date.now();
+  const waiting = asked.get(frame.tag);
+  if (frame.type === "accepted") {
+    if (!job) begin(frame.request_id);
+    waiting?.resolve(frame.request_id);
+  } else if (frame.type === "error") {
+    waiting?.reject(frame);
+    // Refused, too many, or not there: HTTP says which.
+    if (job) look(frame.request_id).catch(() => {});
+  } else if (frame.type === "text" && job) {
+    write(job, frame);
+  } else if (job && frame.seq > job.seq) {
+    job.seq = frame.seq;
+    if (frame.type === "status") heard.status(frame.request_id, frame.status);
+    if (frame.type === "deleted") { unfollow(frame.request_id); heard.deleted(frame.request_id); }
+    // What the model says is there before the description, and the link to a map in what GET answers alone.
+    if (frame.type.startsWith("result") || frame.status === "awaiting_description") look(frame.request_id).catch(() => {});
+  }
+}
+
+// docs/API.md, "Text": the highest claim counts, and `offset` says where the piece belongs.
+function write(job, { request_id: id, claim, offset, text }) {
+  if (claim < job.claim) return;
+  if (claim > job.claim) Object.assign(job, { claim, text: "" });
+  if (offset > job.text.length) return;
+  job.text = job.text.slice(0, offset) + text;
+  heard.text(id, job.text);
+}
+
+// Reads a job once. Whether it is worth asking again.
+async function look(id, wait = 0, signal = undefined) {
+  const job = jobs.get(id);
+  const headers = job?.etag && wait ? { "if-none-match": job.etag } : {};
+  const timeoutMs = (wait + 10) * 1000;
+  try {
+    const path = `/result/${encodeURIComponent(id)}${wait ? `?wait=${wait}` : ""}`;
+    const answer = await request("GET", path, { headers, signal, timeoutMs });
+    if (!jobs.has(id) || answer.status === 304) return true;
+    job.etag = answer.headers.get("etag");
+    if (["completed", "needs_retake", "failed"].includes(answer.json.status)) {
+      unfollow(id);
+      heard.ended(id, answer.json);
+      return false;
+    }
+    heard.status(id, answer.json.status, answer.json);
+    return true;
+  } catch (error) {
+    if (!jobs.has(id) || signal?.aborted) return false;
+    if (error.passes) throw error;
+    unfollow(id);
+    if (error.status === 404) heard.unknown(id);
+    else heard.refused(id, error);
+    return false;
+  }
+}
+
+async function poll(id) {
+  const job = jobs.get(id);
+  if (!job || (job.poll && !job.poll.signal.aborted)) return;
+  const poll = job.poll = new AbortController();
+  for (let tries = 0; jobs.get(id) === job && !poll.signal.aborted; ) {
+    try {
+      // At once for how it stands; from then on, with its tag, for the next step.
+      if (!(await look(id, job.etag ? POLL_SECONDS : 0, poll.signal))) break;
+      tries = 0;
+      if (!job.etag) await pause(1_000);
+    } catch (error) {
+      tell();
+      await pause(Math.max(error.retryAfter * 1000, PAUSES_MS[Math.min(tries++, 2)]));
+    }
+  }
+}
+
+// Or until there is a connection again.
+const pause = (ms) => new Promise((resolve) => {
+  const done = () => { clearTimeout(timer); removeEventListener("online", done); resolve(); };
+  const timer = setTimeout(done, ms);
+  addEventListener("online", done);
+});
