@@ -57,3 +57,8 @@ output "region" {
   description = "AWS region of the stage."
   value       = var.region
 }
+
+output "page_url" {
+  description = "Where people find the page; null where the stage has none."
+  value       = var.page ? "https://${aws_cloudfront_distribution.page[0].domain_name}" : null
+}

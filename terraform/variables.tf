@@ -190,6 +190,18 @@ variable "allowed_origins" {
   default     = []
 }
 
+variable "page" {
+  description = "Whether the stage has the page for people, behind CloudFront."
+  type        = bool
+  default     = false
+}
+
+variable "web_dir" {
+  description = "Folder of the page's files."
+  type        = string
+  default     = "../web"
+}
+
 # Size.
 
 variable "function_timeout_seconds" {

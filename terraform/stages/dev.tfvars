@@ -3,6 +3,7 @@ stage              = "dev"
 keep_data          = false
 use_api_keys       = true
 admit_guests       = true
+page               = true
 photo_ttl_days     = 1
 result_ttl_days    = 7
 log_level          = "debug"

@@ -115,3 +115,25 @@ run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
     error_message = "Who tells of jobs writes none."
   }
 }
+
+run "the_page_is_read_by_its_distribution_alone" {
+  command = plan
+
+  variables {
+    page = true
+  }
+
+  assert {
+    condition = alltrue([
+      for statement in jsondecode(aws_s3_bucket_policy.page[0].policy).Statement :
+      statement.Principal == { Service = "cloudfront.amazonaws.com" }
+      && statement.Condition.StringEquals["AWS:SourceArn"] == aws_cloudfront_distribution.page[0].arn
+    ])
+    error_message = "Somebody besides the page's distribution could read its bucket."
+  }
+
+  assert {
+    condition     = aws_s3_bucket_public_access_block.page[0].restrict_public_buckets && aws_s3_bucket_public_access_block.page[0].block_public_policy
+    error_message = "The page's bucket could be opened to everyone."
+  }
+}

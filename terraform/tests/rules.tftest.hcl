@@ -374,3 +374,50 @@ run "a_budget_counts_its_own_stage_and_mails" {
     error_message = "An alarm would go off in silence."
   }
 }
+
+run "a_stage_has_no_page_unless_it_says_so" {
+  command = plan
+
+  assert {
+    condition     = length(aws_cloudfront_distribution.page) + length(aws_s3_bucket.page) + length(aws_s3_object.page) == 0
+    error_message = "A page was made that nobody asked for."
+  }
+}
+
+run "the_page_is_served_with_its_own_headers_and_may_ask_its_own_stage_alone" {
+  command = plan
+
+  variables {
+    page = true
+  }
+
+  assert {
+    condition = alltrue([
+      for part in ["default-src 'none'", "script-src 'self';", "connect-src 'self' wss://a.example;", "img-src 'self' https://b.s3.eu-central-1.amazonaws.com blob:;", "frame-ancestors 'none'"] :
+      strcontains(aws_cloudfront_response_headers_policy.page[0].security_headers_config[0].content_security_policy[0].content_security_policy, part)
+    ])
+    error_message = "The page would not find its stage, or could ask others."
+  }
+
+  assert {
+    condition = toset(aws_cloudfront_response_headers_policy.page[0].custom_headers_config[0].items[*].header) == setsubtract(
+      keys(local.page_headers), ["content-security-policy", "referrer-policy", "x-content-type-options"]
+    )
+    error_message = "A header of web/headers.json is not sent."
+  }
+
+  assert {
+    condition = (
+      aws_s3_object.page["index.html"].content_type == "text/html; charset=utf-8"
+      && aws_s3_object.page["app.js"].content_type == "text/javascript; charset=utf-8"
+      && contains(keys(aws_s3_object.page), "config.json")
+      && !contains(keys(aws_s3_object.page), "headers.json")
+    )
+    error_message = "A file of the page is missing, has no type, or is not for people."
+  }
+
+  assert {
+    condition     = alltrue([for it in aws_cloudfront_distribution.page[0].ordered_cache_behavior : it.cache_policy_id == local.not_cached])
+    error_message = "CloudFront would keep somebody's result."
+  }
+}

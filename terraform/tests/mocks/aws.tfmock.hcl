@@ -15,7 +15,10 @@ mock_resource "aws_sqs_queue" {
   }
 }
 mock_resource "aws_s3_bucket" {
-  defaults = { arn = "arn:aws:s3:::b", bucket = "b" }
+  defaults = { arn = "arn:aws:s3:::b", bucket = "b", bucket_regional_domain_name = "b.s3.eu-central-1.amazonaws.com" }
+}
+mock_resource "aws_cloudfront_distribution" {
+  defaults = { arn = "arn:aws:cloudfront::111122223333:distribution/D", domain_name = "d.example" }
 }
 mock_resource "aws_secretsmanager_secret" {
   defaults = { arn = "arn:aws:secretsmanager:eu-central-1:111122223333:secret:s" }
