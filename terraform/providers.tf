@@ -15,6 +15,7 @@ provider "aws" {
       apigatewayv2   = endpoints.value
       budgets        = endpoints.value
       cloudformation = endpoints.value
+      cloudfront     = endpoints.value
       cloudwatch     = endpoints.value
       dynamodb       = endpoints.value
       ec2            = endpoints.value

@@ -52,15 +52,21 @@ export const resolve = (url) => (url.startsWith("/") ? new URL(config.api + url,
 // Asks the API. Gives the status, the headers and the JSON, and throws ApiError.
 export async function request(method, path, { body, headers = {}, signal, timeoutMs = TIMEOUT_MS } = {}) {
   const all = { ...headers, ...(key && { authorization: `Bearer ${key}` }) };
-  const signals = [AbortSignal.timeout(timeoutMs), ...(signal ? [signal] : [])];
+  const ending = new AbortController();
+  const end = () => ending.abort();
+  const timer = setTimeout(end, timeoutMs);
+  signal?.addEventListener("abort", end);
   let response, text;
   try {
     response = await fetch(config.api + path, {
-      method, body, headers: all, signal: AbortSignal.any(signals), credentials: "omit", cache: "no-store", redirect: "error",
+      method, body, headers: all, signal: ending.signal, credentials: "omit", cache: "no-store", redirect: "error",
     });
     text = await response.text();
   } catch {
     throw new ApiError("network");
+  } finally {
+    clearTimeout(timer);
+    signal?.removeEventListener("abort", end);
   }
   if (response.ok || response.status === 304) {
     return { status: response.status, headers: response.headers, json: text ? JSON.parse(text) : null };
@@ -72,6 +78,9 @@ export async function request(method, path, { body, headers = {}, signal, timeou
   if (response.status === 401) for (const listener of listeners) listener();
   throw failure;
 }
+
+// For tags and idempotency keys. randomUUID is missing where a page comes over plain HTTP.
+export const random = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 export async function submit(body, contentType, idempotencyKey) {
   const headers = { "content-type": contentType, "idempotency-key": idempotencyKey };

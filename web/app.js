@@ -21,6 +21,7 @@ function select(name) {
     button.tabIndex = tab === name ? 0 : -1;
     $(tab).hidden = tab !== name;
   }
+  complain(() => "");
   if (name === "history") tellHistory(() => "");
 }
 
@@ -65,7 +66,7 @@ function closeAccess(key) {
   $("key").value = "";
   $("access").hidden = true;
   complain(() => t(key));
-  $("tabs").querySelector("[aria-selected=true]").focus();
+  TABS.map((tab) => $(`tab-${tab}`)).find((button) => button.tabIndex === 0).focus();
 }
 
 const of = (kind) => (kind === "photo" ? photo : ask);

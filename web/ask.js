@@ -1,5 +1,5 @@
 // The second tab: a question to the host's language model, answered as it is written.
-import { ApiError, submit } from "./api.js";
+import { ApiError, random, submit } from "./api.js";
 import { $ } from "./dom.js";
 import * as history from "./history.js";
 import * as live from "./live.js";
@@ -31,7 +31,7 @@ async function send(prompt) {
   asking = true;
   view.clear();
   view.say(() => t("ask.sending"));
-  const key = crypto.randomUUID();
+  const key = random();
   try {
     const id = (await live.ask({ prompt, idempotency_key: key })) ?? (await submit(JSON.stringify({ prompt }), "application/json", key));
     history.add(id, "prompt");

@@ -27,7 +27,8 @@ export function confirm(question, yes) {
   return new Promise((resolve) => {
     $("confirm-yes").onclick = () => dialog.close("yes");
     $("confirm-no").onclick = () => dialog.close("");
-    dialog.onclose = () => resolve(dialog.returnValue === "yes");
+    // The event comes late: it may be of a dialog that was asked again meanwhile.
+    dialog.onclose = () => { if (!dialog.open) resolve(dialog.returnValue === "yes"); };
     dialog.returnValue = "";
     dialog.showModal();
   });

@@ -1,5 +1,5 @@
 // Follows jobs until they end: over a WebSocket, and by long poll for as long as there is none.
-import { request, resolve } from "./api.js";
+import { random, request, resolve } from "./api.js";
 
 const POLL_SECONDS = 25;
 // After so long without a word the job is asked for: frames may be lost.
@@ -50,7 +50,7 @@ export function unfollow(id) {
 export async function ask(fields) {
   await connect();
   if (!isOpen()) return null;
-  const tag = crypto.randomUUID();
+  const tag = random();
   const accepted = new Promise((resolve, reject) => asked.set(tag, { resolve, reject }));
   socket.send(JSON.stringify({ action: "ask", tag, ...fields }));
   const timer = setTimeout(() => asked.get(tag)?.resolve(null), ACCEPT_MS);

@@ -1,5 +1,5 @@
 // The first tab: a photo is chosen, made smaller, looked at, and sent.
-import { submit } from "./api.js";
+import { random, submit } from "./api.js";
 import { $, el } from "./dom.js";
 import * as history from "./history.js";
 import { measure, reasons } from "./quality.js";
@@ -69,7 +69,7 @@ async function choose(file) {
   discard();
   view.clear();
   view.say(() => t("photo.reading"));
-  const chosen = draft = { key: crypto.randomUUID() };
+  const chosen = draft = { key: random() };
   try {
     const { blob, picture } = await shrink(file);
     if (draft !== chosen) return;

@@ -13,6 +13,7 @@ const { source: axe } = require("axe-core");
 const screenshots = process.env.SCREENSHOTS;
 mkdirSync(screenshots, { recursive: true });
 
+const LAN_NAME = "lesion.test";
 const stops = [];
 const started = async (promise) => {
   const it = await promise;
@@ -23,8 +24,14 @@ const started = async (promise) => {
 async function embedded() {
   const llm = await started(model(0));
   const open = await started(host({ LLM_BASE_URL: llm.url, LLM_MODEL: "stand-in", SWEEP_INTERVAL_SECONDS: "1" }));
-  const keyed = await started(host({}, { keyed: true }));
-  return { name: "embedded", url: open.url, api: open.url, key: null, gate: llm.gate, origins: [open.url], keyed };
+  // Under a name that is not loopback's: over plain HTTP a browser gives such a page less.
+  const [keyed, guests] = await Promise.all([{}, { ADMIT_GUESTS: "true", LLM_BASE_URL: llm.url, LLM_MODEL: "stand-in" }].map(
+    async (settings) => {
+      const { url, key } = await started(host(settings, { keyed: true }));
+      return { url: url.replace("127.0.0.1", LAN_NAME), api: url, key };
+    }));
+  return { name: "embedded", url: open.url, api: open.url, key: null, gate: llm.gate, host: open, keyed, guests,
+    origins: [open.url, keyed.url, guests.url] };
 }
 
 async function stage() {
@@ -40,7 +47,7 @@ async function stage() {
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
   // Its sandbox is not for root; nothing but this page is opened.
-  args: process.getuid() === 0 ? ["--no-sandbox"] : [],
+  args: [`--host-resolver-rules=MAP ${LAN_NAME} 127.0.0.1`, ...(process.getuid() === 0 ? ["--no-sandbox"] : [])],
 });
 stops.unshift(() => browser.close());
 let failed = 0;

@@ -340,9 +340,10 @@ export async function by_keyboard_alone(visit) {
   }
   await press("Enter", "Escape");
   assert.equal((await history(page)).length, 1);
+  // Not on what cannot be undone.
   await press("Enter");
-  await page.locator("#confirm-yes").focus();
-  await press("Enter");
+  assert.equal(await active(), "confirm-no");
+  await press("Shift+Tab", "Enter");
   await says(status(page), "Deleted");
 }
 
@@ -367,8 +368,7 @@ export async function in_german(visit) {
 }
 
 export async function a_host_with_keys(visit) {
-  const { url, key } = visit.target.keyed;
-  const at = { api: url, key };
+  const { url, api, key } = visit.target.keyed;
   const page = await visit.page(null, { url });
   await choose(page, sample("mole-drawn"));
   await page.locator("#send").click();
@@ -385,8 +385,8 @@ export async function a_host_with_keys(visit) {
   await page.locator("#send").click();
   const id = (await (await answer).json()).request_id;
   await says(status(page), "Done.");
-  assert.equal((await get(visit, id, at)).status, 200);
-  assert.equal((await get(visit, id, { api: url, key: null })).status, 401);
+  assert.equal((await get(visit, id, { api, key })).status, 200);
+  assert.equal((await get(visit, id, { api, key: null })).status, 401);
   assert.ok(!JSON.stringify(await page.evaluate(() => ({ ...localStorage }))).includes(key), "the key outlives the tab");
   // Another tab has no key, and so sees nothing.
   const other = await visit.page(visit.contexts[0], { url, key: null });
@@ -401,3 +401,41 @@ export async function a_host_with_keys(visit) {
   await says(status(page, "ask"), "no language model");
 }
 a_host_with_keys.only = "embedded";
+
+// Without a key, where the host lets guests in: photos by their ids, and no questions.
+export async function a_guest(visit) {
+  const { url, api } = visit.target.guests;
+  const page = await visit.page(null, { url });
+  assert.equal(await page.evaluate(() => isSecureContext), false);
+  const id = await send(page, sample("mole-drawn"));
+  await says(status(page), "Done.");
+  assert.equal((await get(visit, id, { api })).status, 200);
+  await page.getByRole("tab", { name: "Ask" }).click();
+  await page.getByLabel("Your question").fill("What is a naevus?");
+  await page.keyboard.press("Enter");
+  await says(status(page, "ask"), "The host does not allow this");
+  await page.getByRole("tab", { name: "History" }).click();
+  await page.locator("#entries").getByRole("button", { name: "Delete" }).click();
+  await page.locator("#confirm-yes").click();
+  await says(status(page, "history"), "Deleted, on the host and here.");
+  assert.equal((await get(visit, id, { api })).status, 404);
+}
+a_guest.only = "embedded";
+
+export async function the_host_dies_and_comes_back(visit) {
+  const { host } = visit.target;
+  const page = await visit.page();
+  visit.target.gate.closed = true;
+  const id = await send(page, sample("mole-drawn"));
+  await says(status(page), "description is being written");
+  await host.kill();
+  try {
+    await says(page.locator("#photo-result"), "No live connection");
+  } finally {
+    visit.target.gate.release();
+    await host.start();
+  }
+  await says(status(page), "Done.");
+  assert.deepEqual((await history(page)).map((entry) => [entry.id, entry.open]), [[id, false]]);
+}
+the_host_dies_and_comes_back.only = "embedded";

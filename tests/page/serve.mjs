@@ -44,10 +44,18 @@ export async function host(environment, { keyed = false } = {}) {
     DATA_DIR: join(folder, "data"), LISTEN_ADDR: "127.0.0.1:0", MODEL_DIR: join(ROOT, "model"), LOG_LEVEL: "warn", ...environment };
   const run = (...words) => spawn(join(ROOT, "target/debug/local"), words, { env, stdio: ["ignore", "pipe", "inherit"] });
   const key = keyed ? (await printed(run("init"), /^(lesion_\S+)/m))[1] : null;
-  const child = run("serve");
-  const ended = new Promise((resolve) => child.once("exit", resolve));
-  const [, url] = await printed(child, /^listening on (\S+)/m);
-  return { url, key, stop: async () => { child.kill(); await ended; rmSync(folder, { recursive: true, force: true }); } };
+  let child, ended;
+  const start = async () => {
+    child = run("serve");
+    ended = new Promise((resolve) => child.once("exit", resolve));
+    const [, url] = await printed(child, /^listening on (\S+)/m);
+    // Where it is found again.
+    env.LISTEN_ADDR = new URL(url).host;
+    return url;
+  };
+  const end = async (signal) => { child.kill(signal); await ended; };
+  const url = await start();
+  return { url, key, start, kill: () => end("SIGKILL"), stop: async () => { await end("SIGTERM"); rmSync(folder, { recursive: true, force: true }); } };
 }
 
 function printed(child, pattern) {
