@@ -156,6 +156,22 @@ export async function what_is_no_picture_is_not_sent(visit) {
   assert.equal(visit.requests.filter((request) => request.url().endsWith("/submit")).length, 0);
 }
 
+export async function a_browser_that_alters_pictures_sends_none(visit) {
+  const context = await visit.context();
+  await context.addInitScript(() => {
+    const read = CanvasRenderingContext2D.prototype.getImageData;
+    CanvasRenderingContext2D.prototype.getImageData = function (...area) {
+      const picture = read.apply(this, area);
+      picture.data[40] ^= 1;
+      return picture;
+    };
+  });
+  const page = await visit.page(context);
+  await page.locator("#file").setInputFiles(sample("mole-drawn"));
+  await says(status(page), "alters pictures");
+  assert.equal(await page.locator("#check").isVisible(), false);
+}
+
 export async function offline_and_back(visit) {
   const page = await visit.page();
   const context = visit.contexts[0];
