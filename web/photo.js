@@ -39,9 +39,9 @@ export function render() {
   showDraft();
 }
 
-export function show(id) {
+export function show(id, words) {
   discard();
-  view.show(id, { photo: photos.get(id) });
+  view.show(id, { photo: photos.get(id), words });
   $("choose").hidden = true;
 }
 
@@ -150,7 +150,7 @@ async function send() {
       history.add(id, "photo");
       photos.set(id, sent.address);
       if (draft !== sent) return;
-      show(id);
+      show(id, () => t("status.pending"));
       $("photo-heading").focus();
       return;
     } catch (error) {
