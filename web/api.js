@@ -22,7 +22,7 @@ export class ApiError extends Error {
 
   // Whether the same request may do later.
   get passes() {
-    return this.code === "network" || this.status === 429 || this.status === 503;
+    return this.code === "network" || this.code === "unavailable" || this.status === 429;
   }
 }
 
@@ -56,12 +56,14 @@ export async function request(method, path, { body, headers = {}, signal, timeou
   const end = () => ending.abort();
   const timer = setTimeout(end, timeoutMs);
   signal?.addEventListener("abort", end);
-  let response, text;
+  let response, json;
   try {
     response = await fetch(config.api + path, {
       method, body, headers: all, signal: ending.signal, credentials: "omit", cache: "no-store", redirect: "error",
     });
-    text = await response.text();
+    const text = await response.text();
+    // What stands between may answer in words of its own.
+    try { json = text ? JSON.parse(text) : null; } catch { json = null; }
   } catch {
     throw new ApiError("network");
   } finally {
@@ -69,12 +71,12 @@ export async function request(method, path, { body, headers = {}, signal, timeou
     signal?.removeEventListener("abort", end);
   }
   if (response.ok || response.status === 304) {
-    return { status: response.status, headers: response.headers, json: text ? JSON.parse(text) : null };
+    if (json === null && response.status === 200) throw new ApiError("unavailable", response.status);
+    return { status: response.status, headers: response.headers, json };
   }
   const retryAfter = Number(response.headers.get("retry-after")) || 0;
-  let error;
-  try { error = JSON.parse(text).error; } catch { error = undefined; }
-  const failure = new ApiError(error?.code ?? "unavailable", response.status, error, retryAfter);
+  const unsaid = response.status === 429 || response.status >= 500 ? "unavailable" : "unknown";
+  const failure = new ApiError(json?.error?.code ?? unsaid, response.status, json?.error, retryAfter);
   if (response.status === 401) for (const listener of listeners) listener();
   throw failure;
 }
@@ -86,5 +88,12 @@ export async function submit(body, contentType, idempotencyKey) {
   const headers = { "content-type": contentType, "idempotency-key": idempotencyKey };
   return (await request("POST", "/submit", { body, headers })).json.request_id;
 }
+
+// So many milliseconds, or until there is a connection again.
+export const pause = (ms) => new Promise((resolve) => {
+  const done = () => { clearTimeout(timer); removeEventListener("online", done); resolve(); };
+  const timer = setTimeout(done, ms);
+  addEventListener("online", done);
+});
 
 export const erase = (id) => request("DELETE", `/result/${encodeURIComponent(id)}`);

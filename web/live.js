@@ -1,5 +1,5 @@
 // Follows jobs until they end: over a WebSocket, and by long poll for as long as there is none.
-import { random, request, resolve } from "./api.js";
+import { pause, random, request, resolve } from "./api.js";
 
 const POLL_SECONDS = 25;
 // After so long without a word the job is asked for: frames may be lost.
@@ -194,10 +194,3 @@ async function poll(id) {
     }
   }
 }
-
-// Or until there is a connection again.
-const pause = (ms) => new Promise((resolve) => {
-  const done = () => { clearTimeout(timer); removeEventListener("online", done); resolve(); };
-  const timer = setTimeout(done, ms);
-  addEventListener("online", done);
-});

@@ -1,5 +1,5 @@
 // The first tab: a photo is chosen, made smaller, looked at, and sent.
-import { random, submit } from "./api.js";
+import { pause, random, submit } from "./api.js";
 import { $, el } from "./dom.js";
 import * as history from "./history.js";
 import { measure, reasons } from "./quality.js";
@@ -165,10 +165,3 @@ async function send() {
     }
   }
 }
-
-// Or until there is a connection again.
-const pause = (ms) => new Promise((resolve) => {
-  const done = () => { clearTimeout(timer); removeEventListener("online", done); resolve(); };
-  const timer = setTimeout(done, ms);
-  addEventListener("online", done);
-});

@@ -106,6 +106,7 @@ async fn serve() -> anyhow::Result<()> {
     };
     host.run(stop, |address| {
         println!("listening on http://{address}");
+        println!("  page         http://{address}/");
         println!("  description  http://{address}/openapi.json");
         println!("  data         {}", data_dir.display());
         println!("  model        {} {} ({})", model.manifest.name, model.manifest.version, model.digest);

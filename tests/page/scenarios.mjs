@@ -211,6 +211,21 @@ export async function long_poll_where_there_is_no_socket(visit) {
 }
 
 // The socket alone tells: nothing is polled while it is there.
+// A proxy that answers for a host which is away, in words of its own.
+export async function a_gateway_in_trouble_is_waited_for(visit) {
+  const page = await visit.page();
+  let refusals = 1;
+  await page.route(/\/submit$|\/result\//, (route) => (refusals-- > 0 && route.request().method() !== "OPTIONS"
+    ? route.fulfill({ status: 502, contentType: "text/html", body: "<h1>Bad Gateway</h1>" })
+    : route.continue()));
+  await choose(page, sample("mole-drawn"));
+  await page.locator("#send").click();
+  // From another origin a browser does not say what it was.
+  await says(status(page), /host is busy|no connection/);
+  await says(status(page), "Done.");
+  assert.equal((await history(page)).length, 1);
+}
+
 export async function told_over_the_socket(visit) {
   const page = await visit.page();
   visit.target.gate.closed = true;
