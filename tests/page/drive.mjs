@@ -4,8 +4,9 @@ import { mkdirSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { Visit } from "./visit.mjs";
-import * as scenarios from "./scenarios.mjs";
+import * as results from "./results.mjs";
 import { host, model, pages } from "./serve.mjs";
+import * as troubles from "./troubles.mjs";
 
 const require = createRequire(`${process.env.PAGE_MODULES}/`);
 const { chromium } = require("playwright-core");
@@ -54,7 +55,7 @@ let failed = 0;
 try {
   const target = await (process.env.API_URL ? stage() : embedded());
   const wanted = process.argv.slice(2);
-  for (const [name, scenario] of Object.entries(scenarios)) {
+  for (const [name, scenario] of Object.entries({ ...results, ...troubles })) {
     if (wanted.length ? !wanted.includes(name) : scenario.only && scenario.only !== target.name) continue;
     const visit = new Visit({ browser, target, axe, screenshot: (what) => join(screenshots, `${target.name}-${name}-${what}.png`) });
     const from = performance.now();
