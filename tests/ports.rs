@@ -39,6 +39,7 @@ pub fn new_job(caller: &str, now: Timestamp) -> Job {
         trace_id: String::new(),
         describe: true,
         idempotency_key: None,
+        callback_url: None,
         input: Input::Photo(photo),
     };
     Job::new(new, now, &Policy::default())
@@ -52,6 +53,7 @@ pub fn new_prompt(caller: &str, now: Timestamp) -> Job {
         trace_id: String::new(),
         describe: false,
         idempotency_key: None,
+        callback_url: None,
         input: Input::Prompt(stored),
     };
     Job::new(new, now, &Policy::default())

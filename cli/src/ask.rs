@@ -37,6 +37,9 @@ pub(crate) struct Ask {
     /// What the answer must be; one that is not the JSON that was asked for fails the job.
     #[arg(long, value_name = "text|json", value_parser = format, default_value = "text")]
     format: AnswerFormat,
+    /// Where the host is to tell of the end, by a webhook.
+    #[arg(long, value_name = "URL")]
+    callback_url: Option<String>,
     /// Print the id at once instead.
     #[arg(long)]
     no_wait: bool,
@@ -46,9 +49,10 @@ pub(crate) struct Ask {
 }
 
 pub(crate) async fn run(client: &Client, ask: Ask, json: bool) -> anyhow::Result<u8> {
-    let Ask { prompt, system, max_tokens, temperature, format, no_wait, timeout } = ask;
+    let Ask { prompt, system, max_tokens, temperature, format, callback_url, no_wait, timeout } = ask;
     let prompt = if prompt == "-" { from_stdin()? } else { prompt };
-    let id = client.submit_prompt(&PromptBody { prompt, system, max_tokens, temperature, format }).await?;
+    let body = PromptBody { prompt, system, max_tokens, temperature, format, callback_url };
+    let id = client.submit_prompt(&body).await?;
     if no_wait {
         if json {
             println!("{}", serde_json::json!({"request_id": id}))

@@ -89,14 +89,24 @@ impl Client {
 
     /// Submits a photo under a key of its own, so that a repeated call makes no second job. One that
     /// is too large for a request is uploaded first.
-    pub(crate) async fn submit(&self, photo: Vec<u8>, describe: bool) -> Result<Uuid, Problem> {
+    pub(crate) async fn submit(
+        &self,
+        photo: Vec<u8>,
+        describe: bool,
+        callback_url: Option<&str>,
+    ) -> Result<Uuid, Problem> {
         if photo.len() > MAX_PHOTO_BYTES {
-            let body = ImageKeyBody { image_key: self.upload(photo).await?, describe };
+            let (image_key, callback_url) = (self.upload(photo).await?, callback_url.map(str::to_owned));
+            let body = ImageKeyBody { image_key, describe, callback_url };
             // The image key does what an Idempotency-Key would.
             return self.submitted(|| self.request(Method::POST, "/submit").json(&body)).await;
         }
         let key = Uuid::new_v4().to_string();
-        let path = format!("/submit?describe={describe}");
+        let mut path = format!("/submit?describe={describe}");
+        if let Some(url) = callback_url {
+            path.push_str("&callback_url=");
+            path.extend(form_urlencoded::byte_serialize(url.as_bytes()));
+        }
         let build = || {
             // The server reads the format from the bytes.
             self.request(Method::POST, &path)

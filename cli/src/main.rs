@@ -72,6 +72,9 @@ enum Command {
         /// Ask for no description.
         #[arg(long)]
         no_describe: bool,
+        /// Where the host is to tell of each end, by a webhook.
+        #[arg(long, value_name = "URL")]
+        callback_url: Option<String>,
         #[command(flatten)]
         wait: Wait,
     },
@@ -135,7 +138,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
     let client = Client::new(&arguments.api, arguments.api_key.as_deref())?;
     let json = arguments.json;
     match arguments.command {
-        Command::Submit { photos, no_describe, wait } => submit(&client, &photos, !no_describe, &wait, json).await,
+        Command::Submit { photos, no_describe, callback_url, wait } => {
+            let terms = Terms { describe: !no_describe, callback_url };
+            submit(&client, &photos, &terms, &wait, json).await
+        }
         Command::Result { id, map, wait } => result(&client, id, map.as_deref(), &wait, json).await,
         Command::Ask(ask) => ask::run(&client, ask, json).await,
         Command::List { limit } => {
@@ -159,12 +165,18 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
     }
 }
 
-async fn submit(client: &Client, photos: &[PathBuf], describe: bool, wait: &Wait, json: bool) -> anyhow::Result<u8> {
+/// What is wanted of each photo.
+struct Terms {
+    describe: bool,
+    callback_url: Option<String>,
+}
+
+async fn submit(client: &Client, photos: &[PathBuf], terms: &Terms, wait: &Wait, json: bool) -> anyhow::Result<u8> {
     let mut code = 0;
     let mut submitted = Vec::new();
     for photo in photos {
         // One photo that cannot be sent must not keep the others back.
-        match send(client, photo, describe).await {
+        match send(client, photo, terms).await {
             Ok(id) => submitted.push((photo, id)),
             Err(error) => {
                 eprintln!("lesion: {}: {error:#}", photo.display());
@@ -202,9 +214,9 @@ async fn submit(client: &Client, photos: &[PathBuf], describe: bool, wait: &Wait
     Ok(results.iter().map(|(_, result)| exit_code(result)).fold(code, u8::max))
 }
 
-async fn send(client: &Client, photo: &PathBuf, describe: bool) -> anyhow::Result<Uuid> {
+async fn send(client: &Client, photo: &PathBuf, terms: &Terms) -> anyhow::Result<Uuid> {
     let bytes = std::fs::read(photo)?;
-    Ok(client.submit(bytes, describe).await?)
+    Ok(client.submit(bytes, terms.describe, terms.callback_url.as_deref()).await?)
 }
 
 async fn result(client: &Client, id: Uuid, map: Option<&Path>, wait: &Wait, json: bool) -> anyhow::Result<u8> {

@@ -30,6 +30,7 @@ use notify::Notify;
 use result::Results;
 use shared::auth::{Access, Checks, Tokens};
 use shared::cache::PredictionCache;
+use shared::callback::Destinations;
 use shared::clock::Clock;
 use shared::config::Env;
 use shared::embedded::{DirBlobStore, Hub, SqliteCallers, SqliteJobQueue, SqliteJobStore};
@@ -42,6 +43,8 @@ use sweep::Sweep;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use webhook::Webhook;
+use webhook::courier::Courier;
 
 pub use config::Config;
 pub use init::init;
@@ -81,7 +84,10 @@ pub struct Host {
     pub hub: Hub,
     pub socket: Arc<Socket<Store, Queue, Blobs, Keys, Hub, Hub>>,
     pub tickets: Arc<TicketDesk<Hub>>,
-    pub notify: Notify<Store, Hub, Hub>,
+    pub notify: Notify<Store, Hub, Hub, Queue>,
+    /// The queue before webhook.
+    pub webhooks: Queue,
+    pub webhook: Webhook<Store, Queue>,
     pub model: Arc<Model>,
     /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
     /// with one memory cache each.
@@ -102,6 +108,7 @@ impl Host {
         let store = SqliteJobStore::open(&data_dir.join("jobs.sqlite"))?;
         // Above MAX_ATTEMPTS, or the queue gives a job up before the job's own attempts are used up.
         let queue = SqliteJobQueue::open(&data_dir.join("queue.sqlite"), clock.clone(), policy.max_attempts * 2 + 5)?;
+        let webhooks = SqliteJobQueue::open(&data_dir.join("webhooks.sqlite"), clock.clone(), webhook::MAX_TRIES)?;
         let secret = data::secret(data_dir)?;
         let blobs = DirBlobStore::open(&data_dir.join("blobs"), &secret)?;
 
@@ -120,6 +127,7 @@ impl Host {
             policy,
             max_queued_bytes: config.max_queued_bytes,
             has_llm: !llm.is_offline(),
+            destinations: Destinations::from_env(env)?,
             upload_turns: Semaphore::new(UPLOAD_TURNS),
         };
         let results =
@@ -152,8 +160,14 @@ impl Host {
             cache: Cache::default(),
             on_leave: OnLeave::Cancel,
         };
-        let admin =
-            Admin { jobs: store.clone(), queue: queue.clone(), callers, clock: clock.clone(), policy: config.policy };
+        let admin = Admin {
+            jobs: store.clone(),
+            queue: queue.clone(),
+            webhooks: webhooks.clone(),
+            callers,
+            clock: clock.clone(),
+            policy: config.policy,
+        };
         let socket = Socket {
             jobs: store.clone(),
             queue: queue.clone(),
@@ -167,7 +181,15 @@ impl Host {
             has_llm: submit.has_llm,
         };
         let tickets = TicketDesk { connections: hub.clone(), clock: clock.clone(), url: "/ws".to_owned() };
-        let notify = Notify { jobs: store.clone(), connections: hub.clone(), push: hub.clone() };
+        let notify =
+            Notify { jobs: store.clone(), connections: hub.clone(), push: hub.clone(), webhooks: webhooks.clone() };
+        let webhook = Webhook {
+            jobs: store.clone(),
+            queue: webhooks.clone(),
+            courier: Courier::from_env(env)?,
+            clock: clock.clone(),
+            policy,
+        };
         Ok(Self {
             config,
             clock,
@@ -186,6 +208,8 @@ impl Host {
             socket: Arc::new(socket),
             tickets: Arc::new(tickets),
             notify,
+            webhooks,
+            webhook,
             model,
             _lock: lock,
         })
@@ -217,6 +241,9 @@ impl Host {
         }
         tasks.spawn(feed::enrichment(Arc::clone(&host), stopped.clone()));
         tasks.spawn(sockets::notify(Arc::clone(&host), stopped.clone()));
+        for _ in 0..workers::WEBHOOKS {
+            tasks.spawn(workers::webhooks(Arc::clone(&host), stopped.clone()));
+        }
         tasks.spawn(workers::sweep(Arc::clone(&host), stopped.clone()));
         tasks.spawn(workers::housekeeping(Arc::clone(&host), stopped.clone()));
         let mut server_stopped = stopped;

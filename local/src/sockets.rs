@@ -2,10 +2,10 @@
 //! and sends what lies in each one's outbox. And what stands there between the table's stream and
 //! `notify`.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lambda_events::event::streams::DynamoDbBatchItemFailure;
 use axum::Router;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
@@ -15,7 +15,7 @@ use axum::routing::get;
 use serde::Deserialize;
 use serde_json::json;
 use shared::Error;
-use shared::embedded::Outbox;
+use shared::embedded::{Outbox, Writes};
 use shared::error::Code;
 use shared::http::{exchanged, request_id};
 use shared::push::MAX_FRAME_BYTES;
@@ -141,22 +141,25 @@ async fn sent(socket: &mut WebSocket, message: Message) -> bool {
     matches!(timeout(SEND_TIMEOUT, socket.send(message)).await, Ok(Ok(())))
 }
 
-/// Tells of every record that is written, in the order of their ids.
+/// Tells of every record that is written, in the order of their ids, and has ends delivered.
 pub(crate) async fn notify(host: Arc<Host>, mut stopped: Receiver<bool>) {
-    let mut untold = BTreeSet::new();
+    let mut untold = Writes::new();
     while !*stopped.borrow() {
-        let written = tokio::select! {
+        let mut written = tokio::select! {
             written = host.store.written() => written,
             // What could not be told is told again.
-            () = tokio::time::sleep(PAUSE), if !untold.is_empty() => BTreeSet::new(),
+            () = tokio::time::sleep(PAUSE), if !untold.is_empty() => Writes::new(),
             _ = stopped.wait_for(|stopped| *stopped) => break,
         };
-        // Nobody to tell; who connects now is told the latest state when it subscribes.
+        // Nobody to tell over a connection; who connects now is told the latest state when it subscribes.
         if host.hub.is_empty() {
-            untold.clear();
-            continue;
+            written.retain(|_, dispatch| dispatch.is_some());
+            untold.retain(|_, dispatch| dispatch.is_some());
         }
         untold.extend(written);
+        if untold.is_empty() {
+            continue;
+        }
         let event = match serde_json::from_value(event(&untold)) {
             Ok(event) => event,
             Err(error) => {
@@ -166,19 +169,21 @@ pub(crate) async fn notify(host: Arc<Host>, mut stopped: Receiver<bool>) {
             }
         };
         let failures = host.notify.handle(event).await.batch_item_failures;
-        untold = failures
-            .into_iter()
-            .filter_map(|failure| Uuid::parse_str(failure.item_identifier.as_deref()?).ok())
-            .collect();
+        let failed = |failure: DynamoDbBatchItemFailure| Uuid::parse_str(failure.item_identifier.as_deref()?).ok();
+        let failed: Vec<Uuid> = failures.into_iter().filter_map(failed).collect();
+        untold.retain(|id, _| failed.contains(id));
     }
     host.hub.shut();
 }
 
 /// The writes in the shape of DynamoDB Streams.
-fn event(ids: &BTreeSet<Uuid>) -> serde_json::Value {
-    let record =
-        |id: &Uuid| json!({"eventName": "MODIFY", "dynamodb": {"Keys": {"id": {"S": id}}, "SequenceNumber": id}});
-    json!({"Records": ids.iter().map(record).collect::<Vec<_>>()})
+fn event(writes: &Writes) -> serde_json::Value {
+    let record = |(id, dispatch): (&Uuid, &Option<&str>)| {
+        let image = dispatch.map_or(json!({}), |dispatch| json!({"dispatch": {"S": dispatch}}));
+        let change = json!({"Keys": {"id": {"S": id}}, "NewImage": image, "SequenceNumber": id});
+        json!({"eventName": "MODIFY", "dynamodb": change})
+    };
+    json!({"Records": writes.iter().map(record).collect::<Vec<_>>()})
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
-use aws_lambda_events::event::sqs::{SqsEvent, SqsMessage};
+use aws_lambda_events::event::sqs::{SqsBatchResponse, SqsEvent, SqsMessage};
 use chrono::TimeDelta;
 use futures_util::future::join_all;
 use shared::Error;
@@ -15,7 +15,7 @@ use shared::job::Job;
 use shared::transition::{NotMoved, transition};
 use tokio::sync::watch::Receiver;
 
-use crate::Host;
+use crate::{Host, Queue};
 
 /// How often a loop looks without being rung: messages become visible in silence.
 pub(crate) const POLL: Duration = Duration::from_millis(500);
@@ -26,6 +26,10 @@ const LATE_UPLOAD_TTL: TimeDelta = TimeDelta::days(1);
 /// Messages under way for each photo on the processor: while one is worked, others are received,
 /// claimed, finished and acknowledged, and share the flushes that this takes.
 pub(crate) const AHEAD: usize = 16;
+/// Webhooks that are sent at once.
+pub(crate) const WEBHOOKS: usize = 8;
+/// Longer than one may take.
+const WEBHOOK_VISIBILITY: TimeDelta = TimeDelta::seconds(60);
 /// Beyond the lease, so that a message comes back after its worker has given up.
 const VISIBILITY_MARGIN: TimeDelta = TimeDelta::seconds(10);
 
@@ -53,7 +57,7 @@ pub(crate) async fn take_over(host: &Host) -> Result<(), Error> {
         }
     };
     join_all(leased.iter().map(lapse)).await.into_iter().collect::<Result<(), _>>()?;
-    let shown = host.queue.show_received().await?;
+    let shown = host.queue.show_received().await? + host.webhooks.show_received().await?;
     crash::here(Point::StartMessagesShown);
     if !leased.is_empty() || shown > 0 {
         tracing::warn!(jobs = leased.len(), messages = shown, "work was cut off at the last end; it is taken up now");
@@ -61,16 +65,35 @@ pub(crate) async fn take_over(host: &Host) -> Result<(), Error> {
     Ok(())
 }
 
-pub(crate) async fn inference(host: Arc<Host>, mut stopped: Receiver<bool>) {
+pub(crate) async fn inference(host: Arc<Host>, stopped: Receiver<bool>) {
     let lease = host.config.policy.lease;
+    let work = |event| host.inference.handle(event, host.clock.now() + lease);
+    consume(&host.queue, lease + VISIBILITY_MARGIN, work, stopped).await;
+}
+
+/// Beside inference and with a queue of its own: a receiver that takes its time holds up no photo.
+pub(crate) async fn webhooks(host: Arc<Host>, stopped: Receiver<bool>) {
+    let work = |event| host.webhook.handle(event);
+    consume(&host.webhooks, WEBHOOK_VISIBILITY, work, stopped).await;
+}
+
+async fn consume<F: Future<Output = SqsBatchResponse> + Send>(
+    queue: &Queue,
+    visibility: TimeDelta,
+    work: impl Fn(SqsEvent) -> F,
+    mut stopped: Receiver<bool>,
+) {
     while !*stopped.borrow() {
-        match host.queue.receive(lease + VISIBILITY_MARGIN).await {
+        match queue.receive(visibility).await {
             Ok(Some(delivery)) => {
-                if let Err(error) = work_delivery(&host, delivery).await {
+                let failures = work(sqs_event(&delivery)).await.batch_item_failures;
+                if failures.is_empty()
+                    && let Err(error) = acknowledge(queue, &delivery).await
+                {
                     failed("message not acknowledged", &error);
                 }
             }
-            Ok(None) => idle(host.queue.sent(), POLL, &mut stopped).await,
+            Ok(None) => idle(queue.sent(), POLL, &mut stopped).await,
             Err(error) => {
                 failed("queue not read", &error);
                 idle(std::future::pending(), PAUSE, &mut stopped).await;
@@ -79,14 +102,9 @@ pub(crate) async fn inference(host: Arc<Host>, mut stopped: Receiver<bool>) {
     }
 }
 
-async fn work_delivery(host: &Host, delivery: Delivery) -> Result<(), Error> {
-    let deadline = host.clock.now() + host.config.policy.lease;
-    let response = host.inference.handle(sqs_event(&delivery), deadline).await;
-    if response.batch_item_failures.is_empty() {
-        crash::here(Point::QueueBeforeAck);
-        host.queue.acknowledge(&delivery.receipt).await?;
-    }
-    Ok(())
+async fn acknowledge(queue: &Queue, delivery: &Delivery) -> Result<(), Error> {
+    crash::here(Point::QueueBeforeAck);
+    queue.acknowledge(&delivery.receipt).await
 }
 
 fn sqs_event(delivery: &Delivery) -> SqsEvent {

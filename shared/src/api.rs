@@ -61,6 +61,10 @@ pub struct PhotoBody {
     #[serde(default = "yes")]
     #[schema(default = true)]
     pub describe: bool,
+    /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 2048, example = "https://hooks.example/lesion")]
+    pub callback_url: Option<String>,
 }
 
 /// A photo that was uploaded before.
@@ -73,6 +77,10 @@ pub struct ImageKeyBody {
     #[serde(default = "yes")]
     #[schema(default = true)]
     pub describe: bool,
+    /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 2048, example = "https://hooks.example/lesion")]
+    pub callback_url: Option<String>,
 }
 
 /// `POST /uploads`: the photo that is to be uploaded.

@@ -83,6 +83,12 @@ points! {
     SocketClosed = "socket.closed",
     NotifyPushed = "notify.pushed",
     NotifyClosed = "notify.closed",
+    NotifyQueued = "notify.queued",
+    WebhookAnswered = "webhook.answered",
+    WebhookSettled = "webhook.settled",
+    WebhookPostponed = "webhook.postponed",
+    WebhookHidden = "webhook.hidden",
+    WebhookGivenUp = "webhook.given_up",
 }
 
 /// The point, and how often it is still to be met.

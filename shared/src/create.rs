@@ -48,6 +48,8 @@ pub struct Draft<'a> {
     pub describe: bool,
     pub idempotency: Option<Idempotency>,
     pub upload: Option<Upload>,
+    /// Where to tell of the end, checked.
+    pub callback_url: Option<String>,
 }
 
 /// A prompt on its way.
@@ -59,6 +61,8 @@ pub struct PromptDraft<'a> {
     pub request: &'a PromptRequest,
     /// The connection that asked, which is told the text as it comes.
     pub connection: Option<String>,
+    /// Where to tell of the end, checked.
+    pub callback_url: Option<String>,
 }
 
 /// What an idempotency key was used for, besides the bytes.
@@ -66,6 +70,15 @@ pub struct PromptDraft<'a> {
 pub enum Kind {
     Photo { describe: bool },
     Prompt,
+}
+
+/// What a request asks for: the same under the same key is the same request.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    pub kind: Kind,
+    /// The bytes of the photo or the prompt, or where the photo was uploaded.
+    pub content: &'a [u8],
+    pub callback_url: Option<&'a str>,
 }
 
 /// What is wrong with a prompt, whoever sends it.
@@ -89,7 +102,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Maker<'_, J, Q, B> {
     /// 403 for guests, 404 where there is no LLM, 409 for a key of other content, 429 where too much
     /// is queued, or [`Code::Unavailable`]; the client may repeat the request then.
     pub async fn make_prompt(&self, draft: PromptDraft<'_>) -> Result<Uuid, Error> {
-        let PromptDraft { now, caller, key, request, connection } = draft;
+        let PromptDraft { now, caller, key, request, connection, callback_url } = draft;
         if caller.is_guest() {
             return Err(Error::new(Code::Forbidden, "The LLM answers to callers with credentials."));
         }
@@ -98,7 +111,8 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Maker<'_, J, Q, B> {
         }
         let id = job::new_id(now);
         let bytes = serde_json::to_vec(request).map_err(Error::internal)?;
-        let idempotency = key.map(|key| idempotency_item(caller, key, (Kind::Prompt, &bytes), id, now));
+        let asked = Asked { kind: Kind::Prompt, content: &bytes, callback_url: callback_url.as_deref() };
+        let idempotency = key.map(|key| idempotency_item(caller, key, asked, id, now));
         if let Some(item) = &idempotency
             && let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await?
         {
@@ -108,7 +122,8 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Maker<'_, J, Q, B> {
         let stored = StoredPrompt { size_bytes: bytes.len() as u64, expires_at, connection };
         self.blobs.put(&job::prompt_key(id), bytes).await?;
         crash::here(Point::SubmitPromptStored);
-        self.make(Draft { id, now, caller, describe: false, idempotency, upload: None }, Input::Prompt(stored)).await
+        let draft = Draft { id, now, caller, describe: false, idempotency, upload: None, callback_url };
+        self.make(draft, Input::Prompt(stored)).await
     }
 
     /// Writes the job of what was stored, and sends its message.
@@ -116,10 +131,11 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Maker<'_, J, Q, B> {
     /// # Errors
     /// Where the record could not be written, or may not be.
     pub async fn make(&self, draft: Draft<'_>, input: Input) -> Result<Uuid, Error> {
-        let Draft { id, now, caller, describe, idempotency, upload } = draft;
+        let Draft { id, now, caller, describe, idempotency, upload, callback_url } = draft;
         let trace_id = crate::http::request_id();
         let idempotency_key = idempotency.as_ref().map(|item| item.key.clone());
-        let new = NewJob { id, caller: caller.0.clone(), trace_id, describe, idempotency_key, input };
+        let caller = caller.0.clone();
+        let new = NewJob { id, caller, trace_id, describe, idempotency_key, callback_url, input };
         let job = Job::new(new, now, self.policy);
         let max_queued_bytes = self.max_queued_bytes;
         let creation = Creation { job, idempotency: idempotency.clone(), upload, max_queued_bytes };
@@ -164,19 +180,22 @@ async fn create_job(jobs: &impl JobStore, queue: &impl JobQueue, creation: Creat
 
 /// What remembers that this caller has used `key` for this content.
 #[must_use]
-pub fn idempotency_item(
-    caller: &Caller,
-    key: String,
-    (kind, content): (Kind, &[u8]),
-    id: Uuid,
-    now: Timestamp,
-) -> Idempotency {
+pub fn idempotency_item(caller: &Caller, key: String, asked: Asked<'_>, id: Uuid, now: Timestamp) -> Idempotency {
     let mut hash = Sha256::new();
-    hash.update([match kind {
+    let kind = match asked.kind {
         Kind::Photo { describe } => u8::from(describe),
         Kind::Prompt => 2,
-    }]);
-    hash.update(content);
+    };
+    match asked.callback_url {
+        None => hash.update([kind]),
+        Some(url) => {
+            // With its length, so that it cannot be taken for a part of the content.
+            hash.update([kind + 4]);
+            hash.update((url.len() as u64).to_le_bytes());
+            hash.update(url);
+        }
+    }
+    hash.update(asked.content);
     let fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     Idempotency { caller: caller.0.clone(), key, fingerprint, id, expires_at: now + IDEMPOTENCY_TTL }
 }

@@ -12,8 +12,10 @@
 //! any open state ─▶ failed {retryable} ─redrive─▶ pending | awaiting_description
 //! ```
 //!
-//! A photo starts as `pending`, a prompt as `awaiting_description`.
+//! A photo starts as `pending`, a prompt as `awaiting_description`. What is told of the end, and to whom,
+//! is in `callback.rs`.
 
+mod callback;
 mod machine;
 mod prompt;
 
@@ -23,6 +25,7 @@ use uuid::Uuid;
 
 use crate::clock::{Timestamp, from_millis};
 
+pub use callback::{Callback, Delivery, DeliveryOutcome};
 pub use machine::{InferenceOutcome, Policy, Refused, SweepAction};
 pub use prompt::{AnswerContent, LlmAnswer, LlmTrouble, StoredPrompt, answer_key, prompt_key};
 
@@ -72,6 +75,8 @@ pub enum Stage {
 #[serde(rename_all = "snake_case")]
 pub enum Dispatch {
     Enrichment,
+    /// The delivery of a job's end.
+    Webhook,
 }
 
 impl Dispatch {
@@ -80,6 +85,7 @@ impl Dispatch {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Enrichment => "enrichment",
+            Self::Webhook => "webhook",
         }
     }
 }
@@ -354,7 +360,8 @@ pub struct Job {
     pub updated_at: Timestamp,
     /// After this moment an open job is ended.
     pub deadline_at: Timestamp,
-    /// When sweep looks at the job; set in every open state, absent in every final one.
+    /// When sweep looks at the job; set in every open state, and in a final one for as long as somebody
+    /// is still to be told of it.
     pub due_at: Option<Timestamp>,
     /// Until when the holder of `claim` may work undisturbed.
     pub lease_until: Option<Timestamp>,
@@ -368,6 +375,9 @@ pub struct Job {
     pub describe: bool,
     /// Names the idempotency item, which goes when the job is deleted.
     pub idempotency_key: Option<String>,
+    /// Who wants to be told of the end over HTTP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub callback: Option<Callback>,
     #[serde(flatten)]
     pub input: Input,
     pub quality: Option<Quality>,
@@ -524,6 +534,8 @@ pub struct NewJob {
     pub trace_id: String,
     pub describe: bool,
     pub idempotency_key: Option<String>,
+    /// Where to tell of the end.
+    pub callback_url: Option<String>,
     pub input: Input,
 }
 

@@ -1,4 +1,4 @@
-//! What travels through the queue: ids only, tagged and versioned, because a deploy meets
+//! What travels through the queues: ids only, tagged and versioned, because a deploy meets
 //! yesterday's messages.
 
 use serde::{Deserialize, Serialize};
@@ -7,7 +7,7 @@ use uuid::Uuid;
 /// The version that this build writes and reads.
 const VERSION: u8 = 1;
 
-/// A request to the inference function.
+/// A request to the function behind a queue: to inference, and the last to webhook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Message {
@@ -15,6 +15,8 @@ pub enum Message {
     Infer { id: Uuid },
     /// Erase what the cache holds of this deleted job.
     Forget { id: Uuid },
+    /// Tell who asked for it that this job has ended.
+    Deliver { id: Uuid },
 }
 
 #[derive(Serialize, Deserialize)]

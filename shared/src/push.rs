@@ -1,16 +1,17 @@
-//! What is told to whom of a job, unasked: the frames of a WebSocket, and the one place that decides
-//! who gets which. Pure, no clock, no I/O.
+//! What is told to whom of a job, unasked: the frames of a WebSocket, the event of a webhook, and the one
+//! place that decides who gets which. Pure, no clock, no I/O.
 //!
 //! Every frame is JSON of at most [`MAX_FRAME_BYTES`] with `v` and `type`. Delivery is at least once
-//! and in no promised order: what is about a job carries the record's version as `seq`, and a client
-//! drops what is older than what it has.
+//! and in no promised order: what is about a job carries its version as `seq`, and a client drops what is older than what it has. The number is that of [`Job::seq`], so that what is written about a
+//! delivery is no news.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::api::JobResult;
+use crate::clock::Timestamp;
 use crate::error::{Code, Error};
-use crate::job::{AnswerContent, Job, Record, Status};
+use crate::job::{AnswerContent, DeliveryOutcome, Job, Record, Status};
 
 /// The version of the frames; a client refuses one that it does not know.
 pub const VERSION: u32 = 1;
@@ -18,6 +19,8 @@ pub const VERSION: u32 = 1;
 pub const MAX_FRAME_BYTES: usize = 32 * 1024;
 /// Text that certainly fits into a frame: JSON writes a byte as six at most (`\u0000`).
 const MAX_TEXT_BYTES: usize = 5 * 1024;
+/// The largest event of a webhook: Standard Webhooks recommends to stay below 20 kB.
+pub const MAX_EVENT_BYTES: usize = 20_000;
 /// The most jobs that one connection may be subscribed to.
 pub const MAX_SUBSCRIPTIONS: usize = 500;
 
@@ -94,24 +97,95 @@ impl Frame {
     }
 
     fn ended(job: &Job) -> Self {
-        let (request_id, seq, status) = (job.id, job.version, job.status);
-        let text = match job.answer.as_ref().map(|answer| &answer.content) {
-            None => None,
-            Some(AnswerContent::Text(text)) => Some(text.clone()),
-            // A blob is larger than any frame.
-            Some(AnswerContent::Blob { .. }) => return Self::elsewhere(job),
-        };
-        let result = Box::new(JobResult::from(job).with_content(text));
-        let frame = Self::Result { request_id, seq, status, result };
-        match frame.to_json() {
-            Ok(json) if json.len() <= MAX_FRAME_BYTES => frame,
-            _ => Self::elsewhere(job),
+        let (request_id, seq, status) = (job.id, job.seq(), job.status);
+        if let Some(result) = result(job) {
+            let frame = Self::Result { request_id, seq, status, result };
+            if frame.to_json().is_ok_and(|json| json.len() <= MAX_FRAME_BYTES) {
+                return frame;
+            }
         }
+        Self::ResultElsewhere { request_id, seq, status, location: location(job) }
+    }
+}
+
+/// What `GET /result/{request_id}` answers, but without the link to a map; `None` where it is not all in
+/// the record.
+fn result(job: &Job) -> Option<Box<JobResult>> {
+    let text = match job.answer.as_ref().map(|answer| &answer.content) {
+        None => None,
+        Some(AnswerContent::Text(text)) => Some(text.clone()),
+        // A blob is larger than any frame or event.
+        Some(AnswerContent::Blob { .. }) => return None,
+    };
+    Some(Box::new(JobResult::from(job).with_content(text)))
+}
+
+fn location(job: &Job) -> String {
+    format!("/result/{}", job.id)
+}
+
+/// The body of a webhook, in the shape that Standard Webhooks recommends.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// `job.` and the state in which the job has ended.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// When the job ended.
+    pub timestamp: Timestamp,
+    pub data: EventData,
+}
+
+/// The result, or where it is: with `location` where it is too large for an event.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum EventData {
+    Elsewhere { request_id: Uuid, status: Status, location: String },
+    Result(Box<JobResult>),
+}
+
+impl Event {
+    fn of(job: &Job) -> Self {
+        let (kind, timestamp) = (format!("job.{}", job.status.as_str()), job.updated_at);
+        if let Some(result) = result(job) {
+            let event = Self { kind: kind.clone(), timestamp, data: EventData::Result(result) };
+            if event.to_json().is_ok_and(|json| json.len() <= MAX_EVENT_BYTES) {
+                return event;
+            }
+        }
+        let data = EventData::Elsewhere { request_id: job.id, status: job.status, location: location(job) };
+        Self { kind, timestamp, data }
     }
 
-    fn elsewhere(job: &Job) -> Self {
-        let location = format!("/result/{}", job.id);
-        Self::ResultElsewhere { request_id: job.id, seq: job.version, status: job.status, location }
+    /// As it goes over the wire, the same in every try.
+    ///
+    /// # Errors
+    /// [`Code::Internal`] where it cannot be written.
+    pub fn to_json(&self) -> Result<String, Error> {
+        serde_json::to_string(self).map_err(Error::internal)
+    }
+}
+
+/// What is to be sent to a job's `callback_url`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Webhook {
+    pub url: String,
+    /// `webhook-id`: the same in every try, another one when the job was sent round again and has ended anew.
+    pub id: String,
+    /// Names the delivery in its record.
+    pub seq: u64,
+    /// Nobody tries before this.
+    pub not_before: Timestamp,
+    pub event: Event,
+}
+
+impl Webhook {
+    /// What is still to be sent, or was given up.
+    fn of(record: &Record) -> Option<Self> {
+        let Record::Job(job) = record else { return None };
+        let delivery = job.delivery().filter(|it| it.outcome != Some(DeliveryOutcome::Delivered))?;
+        let (seq, not_before) = (delivery.seq, delivery.not_before);
+        let url = job.callback.as_ref()?.url.clone();
+        Some(Self { url, id: format!("msg_{}_{seq}", job.id), seq, not_before, event: Event::of(job) })
     }
 }
 
@@ -124,12 +198,22 @@ pub struct Subscriber {
     pub connection: String,
 }
 
-/// What a change of `record` means to those who have subscribed to it.
+/// Something for somebody.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "one of each is in memory at a time")]
+pub enum Told {
+    Frame(Subscriber, Frame),
+    Webhook(Webhook),
+}
+
+/// What `record`, as it stands, means to those who have subscribed to it and to who gave a `callback_url`.
+/// The first are told of every state, the second of the end, until it is known that they have it.
 #[must_use]
-pub fn deliveries(record: &Record, subscribers: Vec<Subscriber>) -> Vec<(Subscriber, Frame)> {
-    let Some(frame) = Frame::of(record) else { return Vec::new() };
+pub fn deliveries(record: &Record, subscribers: Vec<Subscriber>) -> Vec<Told> {
     let own = subscribers.into_iter().filter(|subscriber| subscriber.caller == record.caller());
-    own.map(|subscriber| (subscriber, frame.clone())).collect()
+    let frame = Frame::of(record);
+    let frames = own.filter_map(|subscriber| Some(Told::Frame(subscriber, frame.clone()?)));
+    frames.chain(Webhook::of(record).map(Told::Webhook)).collect()
 }
 
 /// Text in parts that fit into frames, each with its place in UTF-16 code units, from `offset` on.
@@ -169,6 +253,7 @@ mod tests {
             trace_id: String::new(),
             describe: false,
             idempotency_key: None,
+            callback_url: Some("https://hooks.example/a".into()),
             input: Input::Prompt(stored),
         };
         Job::new(new, now, &Policy::default())
@@ -231,8 +316,60 @@ mod tests {
         };
         let all = vec![subscriber("ward", "a"), subscriber("other", "b"), subscriber("ward", "c")];
         let told = deliveries(&Record::Job(prompt()), all);
-        let connections: Vec<_> = told.iter().map(|(to, _)| to.connection.as_str()).collect();
+        let connection = |told: &Told| match told {
+            Told::Frame(to, _) => to.connection.clone(),
+            Told::Webhook(webhook) => panic!("{webhook:?}"),
+        };
+        let connections: Vec<_> = told.iter().map(connection).collect();
         assert_eq!(connections, ["a", "c"]);
+    }
+
+    fn webhook(job: &Job) -> Option<Webhook> {
+        deliveries(&Record::Job(job.clone()), Vec::new()).into_iter().find_map(|told| match told {
+            Told::Webhook(webhook) => Some(webhook),
+            Told::Frame(..) => None,
+        })
+    }
+
+    #[test]
+    fn a_callback_is_told_of_the_end_alone_and_until_it_has_it() {
+        let (open, policy) = (prompt(), Policy::default());
+        assert_eq!(webhook(&open), None);
+        let job = answered(AnswerContent::Text("A growth.".into()));
+        let first = webhook(&job).unwrap();
+        assert_eq!((first.url.as_str(), first.seq), ("https://hooks.example/a", 3));
+        assert_eq!(first.id, format!("msg_{}_3", Uuid::nil()));
+        let told = serde_json::to_value(&first.event).unwrap();
+        assert_eq!((&told["type"], &told["data"]["content"]), (&json!("job.completed"), &json!("A growth.")), "{told}");
+        // Neither a failed try nor a given-up delivery changes what is sent, or its id.
+        let now = job.updated_at + TimeDelta::hours(1);
+        let postponed = job.postpone_delivery(3, TimeDelta::minutes(5), now, &policy).unwrap();
+        assert!(postponed.version > job.version);
+        for again in [postponed.clone(), postponed.give_up_delivery(3).unwrap()] {
+            let again = webhook(&again).unwrap();
+            assert_eq!((again.id, again.event), (first.id.clone(), first.event.clone()));
+        }
+        assert_eq!(webhook(&postponed.settle_delivery(3).unwrap()), None);
+    }
+
+    #[test]
+    fn what_is_written_about_a_delivery_is_no_news_to_a_subscriber() {
+        let job = answered(AnswerContent::Text("A growth.".into()));
+        let settled = job.settle_delivery(3).unwrap();
+        assert_eq!(Frame::of(&Record::Job(job)), Frame::of(&Record::Job(settled)));
+    }
+
+    #[test]
+    fn an_event_stays_small_and_says_where_a_long_answer_is() {
+        let long = answered(AnswerContent::Text("x".repeat(MAX_EVENT_BYTES)));
+        let blob = answered(AnswerContent::Blob { key: "jobs/…/answer-1".into() });
+        for job in [long, blob] {
+            let event = webhook(&job).unwrap().event.to_json().unwrap();
+            assert!(event.len() <= MAX_EVENT_BYTES);
+            let event: Value = serde_json::from_str(&event).unwrap();
+            let expected = json!({"request_id": Uuid::nil(), "status": "completed", "location": format!("/result/{}", Uuid::nil())});
+            assert_eq!(event["data"], expected);
+        }
     }
 
     #[test]

@@ -27,6 +27,14 @@ struct Change {
     keys: Keys,
     #[serde(rename = "SequenceNumber")]
     sequence_number: Option<String>,
+    /// The item as written; there are no other images.
+    #[serde(rename = "NewImage", default)]
+    image: Image,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+struct Image {
+    dispatch: Option<Attribute>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -46,6 +54,12 @@ impl EventRecord {
     pub fn id(&self) -> Option<Uuid> {
         let text = self.change.keys.id.as_ref()?.text.as_ref()?;
         Uuid::parse_str(text).ok()
+    }
+
+    /// What the write asks the feed to start ([`crate::job::Dispatch`]).
+    #[must_use]
+    pub fn dispatch(&self) -> Option<&str> {
+        self.change.image.dispatch.as_ref()?.text.as_deref()
     }
 
     /// What a failure is reported by.

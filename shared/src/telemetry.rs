@@ -13,8 +13,20 @@ use uuid::Uuid;
 use crate::config::{ConfigError, Env};
 
 /// The crates whose log lines are written here, with these rules in mind.
-const OWN_CRATES: &[&str] =
-    &["shared", "submit", "inference", "enrichment", "result", "sweep", "admin", "chat", "socket", "notify", "local"];
+const OWN_CRATES: &[&str] = &[
+    "shared",
+    "submit",
+    "inference",
+    "enrichment",
+    "result",
+    "sweep",
+    "admin",
+    "chat",
+    "socket",
+    "notify",
+    "webhook",
+    "local",
+];
 /// What libraries may say, whatever `LOG_LEVEL` asks for: below it they tell of headers, addresses
 /// with passwords, and bodies.
 const LIBRARIES: Level = Level::INFO;

@@ -117,8 +117,8 @@ pub fn body(data: &[u8]) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     match runtime.block_on(submit::body::read(request)) {
         Ok(Asked::Photo(photo)) => assert!(!photo.image.is_empty() && photo.image.len() <= body.len()),
-        Ok(Asked::Upload { image_key, .. }) => assert!(image_key.len() <= body.len()),
-        Ok(Asked::Prompt(prompt)) => {
+        Ok(Asked::Upload(upload)) => assert!(upload.image_key.len() <= body.len()),
+        Ok(Asked::Prompt { request: prompt, .. }) => {
             let size: usize = prompt.messages.iter().map(|message| message.content.len()).sum();
             assert!((1..=body.len()).contains(&size));
         }

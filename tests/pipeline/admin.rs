@@ -24,7 +24,7 @@ pub async fn failed_job(folder: &Path) -> Uuid {
 
 async fn failed_job_of(caller: &str, folder: &Path) -> Uuid {
     let host = open(folder, Clock::manual(Utc::now()), &[]).await;
-    let submission = Submission { image: mole(), describe: true };
+    let submission = Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&Caller(caller.into()), None, submission).await.unwrap();
     let Some(Record::Job(job)) = host.store.get(id).await.unwrap() else { panic!() };
     let (now, policy) = (host.clock.now(), Policy { max_attempts: 1, ..host.config.policy });
@@ -42,7 +42,7 @@ async fn failed_job_of(caller: &str, folder: &Path) -> Uuid {
 pub async fn dead_letter(folder: &Path) -> Uuid {
     let clock = Clock::manual(Utc::now());
     let host = open(folder, clock.clone(), &[("REDISPATCH_SECONDS", "3600")]).await;
-    let submission = Submission { image: mole(), describe: true };
+    let submission = Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
     bury_all(&host, &clock).await;
     id
@@ -93,7 +93,7 @@ async fn a_failed_job_of_any_caller_is_sent_round_again_once() {
 /// Leaves a job of the caller `local` in a folder that was read and whose description was given up.
 pub async fn undescribed_job(folder: &Path) -> Uuid {
     let host = open(folder, Clock::System, &[("INFERENCE_WORKERS", "1")]).await;
-    let submission = Submission { image: mole(), describe: true };
+    let submission = Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
     let deadline = host.clock.now() + host.config.policy.lease;
     assert_eq!(host.inference.process(Message::Infer { id }, deadline).await, inference::Outcome::Acknowledge);

@@ -19,9 +19,11 @@ use uuid::Uuid;
 use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::network::Network;
 use crate::support::process::Process;
+use crate::support::receiver::Receiver;
 use crate::support::websocket::{Told, open as open_socket, ticket};
 use crate::support::{client, ended, eventually, mole, open, submit};
 use crate::uploads;
+use crate::webhooks::{submit_told, variables};
 
 pub(super) const SUBMIT: &[Point] =
     &[Point::BlobWritten, Point::SubmitPhotoStored, Point::SubmitRecordWritten, Point::SubmitMessageSent];
@@ -74,6 +76,12 @@ pub(super) const SOCKET: &[Point] = &[
     Point::EnrichmentTextPushed,
     Point::SocketClosed,
 ];
+/// From the end of a job to its receiver.
+pub(super) const WEBHOOK: &[Point] = &[Point::NotifyQueued, Point::WebhookAnswered, Point::WebhookSettled];
+/// Where the receiver does not take it.
+pub(super) const WEBHOOK_RETRY: &[Point] = &[Point::WebhookPostponed, Point::WebhookHidden];
+/// By the last try.
+pub(super) const WEBHOOK_LAST: &[Point] = &[Point::WebhookGivenUp];
 /// Between two requests to SQS, where the embedded queue has one transaction: `tests/aws/kill.rs`. Who is gone
 /// here is forgotten in one step.
 pub(super) const AWS_ALONE: &[Point] = &[Point::AdminLettersReceived, Point::AdminLetterSent, Point::NotifyClosed];
@@ -101,6 +109,9 @@ fn every_crash_point_is_in_a_scenario() {
         ADMIN_DEAD_LETTERS,
         CHAT,
         SOCKET,
+        WEBHOOK,
+        WEBHOOK_RETRY,
+        WEBHOOK_LAST,
         AWS_ALONE,
     ];
     let mut tested: Vec<_> = scenarios.concat().iter().map(|point| point.name()).collect();
@@ -181,8 +192,10 @@ impl Scene {
         // Messages that lost their purpose are acknowledged when they are next seen.
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
         eventually(&format!("{}: queue and feed run empty", point.name()), async || {
-            let queue = rusqlite::Connection::open(self.data().join("queue.sqlite")).unwrap();
-            queue.query_row("SELECT count(*) FROM messages", [], |row| row.get::<_, u32>(0)).unwrap() == 0
+            ["queue.sqlite", "webhooks.sqlite"].iter().all(|file| {
+                let queue = rusqlite::Connection::open(self.data().join(file)).unwrap();
+                queue.query_row("SELECT count(*) FROM messages", [], |row| row.get::<_, u32>(0)).unwrap() == 0
+            })
         })
         .await;
         host.kill().await;
@@ -192,8 +205,8 @@ impl Scene {
         let report =
             host.sweep.handle(aws_lambda_events::event::eventbridge::EventBridgeEvent::default()).await.unwrap();
         assert_eq!(
-            (report.sent, report.marked, report.ended, report.failed),
-            (0, 0, 0, 0),
+            (report.sent, report.marked, report.ended, report.undelivered, report.failed),
+            (0, 0, 0, 0, 0),
             "{}: {report:?}",
             point.name()
         );
@@ -212,6 +225,7 @@ impl Scene {
         let queued = jobs.query_row("SELECT count(*) FROM usage", [], |row| row.get::<_, u32>(0)).unwrap();
         assert_eq!(queued, 0, "{}: nothing is counted as queued", point.name());
         assert_eq!(host.queue.depth().await.unwrap(), (0, 0), "{}", point.name());
+        assert_eq!(host.webhooks.depth().await.unwrap(), (0, 0), "{}", point.name());
     }
 }
 
@@ -453,6 +467,80 @@ async fn a_kill_between_any_two_steps_of_a_websocket_loses_and_doubles_nothing()
         scene.settled(host, &[id], point).await;
     }
     println!("sockets: killed at {} points", SOCKET.len());
+}
+
+/// Whether the end of the one job was told, and its record says so.
+fn is_delivered(data: &Path) -> bool {
+    let jobs = rusqlite::Connection::open(data.join("jobs.sqlite")).unwrap();
+    let sql = "SELECT json_extract(record, '$.callback.delivery.outcome') FROM jobs";
+    jobs.query_row(sql, [], |row| row.get::<_, Option<String>>(0)).unwrap().is_some_and(|it| it == "delivered")
+}
+
+/// Lets the hours pass that lie between two tries, and counts them all but the last.
+fn hurry_webhook(data: &Path, receives: u32) {
+    hurry(data);
+    let past = Utc::now() - TimeDelta::hours(1);
+    let jobs = rusqlite::Connection::open(data.join("jobs.sqlite")).unwrap();
+    let text = past.to_rfc3339_opts(chrono::SecondsFormat::Millis, true);
+    let sql = format!("UPDATE jobs SET record = json_replace(record, '$.callback.delivery.not_before', '{text}')");
+    jobs.execute(&sql, []).unwrap();
+    let queue = rusqlite::Connection::open(data.join("webhooks.sqlite")).unwrap();
+    let sql = format!("UPDATE messages SET visible_at = {}, receive_count = {receives}", past.timestamp_millis());
+    queue.execute(&sql, []).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_steps_of_a_webhook_tells_the_receiver_under_one_id() {
+    for &point in [WEBHOOK, WEBHOOK_RETRY, WEBHOOK_LAST].iter().copied().flatten() {
+        let scene = Scene::new([]).await;
+        let fails = !WEBHOOK.contains(&point);
+        let receiver = Receiver::start(if fails { 503 } else { 200 }).await;
+        let host = receiver.host();
+        let told = variables(&host);
+        let armed = [&told[..], &[("CRASH_AT", point.name())]].concat();
+        let submit =
+            async |host: &Process| submit_told(&scene.http, &host.url, mole(), &receiver.url(), Some("key")).await;
+        let mut killed = scene.start_with(None, &armed).await.unwrap();
+        let _ = submit(&killed).await;
+        if WEBHOOK_LAST.contains(&point) {
+            eventually("it has failed once", async || !receiver.received().is_empty()).await;
+            // Behind its answer the try is written down and the message hidden.
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            killed.kill().await;
+            hurry_webhook(scene.data(), webhook::MAX_TRIES - 1);
+            killed = scene.start_with(None, &armed).await.unwrap();
+        }
+        killed.killed().await;
+        let before = receiver.received().len();
+        receiver.answer(200);
+        let host = scene.start_with(None, &told).await.unwrap();
+        let id = submit(&host).await.unwrap();
+        assert_eq!(ended(&scene.http, &host.url, &id).await["status"], "completed", "{}", point.name());
+        if WEBHOOK_LAST.contains(&point) {
+            // What was cut off was the last try: the message is dead, until an operator says otherwise.
+            let redrive = format!("{}/admin/dead-letters/redrive", host.url);
+            eventually("an operator finds the dead letter", async || {
+                let answer = scene.http.post(&redrive).json(&serde_json::json!({})).send().await.unwrap();
+                answer.json::<serde_json::Value>().await.unwrap()["redriven"] == 1
+            })
+            .await;
+        }
+        eventually(&format!("{}: the receiver is told", point.name()), async || is_delivered(scene.data())).await;
+        let received = receiver.received();
+        let first = received[0].id().to_owned();
+        assert!(first.starts_with(&format!("msg_{id}_")), "{first}");
+        assert!(received.iter().all(|it| it.id() == first && it.body == received[0].body), "{}", point.name());
+        match point {
+            // The record says that the receiver has it: it is not told again.
+            Point::WebhookSettled => assert_eq!(received.len(), before, "{}", point.name()),
+            // An answer that nobody has written down is as none.
+            Point::WebhookAnswered => assert!(received.len() > before, "{}", point.name()),
+            _ if fails => assert!(received.len() > before, "{}", point.name()),
+            _ => assert!(!received.is_empty(), "{}", point.name()),
+        }
+        scene.settled(host, &[id], point).await;
+    }
+    println!("webhooks: killed at {} points", WEBHOOK.len() + WEBHOOK_RETRY.len() + WEBHOOK_LAST.len());
 }
 
 async fn only_photo(data: &Path) -> std::path::PathBuf {

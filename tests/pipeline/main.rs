@@ -40,3 +40,4 @@ mod support;
 mod tokens;
 mod trace;
 mod uploads;
+mod webhooks;

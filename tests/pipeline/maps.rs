@@ -136,7 +136,7 @@ async fn a_map_that_cannot_be_stored_holds_up_no_reading_and_no_record_names_it(
     let folder = tempfile::tempdir().unwrap();
     let clock = Clock::manual(Utc::now());
     let host = open(folder.path(), clock.clone(), &[("MODEL_DIR", model.path().to_str().unwrap())]).await;
-    let submission = Submission { image: mole(), describe: false };
+    let submission = Submission { image: mole(), describe: false, callback_url: None };
     let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
     let place = folder.path().join("blobs").join(map_key(id, &host.model.digest));
     // A folder in its place: the store answers with an error.

@@ -178,7 +178,11 @@ async fn no_damaged_message_stops_the_queue_or_touches_a_job() {
     let clock = Clock::manual(chrono::Utc::now());
     let host = open(folder.path(), clock.clone(), &[]).await;
     let caller = shared::http::Caller("local".into());
-    let id: Uuid = host.submit.accept(&caller, None, Submission { image: mole(), describe: true }).await.unwrap();
+    let id: Uuid = host
+        .submit
+        .accept(&caller, None, Submission { image: mole(), describe: true, callback_url: None })
+        .await
+        .unwrap();
     let seed = Message::Infer { id }.encode();
     let mut random = SmallRng::seed_from_u64(11);
     let mut readable = 0;

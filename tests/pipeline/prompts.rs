@@ -356,7 +356,8 @@ async fn a_second_delivery_of_a_prompts_change_finds_nothing_to_do() {
     let request = serde_json::from_value(json!({
         "messages": [{"role": "user", "content": QUESTION}], "max_tokens": null, "temperature": null, "format": "text",
     }));
-    let id = host.submit.accept_prompt(&shared::http::Caller("local".into()), None, &request.unwrap()).await.unwrap();
+    let id =
+        host.submit.accept_prompt(&shared::http::Caller("local".into()), None, &request.unwrap(), None).await.unwrap();
     let until = || host.clock.now() + chrono::TimeDelta::minutes(10);
     // At the same time, and once more when it has ended.
     let deliveries = (0..3).map(|_| host.enrichment.process(id, until()));
@@ -380,7 +381,7 @@ async fn the_answer_of_a_worker_whose_lease_ran_out_takes_nobodys_place() {
     });
     let caller = shared::http::Caller("local".into());
     let request = serde_json::from_value(request).unwrap();
-    let id = host.submit.accept_prompt(&caller, None, &request).await.unwrap();
+    let id = host.submit.accept_prompt(&caller, None, &request, None).await.unwrap();
     let until = || host.clock.now() + chrono::TimeDelta::minutes(10);
     let overtaken = async {
         eventually("the first worker asks", async || llm.calls() == 1).await;

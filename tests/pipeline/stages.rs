@@ -125,7 +125,7 @@ async fn the_same_photo_of_the_same_caller_is_run_once() {
 }
 
 async fn make_job(host: &local::Host, photo: Vec<u8>) -> Uuid {
-    let submission = Submission { image: photo, describe: true };
+    let submission = Submission { image: photo, describe: true, callback_url: None };
     host.submit.accept(&Caller("local".into()), None, submission).await.unwrap()
 }
 
@@ -235,7 +235,7 @@ async fn a_deleted_photos_words_are_in_no_file_and_its_key_may_come_again() {
     let clock = Clock::manual(Utc::now());
     let host = open(folder.path(), clock.clone(), &[]).await;
     let caller = Caller("local".into());
-    let submission = || Submission { image: mole(), describe: true };
+    let submission = || Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&caller, Some("key".into()), submission()).await.unwrap();
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline).await;

@@ -17,6 +17,7 @@ use shared::error::Code;
 use shared::http::Caller;
 use shared::ports::{BlobStore, PutTerms};
 use submit::Submission;
+use submit::body::ImageKey;
 
 use crate::support::{Running, client, eventually, mole, open};
 
@@ -217,11 +218,10 @@ async fn an_upload_is_its_callers_and_makes_one_job() {
     let permit = host.submit.permit(&alice, &upload_body(&mole())).await.unwrap();
     assert!(!permit.image_key.contains("alice"), "who uploads is nobody's business: {}", permit.image_key);
     host.blobs.put(&permit.image_key, mole()).await.unwrap();
-    let stolen = host.submit.accept_upload(&bob, None, permit.image_key.clone(), true).await.unwrap_err();
+    let stolen = host.submit.accept_upload(&bob, None, uploaded(&permit.image_key)).await.unwrap_err();
     assert_eq!(stolen.code(), Code::NotFound);
     // Twenty at once, each under a key of its own.
-    let submit =
-        |number: u32| host.submit.accept_upload(&alice, Some(number.to_string()), permit.image_key.clone(), true);
+    let submit = |number: u32| host.submit.accept_upload(&alice, Some(number.to_string()), uploaded(&permit.image_key));
     let answers = futures_util::future::join_all((0..20).map(submit)).await;
     let (accepted, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(Result::is_ok);
     assert_eq!((accepted.len(), refused.len()), (1, 19));
@@ -250,7 +250,7 @@ async fn what_is_uploaded_and_not_submitted_is_erased_after_an_hour() {
     clock.advance(TimeDelta::minutes(1));
     host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
     assert_eq!(host.blobs.get(&permit.image_key).await.unwrap(), None);
-    let late = host.submit.accept_upload(&caller, None, permit.image_key, true).await.unwrap_err();
+    let late = host.submit.accept_upload(&caller, None, uploaded(&permit.image_key)).await.unwrap_err();
     assert_eq!(late.code(), Code::IdempotencyConflict);
     host.submit.permit(&caller, &most).await.unwrap();
     // The record goes as well, with what else has expired.
@@ -264,7 +264,8 @@ async fn who_has_too_much_queued_waits_until_some_of_it_is_done() {
     let folder = tempfile::tempdir().unwrap();
     let host = open(folder.path(), Clock::System, &[("MAX_QUEUED_MB", "1")]).await;
     let caller = Caller("local".into());
-    let submit = || host.submit.accept(&caller, None, Submission { image: mole(), describe: false });
+    let submit =
+        || host.submit.accept(&caller, None, Submission { image: mole(), describe: false, callback_url: None });
     let mut accepted = 0;
     let refused = loop {
         match submit().await {
@@ -277,7 +278,7 @@ async fn who_has_too_much_queued_waits_until_some_of_it_is_done() {
     let stored = host.blobs.list("jobs/", None, 1_000).await.unwrap().len();
     assert_eq!(stored, accepted, "a refused photo is not kept");
     let other = Caller("other".into());
-    host.submit.accept(&other, None, Submission { image: mole(), describe: false }).await.unwrap();
+    host.submit.accept(&other, None, Submission { image: mole(), describe: false, callback_url: None }).await.unwrap();
     let (store, submitter) = (host.store.clone(), std::sync::Arc::clone(&host.submit));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let running = tokio::spawn(host.run(async { stopped.await.unwrap_or(()) }, |_| {}));
@@ -286,7 +287,11 @@ async fn who_has_too_much_queued_waits_until_some_of_it_is_done() {
         store.list("local", None, 1_000).await.unwrap().iter().all(|job| !job.status.is_open())
     })
     .await;
-    submitter.accept(&caller, None, Submission { image: mole(), describe: false }).await.unwrap();
+    submitter.accept(&caller, None, Submission { image: mole(), describe: false, callback_url: None }).await.unwrap();
     drop(stop);
     running.await.unwrap().unwrap();
+}
+
+fn uploaded(image_key: &str) -> ImageKey {
+    ImageKey { image_key: image_key.to_owned(), describe: true, callback_url: None }
 }

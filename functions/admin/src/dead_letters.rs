@@ -23,7 +23,7 @@ const MAX_IDS: usize = 1000;
 
 /// List the dead letters
 ///
-/// Messages that were received too often and given up. What could not be read is shown by its size
+/// Messages to inference and to webhook that were received too often and given up. What could not be read is shown by its size
 /// alone.
 #[utoipa::path(
     get,
@@ -41,7 +41,11 @@ pub(crate) async fn list_dead_letters<J: JobStore, Q: JobQueue, C: Callers>(
     State(admin): State<Arc<Admin<J, Q, C>>>,
     _: Allowed,
 ) -> Result<Response, Error> {
-    let dead_letters = admin.queue.dead_letters(SHOWN).await?.into_iter().map(shown).collect();
+    let mut letters = admin.queue.dead_letters(SHOWN).await?;
+    letters.extend(admin.webhooks.dead_letters(SHOWN).await?);
+    letters.sort_by_key(|letter| letter.given_up_at.unwrap_or(letter.sent_at));
+    letters.truncate(SHOWN as usize);
+    let dead_letters = letters.into_iter().map(shown).collect();
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(DeadLetterList { dead_letters })).into_response())
 }
 
@@ -49,6 +53,7 @@ fn shown(letter: DeadLetter) -> DeadLetterInfo {
     let (kind, job_id) = match Message::decode(&letter.body) {
         Ok(Message::Infer { id }) => (Some("infer"), Some(id)),
         Ok(Message::Forget { id }) => (Some("forget"), Some(id)),
+        Ok(Message::Deliver { id }) => (Some("deliver"), Some(id)),
         Err(_) => (None, None),
     };
     DeadLetterInfo {
@@ -64,7 +69,7 @@ fn shown(letter: DeadLetter) -> DeadLetterInfo {
 
 /// Redrive dead letters
 ///
-/// Moves them back into the queue with a fresh receive count: those with these ids, or all (`{}`).
+/// Moves them back into their queues with a fresh receive count: those with these ids, or all (`{}`).
 /// An id that is no dead letter's is passed by, so the call may be repeated.
 #[utoipa::path(
     post,
@@ -91,7 +96,9 @@ pub(crate) async fn redrive_dead_letters<J: JobStore, Q: JobQueue, C: Callers>(
     if chosen.ids.as_ref().is_some_and(|ids| ids.len() > MAX_IDS) {
         return Err(Error::new(Code::InvalidRequest, "At most 1000 ids in one call."));
     }
-    let redriven = admin.queue.redrive_dead_letters(chosen.ids.as_deref()).await?;
+    let ids = chosen.ids.as_deref();
+    // Each back into its own queue.
+    let redriven = admin.queue.redrive_dead_letters(ids).await? + admin.webhooks.redrive_dead_letters(ids).await?;
     crash::here(Point::AdminDeadLettersMoved);
     log(&who, "dead_letters_redriven", &redriven.to_string());
     Ok(Json(RedrivenDeadLetters { redriven }))

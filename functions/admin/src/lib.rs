@@ -29,6 +29,8 @@ const MAX_BODY_BYTES: usize = 128 * 1024;
 pub struct Admin<J, Q, C> {
     pub jobs: J,
     pub queue: Q,
+    /// The queue before webhook; here for its dead letters.
+    pub webhooks: Q,
     pub callers: C,
     pub clock: Clock,
     pub policy: Policy,

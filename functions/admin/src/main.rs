@@ -13,6 +13,7 @@ async fn main() -> Result<(), lambda_http::Error> {
     let admin = admin::Admin {
         jobs: stage.jobs()?,
         queue: stage.queue()?,
+        webhooks: stage.webhooks()?,
         callers: stage.callers()?,
         clock: stage.clock.clone(),
         policy: stage.policy,

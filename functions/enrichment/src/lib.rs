@@ -180,7 +180,7 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
     ) -> Result<(), Error> {
         let now = self.clock.now();
         let finish = |current: &Job| {
-            let mut next = current.finish_description(job.claim, description.clone(), now)?;
+            let mut next = current.finish_description(job.claim, description.clone(), now, &self.policy)?;
             next.llm_calls.extend(call.clone());
             next.timings_ms.describe = Some(millis);
             Ok((next, ()))

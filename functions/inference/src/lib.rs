@@ -132,6 +132,8 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         let result = match message {
             Message::Infer { id } => self.infer(id, lease_until).await,
             Message::Forget { id } => self.forget(id).await,
+            // Another queue's: here it becomes a dead letter, and somebody looks.
+            Message::Deliver { .. } => Err(Error::internal("a message of another queue")),
         };
         result.unwrap_or_else(not_worked)
     }

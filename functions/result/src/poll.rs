@@ -45,7 +45,7 @@ pub(crate) fn matches(known: &str, job: &Job) -> bool {
 }
 
 fn etag(job: &Job) -> String {
-    format!("\"{}\"", job.version)
+    format!("\"{}\"", job.seq())
 }
 
 /// `ETag`; while the job is open, `Retry-After`, longer for older jobs; no cache keeps health data.

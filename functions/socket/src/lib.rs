@@ -222,6 +222,7 @@ where
             key,
             request: &request,
             connection: Some(connection.id.clone()),
+            callback_url: None,
         };
         let maker = Maker {
             jobs: &self.jobs,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer};
 use shared::api::chat::{ChatMessage, Role};
 use shared::api::prompt::{AnswerFormat, PromptRequest};
 use shared::api::{MAX_PHOTO_BYTES, MAX_UPLOAD_BYTES, yes};
+use shared::callback::MAX_URL_BYTES;
 use shared::create::check_prompt;
 use shared::error::{Code, Error};
 use shared::http::body::{bytes, invalid, media_type, object};
@@ -21,26 +22,51 @@ pub(crate) const MAX_FORM_BYTES: usize = MAX_PHOTO_BYTES + 64 * 1024;
 const MAX_JSON_BYTES: usize = MAX_PHOTO_BYTES.div_ceil(3) * 4 + 64 * 1024;
 
 const ONE_OF: &str = "Give \"image\" or \"image_key\", and with it \"describe\"; or \"prompt\" or \"messages\", and with \
-    it \"system\", \"max_tokens\", \"temperature\" and \"format\".";
+    it \"system\", \"max_tokens\", \"temperature\" and \"format\". \"callback_url\" goes with each.";
+
+const FIELDS: &str = "The form's fields are \"image\" (the photo), \"describe\" (true or false) and \"callback_url\".";
 
 /// A photo as it was received, and what is wanted.
 #[derive(Debug)]
 pub struct Submission {
     pub image: Vec<u8>,
     pub describe: bool,
+    /// Where to tell of the end.
+    pub callback_url: Option<String>,
+}
+
+/// A photo that was uploaded before, and what is wanted.
+#[derive(Debug)]
+pub struct ImageKey {
+    pub image_key: String,
+    pub describe: bool,
+    /// Where to tell of the end.
+    pub callback_url: Option<String>,
 }
 
 /// What a body may ask for.
 #[derive(Debug)]
 pub enum Asked {
     Photo(Submission),
-    /// A job of what was uploaded under this key.
-    Upload {
-        image_key: String,
-        describe: bool,
-    },
+    /// A job of what was uploaded.
+    Upload(ImageKey),
     /// An answer of the LLM.
-    Prompt(PromptRequest),
+    Prompt {
+        request: PromptRequest,
+        /// Where to tell of the end.
+        callback_url: Option<String>,
+    },
+}
+
+impl Asked {
+    /// Where to tell of the end; as it came, and still to be checked.
+    pub(crate) fn callback_url(&mut self) -> Option<&mut String> {
+        match self {
+            Self::Photo(Submission { callback_url, .. })
+            | Self::Upload(ImageKey { callback_url, .. })
+            | Self::Prompt { callback_url, .. } => callback_url.as_mut(),
+        }
+    }
 }
 
 /// [`shared::api::SubmitBody`], read so that an error can say where it is.
@@ -62,6 +88,7 @@ struct Json {
     temperature: Option<f32>,
     #[serde(default, deserialize_with = "given")]
     format: Option<AnswerFormat>,
+    callback_url: Option<String>,
 }
 
 /// A field that may be left out, and may not be null.
@@ -81,6 +108,7 @@ impl Json {
 struct Parameters {
     #[serde(default = "yes")]
     describe: bool,
+    callback_url: Option<String>,
 }
 
 /// Reads whichever of the three the content type announces.
@@ -111,7 +139,8 @@ async fn from_json(body: Body) -> Result<Asked, Error> {
     let image = match (body.image.take(), body.image_key.take(), body.prompt.take(), body.messages.take()) {
         (Some(image), None, None, None) if !body.has_settings() => image,
         (None, Some(image_key), None, None) if !body.has_settings() => {
-            return Ok(Asked::Upload { image_key, describe: body.describe.unwrap_or(true) });
+            let (describe, callback_url) = (body.describe.unwrap_or(true), body.callback_url);
+            return Ok(Asked::Upload(ImageKey { image_key, describe, callback_url }));
         }
         (None, None, Some(content), None) => return asked(vec![ChatMessage { role: Role::User, content }], body),
         (None, None, None, Some(messages)) => return asked(messages, body),
@@ -122,31 +151,32 @@ async fn from_json(body: Body) -> Result<Asked, Error> {
     let mut text = text.map_or(image.as_str(), |(_, text)| text).to_owned();
     text.retain(|letter| !letter.is_ascii_whitespace());
     let image = STANDARD.decode(text).map_err(|_| invalid("\"image\" is not standard base64."))?;
-    checked(image, body.describe.unwrap_or(true)).map(Asked::Photo)
+    checked(image, body.describe.unwrap_or(true), body.callback_url).map(Asked::Photo)
 }
 
 fn asked(messages: Vec<ChatMessage>, body: Json) -> Result<Asked, Error> {
-    let Json { describe, system, max_tokens, temperature, format, .. } = body;
+    let Json { describe, system, max_tokens, temperature, format, callback_url, .. } = body;
     if describe.is_some() {
         return Err(invalid(ONE_OF));
     }
     let format = format.unwrap_or_default();
     let request = PromptRequest { messages, max_tokens, temperature, format }.with_system(system);
     check_prompt(&request)?;
-    Ok(Asked::Prompt(request))
+    Ok(Asked::Prompt { request, callback_url })
 }
 
 async fn from_raw(request: Request) -> Result<Submission, Error> {
     let parameters = Query::<Parameters>::try_from_uri(request.uri());
-    let Query(parameters) = parameters.map_err(|_| invalid("The only query parameter is describe=true|false."))?;
+    let Query(parameters) =
+        parameters.map_err(|_| invalid("The query parameters are describe=true|false and callback_url."))?;
     let image = bytes(request.into_body(), MAX_PHOTO_BYTES, too_large).await?;
-    checked(image.to_vec(), parameters.describe)
+    checked(image.to_vec(), parameters.describe, parameters.callback_url)
 }
 
 async fn from_form(request: Request) -> Result<Submission, Error> {
     let form = Multipart::from_request(request, &()).await;
     let mut form = form.map_err(|_| invalid("The multipart body has no valid boundary."))?;
-    let (mut image, mut describe) = (None, true);
+    let (mut image, mut describe, mut callback_url) = (None, true, None);
     while let Some(mut field) = form.next_field().await.map_err(broken_form)? {
         match field.name() {
             Some("image") => image = Some(part(&mut field, MAX_PHOTO_BYTES).await?),
@@ -158,11 +188,17 @@ async fn from_form(request: Request) -> Result<Submission, Error> {
                     _ => return Err(invalid("The field \"describe\" must be true or false.")),
                 };
             }
-            _ => return Err(invalid("The form's fields are \"image\" (the photo) and \"describe\" (true or false).")),
+            Some("callback_url") => {
+                // Its own limit is checked with the rest of it.
+                let text = part(&mut field, 2 * MAX_URL_BYTES).await?;
+                let text = String::from_utf8(text).map_err(|_| invalid("The field \"callback_url\" is no UTF-8."))?;
+                callback_url = Some(text);
+            }
+            _ => return Err(invalid(FIELDS)),
         }
     }
     let image = image.ok_or_else(|| invalid("The form has no field \"image\"."))?;
-    checked(image, describe)
+    checked(image, describe, callback_url)
 }
 
 async fn part(field: &mut Field<'_>, limit: usize) -> Result<Vec<u8>, Error> {
@@ -183,14 +219,14 @@ fn broken_form(error: MultipartError) -> Error {
     }
 }
 
-fn checked(image: Vec<u8>, describe: bool) -> Result<Submission, Error> {
+fn checked(image: Vec<u8>, describe: bool, callback_url: Option<String>) -> Result<Submission, Error> {
     if image.is_empty() {
         return Err(invalid("The photo is empty."));
     }
     if image.len() > MAX_PHOTO_BYTES {
         return Err(too_large());
     }
-    Ok(Submission { image, describe })
+    Ok(Submission { image, describe, callback_url })
 }
 
 fn too_large() -> Error {

@@ -20,9 +20,10 @@ use axum::{Extension, Router};
 use shared::api::prompt::PromptRequest;
 use shared::api::{SubmitBody, Submitted, UploadBody, UploadPermit};
 use shared::auth::Identity;
+use shared::callback::Destinations;
 use shared::clock::Clock;
 use shared::crash::{self, Point};
-use shared::create::{Draft, Kind, Maker, PromptDraft, checked_key, idempotency_item, same_content};
+use shared::create::{self, Draft, Kind, Maker, PromptDraft, checked_key, idempotency_item, same_content};
 use shared::error::{Error, ErrorBody};
 use shared::http::Caller;
 use shared::job::{self, Input, Photo, Policy, Status};
@@ -46,6 +47,8 @@ pub struct Submit<J, Q, B> {
     pub max_queued_bytes: u64,
     /// Whether prompts are taken (`LLM_BASE_URL`).
     pub has_llm: bool,
+    /// Where the end of a job may be told (`WEBHOOK_HOSTS`).
+    pub destinations: Destinations,
     /// Uploads at work at the same time: one is held twice while its metadata is taken off, up to
     /// 50 MiB.
     pub upload_turns: Semaphore,
@@ -84,6 +87,7 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
     params(
         ("Idempotency-Key" = Option<String>, Header, description = "Repeating a request under the same key within 24 hours gives the same id; other content under it gives 409. At most 255 visible ASCII characters."),
         ("describe" = Option<bool>, Query, description = "For raw bodies: whether a description is wanted (default true)."),
+        ("callback_url" = Option<String>, Query, description = "For raw bodies: where to tell of the end."),
     ),
     request_body(content(
         (SubmitBody = "application/json"),
@@ -107,7 +111,7 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
         (status = 409, description = "The key was used for other content, or the upload for another job.", body = ErrorBody),
         (status = 413, description = "A photo of more than 4 MiB, 50 megapixels, or 200 MB decoded; a prompt of more than 1 MiB.", body = ErrorBody),
         (status = 415, description = "Not a JPEG, PNG or WebP photo.", body = ErrorBody),
-        (status = 422, description = "The photo is damaged or cut off.", body = ErrorBody),
+        (status = 422, description = "The photo is damaged or cut off, or `callback_url` is none that may be called.", body = ErrorBody),
         (status = 429, description = "Too many requests, or too much queued.", body = ErrorBody),
         (status = 503, description = "A store is not available.", body = ErrorBody),
     )
@@ -119,14 +123,16 @@ async fn submit<J: JobStore, Q: JobQueue, B: BlobStore>(
     request: Request,
 ) -> Result<Response, Error> {
     let key = idempotency_key(request.headers())?;
-    let (id, status) = match body::read(request).await? {
+    let mut asked = body::read(request).await?;
+    if let Some(url) = asked.callback_url() {
+        *url = submit.destinations.check(url)?.into();
+    }
+    let (id, status) = match asked {
         Asked::Photo(submission) => (submit.accept(&caller, key, submission).await?, Status::Pending),
-        Asked::Upload { image_key, describe } => {
-            (submit.accept_upload(&caller, key, image_key, describe).await?, Status::Pending)
-        }
-        Asked::Prompt(prompt) => {
+        Asked::Upload(upload) => (submit.accept_upload(&caller, key, upload).await?, Status::Pending),
+        Asked::Prompt { request, callback_url } => {
             identity.without_limits()?;
-            (submit.accept_prompt(&caller, key, &prompt).await?, Status::AwaitingDescription)
+            (submit.accept_prompt(&caller, key, &request, callback_url).await?, Status::AwaitingDescription)
         }
     };
     let body = Submitted { request_id: id, status };
@@ -164,14 +170,17 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
     pub async fn accept(&self, caller: &Caller, key: Option<String>, submission: Submission) -> Result<Uuid, Error> {
         let now = self.clock.now();
         let id = job::new_id(now);
-        let Submission { image, describe } = submission;
-        let idempotency = key.map(|key| idempotency_item(caller, key, (Kind::Photo { describe }, &image), id, now));
+        let Submission { image, describe, callback_url } = submission;
+        let asked =
+            create::Asked { kind: Kind::Photo { describe }, content: &image, callback_url: callback_url.as_deref() };
+        let idempotency = key.map(|key| idempotency_item(caller, key, asked, id, now));
         if let Some(item) = &idempotency
             && let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await?
         {
             return same_content(item, &earlier);
         }
-        self.create_of_photo(Draft { id, now, caller, describe, idempotency, upload: None }, &image).await
+        let draft = Draft { id, now, caller, describe, idempotency, upload: None, callback_url };
+        self.create_of_photo(draft, &image).await
     }
 
     /// Makes a job of a checked prompt, as [`Maker::make_prompt`] does.
@@ -183,9 +192,11 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         caller: &Caller,
         key: Option<String>,
         request: &PromptRequest,
+        callback_url: Option<String>,
     ) -> Result<Uuid, Error> {
         let now = self.clock.now();
-        self.maker().make_prompt(PromptDraft { now, caller, key, request, connection: None }).await
+        let draft = PromptDraft { now, caller, key, request, connection: None, callback_url };
+        self.maker().make_prompt(draft).await
     }
 
     /// Stores the photo, writes the job, sends its message.

@@ -18,6 +18,7 @@ async fn main() -> Result<(), lambda_http::Error> {
         clock: stage.clock.clone(),
         policy: stage.policy,
         max_queued_bytes: shared::config::max_queued_bytes(&stage.env)?,
+        destinations: shared::callback::Destinations::from_env(&stage.env)?,
         has_llm: shared::config::has_llm(&stage.env)?,
         // Lambda gives each instance one request at a time.
         upload_turns: Semaphore::new(1),

@@ -15,7 +15,7 @@ use chrono::TimeDelta;
 use sha2::{Digest, Sha256};
 use shared::api::{MAX_UPLOAD_BYTES, UploadBody, UploadPermit};
 use shared::crash::{self, Point};
-use shared::create::{Draft, Kind, idempotency_item, queue_full, same_content, upload_used};
+use shared::create::{Asked, Draft, Kind, idempotency_item, queue_full, same_content, upload_used};
 use shared::error::{Code, Error, ErrorBody};
 use shared::http::{Caller, body};
 use shared::job::{self, Record, Upload};
@@ -24,6 +24,7 @@ use shared::ports::{BlobStore, JobQueue, JobStore, PutTerms};
 use uuid::Uuid;
 
 use crate::Submit;
+use crate::body::ImageKey;
 
 /// How long a client has to begin its upload.
 const PERMIT_TTL: TimeDelta = TimeDelta::minutes(15);
@@ -104,17 +105,14 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
     /// # Errors
     /// 404 where nothing of this caller was uploaded there, 409 where it was used otherwise, and
     /// the errors of [`Submit::accept`].
-    pub async fn accept_upload(
-        &self,
-        caller: &Caller,
-        key: Option<String>,
-        image_key: String,
-        describe: bool,
-    ) -> Result<Uuid, Error> {
+    pub async fn accept_upload(&self, caller: &Caller, key: Option<String>, upload: ImageKey) -> Result<Uuid, Error> {
+        let ImageKey { image_key, describe, callback_url } = upload;
         let now = self.clock.now();
         let id = job::new_id(now);
         let key = key.unwrap_or_else(|| image_key.clone());
-        let item = idempotency_item(caller, key, (Kind::Photo { describe }, image_key.as_bytes()), id, now);
+        let (kind, content) = (Kind::Photo { describe }, image_key.as_bytes());
+        let asked = Asked { kind, content, callback_url: callback_url.as_deref() };
+        let item = idempotency_item(caller, key, asked, id, now);
         if let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await? {
             return same_content(&item, &earlier);
         }
@@ -122,7 +120,8 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         let _turn = self.upload_turns.acquire().await.map_err(Error::internal)?;
         let image = self.blobs.get(&image_key).await?.ok_or_else(nothing_uploaded)?;
         let prefix = upload.prefix().to_owned();
-        let draft = Draft { id, now, caller, describe, idempotency: Some(item), upload: Some(upload) };
+        let (idempotency, upload) = (Some(item), Some(upload));
+        let draft = Draft { id, now, caller, describe, idempotency, upload, callback_url };
         let id = self.create_of_photo(draft, &image).await?;
         // Where this fails, sweep erases it: the upload is due since it was used up.
         if let Err(error) = self.blobs.delete_prefix(&prefix).await {

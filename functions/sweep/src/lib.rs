@@ -1,8 +1,8 @@
 //! Sends round again whatever got stuck.
 //!
 //! Triggered by a schedule, every minute. Reads the records that are due and the blob store's
-//! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, or its end), then
-//! the message; for a tombstone: it erases blobs, writes the record, which stays due until
+//! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, its end, or that of its
+//! delivery), then the message; for a tombstone: it erases blobs, writes the record, which stays due until
 //! inference has confirmed, then sends the order to erase the cache; for an upload: it erases what was
 //! uploaded, then writes the record; for blobs of an hour that have no record: it deletes them.
 
@@ -49,6 +49,8 @@ pub struct Report {
     pub sent: u32,
     pub marked: u32,
     pub ended: u32,
+    /// Ends of jobs of which nobody could be told.
+    pub undelivered: u32,
     pub erased: u32,
     pub uploads: u32,
     pub orphans: u32,
@@ -75,6 +77,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
                 sweep.sent = report.sent,
                 sweep.marked = report.marked,
                 sweep.ended = report.ended,
+                sweep.undelivered = report.undelivered,
                 sweep.erased = report.erased,
                 sweep.uploads = report.uploads,
                 sweep.orphans = report.orphans,
@@ -139,6 +142,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
             }
             SweepAction::Marked => report.marked += 1,
             SweepAction::Ended => report.ended += 1,
+            SweepAction::Undelivered => report.undelivered += 1,
         }
         Ok(())
     }

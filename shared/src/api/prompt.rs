@@ -36,6 +36,10 @@ pub struct PromptBody {
     pub temperature: Option<f32>,
     #[serde(default)]
     pub format: AnswerFormat,
+    /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 2048, example = "https://hooks.example/lesion")]
+    pub callback_url: Option<String>,
 }
 
 /// `POST /submit`: a conversation that the LLM is to go on with.
@@ -59,6 +63,10 @@ pub struct ConversationBody {
     pub temperature: Option<f32>,
     #[serde(default)]
     pub format: AnswerFormat,
+    /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 2048, example = "https://hooks.example/lesion")]
+    pub callback_url: Option<String>,
 }
 
 /// A checked prompt as it lies in the blob store.

@@ -60,6 +60,15 @@ impl Stage {
         Ok(SqsJobQueue::new(&self.sdk, self.needed("QUEUE_URL")?, dead_letters))
     }
 
+    /// `WEBHOOK_QUEUE_URL`, and for admins `WEBHOOK_DEAD_LETTER_QUEUE_URL`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where the first is missing.
+    pub fn webhooks(&self) -> Result<SqsJobQueue, ConfigError> {
+        let dead_letters = self.env.text("WEBHOOK_DEAD_LETTER_QUEUE_URL")?.map(str::to_owned);
+        Ok(SqsJobQueue::new(&self.sdk, self.needed("WEBHOOK_QUEUE_URL")?, dead_letters))
+    }
+
     /// `BUCKET`; `S3_PATH_STYLE` for an emulator whose buckets have no names of their own.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! The records in SQLite, and their change feed: a row in `changes` per write, in the write's own
 //! transaction, with a durable cursor per consumer.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -78,11 +78,14 @@ pub struct SqliteJobStore {
     written: Arc<Written>,
 }
 
-/// The records that were written since somebody asked: a second feed, in memory. Who is told of jobs
-/// over a connection needs the latest state of each alone, and is gone when the process is.
+/// What each record that was written since somebody asked is to start, if anything.
+pub type Writes = BTreeMap<Uuid, Option<&'static str>>;
+
+/// A second feed, in memory. Who is told of jobs over a connection needs the latest state of each alone, and
+/// is gone when the process is; a delivery that is lost with it is due in its record.
 #[derive(Default)]
 struct Written {
-    ids: Mutex<BTreeSet<Uuid>>,
+    records: Mutex<Writes>,
     rung: Notify,
 }
 
@@ -91,11 +94,16 @@ struct Written {
 struct Note {
     written: Arc<Written>,
     id: Uuid,
+    dispatch: Option<&'static str>,
 }
 
 impl Drop for Note {
     fn drop(&mut self) {
-        self.written.ids.lock().unwrap_or_else(PoisonError::into_inner).insert(self.id);
+        let mut records = self.written.records.lock().unwrap_or_else(PoisonError::into_inner);
+        let dispatch = records.entry(self.id).or_default();
+        // A marker stands until somebody has seen it.
+        *dispatch = self.dispatch.or(*dispatch);
+        drop(records);
         self.written.rung.notify_one();
     }
 }
@@ -108,8 +116,8 @@ impl SqliteJobStore {
         Ok(Self { sqlite, changed: Arc::new(Notify::new()), written: Arc::default() })
     }
 
-    fn note(&self, id: Uuid) -> Note {
-        Note { written: Arc::clone(&self.written), id }
+    fn note(&self, id: Uuid, dispatch: Option<&'static str>) -> Note {
+        Note { written: Arc::clone(&self.written), id, dispatch }
     }
 
     /// Completes when something was written since the last call.
@@ -117,13 +125,13 @@ impl SqliteJobStore {
         self.changed.notified().await;
     }
 
-    /// Waits until a record was written since the last call, and gives the ids of all that were. A
-    /// record that was written twice is there once.
-    pub async fn written(&self) -> BTreeSet<Uuid> {
+    /// Waits until a record was written since the last call, and gives all that were. A record that was
+    /// written twice is there once.
+    pub async fn written(&self) -> Writes {
         loop {
-            let ids = std::mem::take(&mut *self.written.ids.lock().unwrap_or_else(PoisonError::into_inner));
-            if !ids.is_empty() {
-                return ids;
+            let records = std::mem::take(&mut *self.written.records.lock().unwrap_or_else(PoisonError::into_inner));
+            if !records.is_empty() {
+                return records;
             }
             self.written.rung.notified().await;
         }
@@ -288,7 +296,7 @@ impl JobStore for SqliteJobStore {
         // A power cut that undoes a claim ends its worker as well: the job is claimed anew.
         let is_claim = matches!(after, Record::Job(job) if job.lease_until.is_some());
         let kept = if is_claim { Kept::InFile } else { Kept::OnDisk };
-        let note = self.note(fence.id);
+        let note = self.note(fence.id, row.dispatch);
         let (written, _note) = self.sqlite.call_kept(kept, move |db| Ok((row.write(db, fence)?, note))).await?;
         self.changed.notify_one();
         Ok(written)
@@ -297,7 +305,7 @@ impl JobStore for SqliteJobStore {
     async fn bury(&self, job: &Job, tombstone: &Tombstone) -> Result<bool, Error> {
         let row = NewRow::of(&Record::Tombstone(tombstone.clone()))?;
         let (fence, caller, key) = (job.fence(), job.caller.clone(), job.idempotency_key.clone());
-        let note = self.note(fence.id);
+        let note = self.note(fence.id, row.dispatch);
         let (written, _note) = self
             .sqlite
             .scrub(move |db| {

@@ -15,6 +15,6 @@ pub mod uploads;
 
 pub use blobs::DirBlobStore;
 pub use callers::SqliteCallers;
-pub use jobs::{Change, Changes, SqliteJobStore};
+pub use jobs::{Change, Changes, SqliteJobStore, Writes};
 pub use queue::{Delivery, SqliteJobQueue};
 pub use sockets::{Hub, Outbox};

@@ -7,8 +7,8 @@ use chrono::TimeDelta;
 use uuid::Uuid;
 
 use super::{
-    AnswerContent, Attempts, Description, Dispatch, Failure, FailureCode, Fence, Input, Job, LlmAnswer, LlmTrouble,
-    NewJob, Quality, Reading, Stage, Status, Timings, Tombstone, Upload,
+    AnswerContent, Attempts, Callback, Description, Dispatch, Failure, FailureCode, Fence, Input, Job, LlmAnswer,
+    LlmTrouble, NewJob, Quality, Reading, Stage, Status, Timings, Tombstone, Upload,
 };
 use crate::clock::Timestamp;
 
@@ -32,6 +32,8 @@ pub struct Policy {
     pub photo_ttl: TimeDelta,
     pub result_ttl: TimeDelta,
     pub tombstone_ttl: TimeDelta,
+    /// How long it is tried to tell somebody of a job's end.
+    pub delivery_ttl: TimeDelta,
 }
 
 impl Default for Policy {
@@ -47,6 +49,7 @@ impl Default for Policy {
             photo_ttl: TimeDelta::days(7),
             result_ttl: TimeDelta::days(30),
             tombstone_ttl: TimeDelta::days(15),
+            delivery_ttl: TimeDelta::days(3),
         }
     }
 }
@@ -99,6 +102,8 @@ pub enum SweepAction {
     Marked,
     /// The job was ended.
     Ended,
+    /// Nobody could be told of the end, for as long as it is tried.
+    Undelivered,
 }
 
 impl Job {
@@ -127,6 +132,7 @@ impl Job {
             trace_id: new.trace_id,
             describe: new.describe,
             idempotency_key: new.idempotency_key,
+            callback: new.callback_url.map(|url| Callback { url, delivery: None }),
             input: new.input,
             quality: None,
             reading: None,
@@ -176,14 +182,14 @@ impl Job {
         Self { status, due_at: Some(due_at), lease_until: None, dispatch: None, ..self }
     }
 
-    fn ended(mut self, status: Status) -> Self {
+    fn ended(mut self, status: Status, policy: &Policy) -> Self {
         let elapsed = self.updated_at - self.created_at;
         self.timings_ms.total = Some(elapsed.num_milliseconds().max(0) as f64);
-        Self { status, due_at: None, lease_until: None, dispatch: None, ..self }
+        Self { status, due_at: None, lease_until: None, dispatch: None, ..self }.marked(policy)
     }
 
-    fn fail(self, stage: Stage, code: FailureCode, retryable: bool) -> Self {
-        let failed = self.ended(Status::Failed);
+    fn fail(self, stage: Stage, code: FailureCode, retryable: bool, policy: &Policy) -> Self {
+        let failed = self.ended(Status::Failed, policy);
         Self { failure: Some(Failure { stage, code, retryable }), ..failed }
     }
 
@@ -252,10 +258,10 @@ impl Job {
         self.held(Status::Processing, claim)?;
         let mut next = self.next(now);
         match outcome {
-            InferenceOutcome::Failed { code } => Ok(next.fail(Stage::Inference, code, false)),
+            InferenceOutcome::Failed { code } => Ok(next.fail(Stage::Inference, code, false, policy)),
             InferenceOutcome::Retake { quality } => {
                 next.quality = Some(quality);
-                Ok(next.ended(Status::NeedsRetake))
+                Ok(next.ended(Status::NeedsRetake, policy))
             }
             InferenceOutcome::Read { reading, quality, cache_key } => {
                 let wants_description = self.describe && reading.abstained.is_none();
@@ -263,7 +269,7 @@ impl Job {
                 next.reading = Some(reading);
                 next.cache_key = cache_key;
                 if !wants_description {
-                    return Ok(next.ended(Status::Completed));
+                    return Ok(next.ended(Status::Completed, policy));
                 }
                 let mut next = next.open(Status::AwaitingDescription, now + policy.redispatch);
                 next.dispatch = Some(Dispatch::Enrichment);
@@ -280,7 +286,7 @@ impl Job {
     pub fn release_inference(&self, claim: u64, now: Timestamp, policy: &Policy) -> Result<Self, Refused> {
         self.held(Status::Processing, claim)?;
         if self.is_exhausted(self.attempts.inference, now, policy) {
-            return Ok(self.next(now).fail(Stage::Inference, FailureCode::AttemptsExhausted, true));
+            return Ok(self.next(now).fail(Stage::Inference, FailureCode::AttemptsExhausted, true, policy));
         }
         let delay = self.inference_backoff(policy);
         Ok(self.next(now).open(Status::Pending, now + delay))
@@ -331,9 +337,15 @@ impl Job {
     ///
     /// # Errors
     /// [`Refused`] where `claim` is no longer held.
-    pub fn finish_description(&self, claim: u64, description: Description, now: Timestamp) -> Result<Self, Refused> {
+    pub fn finish_description(
+        &self,
+        claim: u64,
+        description: Description,
+        now: Timestamp,
+        policy: &Policy,
+    ) -> Result<Self, Refused> {
         self.held_for(false, claim)?;
-        let mut next = self.next(now).ended(Status::Completed);
+        let mut next = self.next(now).ended(Status::Completed, policy);
         next.description = Some(description);
         Ok(next)
     }
@@ -377,10 +389,11 @@ impl Job {
         policy: &Policy,
     ) -> Result<Self, Refused> {
         self.held_for(true, claim)?;
-        let mut next = self.next(now).ended(Status::Completed);
+        let mut next = self.next(now);
         if matches!(answer.content, AnswerContent::Blob { .. }) {
             next.expires_at = next.expires_at.min(now + policy.photo_ttl);
         }
+        let mut next = next.ended(Status::Completed, policy);
         next.answer = Some(answer);
         Ok(next)
     }
@@ -400,12 +413,12 @@ impl Job {
     ) -> Result<Self, Refused> {
         self.held_for(true, claim)?;
         if !trouble.passing || self.is_exhausted(self.attempts.enrichment, now, policy) {
-            return Ok(self.next(now).fail(Stage::Enrichment, trouble.code, trouble.redrivable));
+            return Ok(self.next(now).fail(Stage::Enrichment, trouble.code, trouble.redrivable, policy));
         }
         Ok(self.deferred(wait, now, policy))
     }
 
-    /// Sends a due job round again, or ends it. `template` is the description for a job of which
+    /// Sends a due job round again, or ends it; marks or gives up what is due of an ended one. `template` is the description for a job of which
     /// only that is missing.
     ///
     /// # Errors
@@ -425,7 +438,7 @@ impl Job {
         match self.status {
             Status::Pending | Status::Processing => {
                 if self.is_exhausted(self.attempts.inference, now, policy) {
-                    return Ok((next.fail(Stage::Inference, self.given_up(now), true), SweepAction::Ended));
+                    return Ok((next.fail(Stage::Inference, self.given_up(now), true, policy), SweepAction::Ended));
                 }
                 Ok((next.open(Status::Pending, now + wait), SweepAction::SendInfer))
             }
@@ -434,9 +447,11 @@ impl Job {
                 match (&self.reading, exhausted) {
                     (Some(reading), true) => {
                         next.description = Some(template(reading));
-                        Ok((next.ended(Status::Completed), SweepAction::Ended))
+                        Ok((next.ended(Status::Completed, policy), SweepAction::Ended))
                     }
-                    (None, true) => Ok((next.fail(Stage::Enrichment, self.given_up(now), true), SweepAction::Ended)),
+                    (None, true) => {
+                        Ok((next.fail(Stage::Enrichment, self.given_up(now), true, policy), SweepAction::Ended))
+                    }
                     (_, false) => {
                         let mut next = next.open(Status::AwaitingDescription, now + wait);
                         next.dispatch = Some(Dispatch::Enrichment);
@@ -444,7 +459,7 @@ impl Job {
                     }
                 }
             }
-            Status::Completed | Status::NeedsRetake | Status::Failed => Err(Refused::NotDue),
+            Status::Completed | Status::NeedsRetake | Status::Failed => self.sweep_delivery(now, wait),
         }
     }
 
@@ -473,6 +488,8 @@ impl Job {
         };
         let mut next = Self { dispatch, ..self.next(now).open(status, now) };
         next.failure = None;
+        // The next end is another one to be told of.
+        next.callback = next.callback.map(|callback| Callback { delivery: None, ..callback });
         next.attempts = Attempts::default();
         next.redispatches = 0;
         next.deadline_at = now + policy.deadline;

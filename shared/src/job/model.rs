@@ -1,6 +1,6 @@
 //! Every state that one job, of a photo or of a prompt, can reach in a world where messages and
 //! changes are lost, doubled and late, workers stall and die, sweep runs at any time, and the caller
-//! deletes.
+//! deletes. Somebody may want to be told of its end, and not listen.
 //!
 //! Time is counted in ticks of a minute. A step is one conditional write: it is computed from the
 //! record as it stands, which is what `transition` makes of a lost race.
@@ -25,6 +25,7 @@ fn policy() -> Policy {
         prompt_lease: TimeDelta::minutes(3),
         deadline: TimeDelta::minutes(8),
         photo_ttl: TimeDelta::minutes(20),
+        delivery_ttl: TimeDelta::minutes(4),
         ..Policy::default()
     }
 }
@@ -53,6 +54,17 @@ struct Kept {
     read: bool,
     described: bool,
     answered: bool,
+    /// Where somebody wants to be told of the end, how far that is.
+    callback: Option<Option<KeptDelivery>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct KeptDelivery {
+    seq: u64,
+    not_before: u8,
+    until: u8,
+    /// Whether it was made, once it has ended.
+    made: Option<bool>,
 }
 
 fn kept(job: &Job) -> Kept {
@@ -70,10 +82,25 @@ fn kept(job: &Job) -> Kept {
         read: job.reading.is_some(),
         described: job.description.is_some(),
         answered: job.answer.is_some(),
+        callback: job.callback.as_ref().map(|callback| callback.delivery.as_ref().map(kept_delivery)),
     }
 }
 
-fn new_job(prompt: bool) -> Job {
+fn kept_delivery(delivery: &Delivery) -> KeptDelivery {
+    KeptDelivery {
+        seq: delivery.seq,
+        not_before: tick_of(delivery.not_before),
+        until: tick_of(delivery.until),
+        made: delivery.outcome.map(|outcome| outcome == DeliveryOutcome::Delivered),
+    }
+}
+
+fn delivery(kept: &KeptDelivery) -> Delivery {
+    let outcome = |made| if made { DeliveryOutcome::Delivered } else { DeliveryOutcome::GivenUp };
+    Delivery { seq: kept.seq, not_before: at(kept.not_before), until: at(kept.until), outcome: kept.made.map(outcome) }
+}
+
+fn new_job(prompt: bool, told: bool) -> Job {
     let expires_at = at(0) + policy().photo_ttl;
     let photo = Photo { content_type: String::new(), width: 1, height: 1, orientation: 1, size_bytes: 1, expires_at };
     let stored = StoredPrompt { size_bytes: 1, expires_at, connection: None };
@@ -83,9 +110,30 @@ fn new_job(prompt: bool) -> Job {
         trace_id: String::new(),
         describe: true,
         idempotency_key: None,
+        callback_url: told.then(String::new),
         input: if prompt { Input::Prompt(stored) } else { Input::Photo(photo) },
     };
     Job::new(new, at(0), &policy())
+}
+
+/// When those jobs end of whose end somebody is to be told: what they went through before is walked without.
+const END: u8 = 8;
+
+fn photo_at_its_end() -> Job {
+    let (policy, lease) = (policy(), at(END) + policy().lease);
+    let job = new_job(false, true).claim_inference(at(END - 1), lease, &policy).unwrap();
+    numbered(job.finish_inference(1, Outcome::Abstained.full(), at(END), &policy).unwrap(), 0)
+}
+
+fn prompt_at_its_end() -> Job {
+    numbered(new_job(true, true).sweep(at(END), &policy(), |_| description()).unwrap().0, 0)
+}
+
+/// Versions are left out of what is kept; a job ends once for each time it is sent round.
+fn numbered(mut job: Job, redrives: u8) -> Job {
+    let delivery = job.callback.as_mut().and_then(|callback| callback.delivery.as_mut());
+    delivery.into_iter().for_each(|delivery| delivery.seq = redrives.into());
+    job
 }
 
 fn job(kept: &Kept) -> Job {
@@ -106,7 +154,14 @@ fn job(kept: &Kept) -> Job {
         deadline_at: at(kept.deadline),
         due_at: kept.due.map(at),
         lease_until: kept.lease.map(at),
-        dispatch: kept.marked.then_some(Dispatch::Enrichment),
+        dispatch: kept.marked.then(|| match kept.callback {
+            Some(Some(_)) => Dispatch::Webhook,
+            _ => Dispatch::Enrichment,
+        }),
+        callback: kept
+            .callback
+            .as_ref()
+            .map(|told| Callback { url: String::new(), delivery: told.as_ref().map(delivery) }),
         failure: kept.failure.map(|(inference, retryable)| Failure {
             stage: stage(inference),
             code: FailureCode::AttemptsExhausted,
@@ -115,7 +170,7 @@ fn job(kept: &Kept) -> Job {
         reading: kept.read.then(|| reading(false)),
         description: kept.described.then(description),
         answer: kept.answered.then(answer),
-        ..new_job(kept.prompt)
+        ..new_job(kept.prompt, false)
     }
 }
 
@@ -180,9 +235,15 @@ struct World {
     change: bool,
     inferring: Vec<u64>,
     describing: Vec<u64>,
+    /// The message to webhook.
+    letter: bool,
+    /// The deliveries that somebody has sent and had no answer to yet.
+    sending: Vec<u64>,
     redrives: u8,
     /// A final state was left by something else than a redrive or a delete.
     reopened: bool,
+    /// What was made was due again.
+    retold: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -199,6 +260,12 @@ enum Action {
     FinishAnswer(u64),
     /// Whether the trouble passes.
     ReleaseAnswer(u64, bool),
+    DeliverLetter,
+    LoseLetter,
+    Told(u64),
+    Refused(u64),
+    /// By the last try.
+    GivenUp(u64),
     Die(u64),
     /// All workers of a host die with it, and its next start ends the lease.
     Restart,
@@ -219,14 +286,17 @@ fn step(world: &World, action: Action) -> Option<Result<Job, Refused>> {
         Action::DeliverChange => job.claim_enrichment(now, lease, &policy),
         Action::FinishInference(claim, outcome) => job.finish_inference(claim, outcome.full(), now, &policy),
         Action::ReleaseInference(claim) => job.release_inference(claim, now, &policy),
-        Action::FinishDescription(claim) => job.finish_description(claim, description(), now),
+        Action::FinishDescription(claim) => job.finish_description(claim, description(), now, &policy),
         Action::DeferDescription(claim) => job.defer_description(claim, None, now, &policy),
         Action::FinishAnswer(claim) => job.finish_answer(claim, answer(), now, &policy),
         Action::ReleaseAnswer(claim, passing) => job.release_answer(claim, trouble(passing), None, now, &policy),
         Action::Sweep => job.sweep(now, &policy, |_| description()).map(|(job, _)| job),
         Action::Redrive => job.redrive(now, &policy),
         Action::Restart => job.lapse(now),
-        Action::Tick | Action::LoseMessage | Action::LoseChange | Action::Die(_) | Action::Delete => return None,
+        Action::Told(seq) => job.settle_delivery(seq),
+        Action::Refused(seq) => job.postpone_delivery(seq, TimeDelta::minutes(1), now, &policy),
+        Action::GivenUp(seq) => job.give_up_delivery(seq),
+        _ => return None,
     })
 }
 
@@ -237,15 +307,25 @@ impl Model for OneJob {
     fn init_states(&self) -> Vec<World> {
         let world = |prompt| World {
             now: 0,
-            record: Some(kept(&new_job(prompt))),
+            record: Some(kept(&new_job(prompt, false))),
             message: !prompt,
             change: prompt,
             inferring: Vec::new(),
             describing: Vec::new(),
+            letter: false,
+            sending: Vec::new(),
             redrives: 0,
             reopened: false,
+            retold: false,
         };
-        vec![world(false), world(true)]
+        let ended = |job: Job| World {
+            now: END,
+            record: Some(kept(&job)),
+            message: false,
+            change: job.dispatch.is_some(),
+            ..world(job.is_prompt())
+        };
+        vec![world(false), world(true), ended(photo_at_its_end()), ended(prompt_at_its_end())]
     }
 
     fn actions(&self, world: &World, actions: &mut Vec<Action>) {
@@ -268,6 +348,12 @@ impl Model for OneJob {
             actions.extend([Action::FinishAnswer(claim)]);
             actions.extend([true, false].map(|passing| Action::ReleaseAnswer(claim, passing)));
         }
+        if world.letter {
+            actions.extend([Action::DeliverLetter, Action::LoseLetter]);
+        }
+        for &seq in &world.sending {
+            actions.extend([Action::Told(seq), Action::Refused(seq), Action::GivenUp(seq)]);
+        }
         actions.extend([Action::Sweep, Action::Restart]);
         if world.redrives == 0 {
             actions.push(Action::Redrive);
@@ -284,6 +370,18 @@ impl Model for OneJob {
             Action::LoseMessage => next.message = false,
             Action::LoseChange => next.change = false,
             Action::Delete => next.record = None,
+            Action::LoseLetter => next.letter = false,
+            Action::DeliverLetter => {
+                let delivery = delivery_of(world)?;
+                if delivery.made != Some(true)
+                    && world.now >= delivery.not_before
+                    && !world.sending.contains(&delivery.seq)
+                {
+                    next.sending.push(delivery.seq);
+                }
+            }
+            // To notify.
+            Action::DeliverChange if is_marked_for_webhook(world) => next.letter = true,
             Action::Die(claim) => {
                 next.inferring.retain(|held| *held != claim);
                 next.describing.retain(|held| *held != claim);
@@ -295,6 +393,7 @@ impl Model for OneJob {
                     Action::Restart => {
                         next.inferring.clear();
                         next.describing.clear();
+                        next.sending.clear();
                     }
                     // A refused worker has learnt that it is stale, and is gone.
                     Action::FinishInference(claim, _) | Action::ReleaseInference(claim) => {
@@ -306,17 +405,26 @@ impl Model for OneJob {
                     | Action::ReleaseAnswer(claim, _) => {
                         next.describing.retain(|held| *held != claim);
                     }
+                    Action::Told(seq) | Action::Refused(seq) | Action::GivenUp(seq) => {
+                        let place = next.sending.iter().position(|sent| *sent == seq)?;
+                        next.sending.remove(place);
+                    }
                     _ => {}
                 }
-                if let Some(job) = written {
+                if let Some(mut job) = written {
                     match action {
                         Action::DeliverMessage => next.inferring.push(job.claim),
                         Action::DeliverChange => next.describing.push(job.claim),
                         Action::Redrive => next.redrives += 1,
                         _ => {}
                     }
-                    let was_open = world.record.as_ref().is_some_and(|record| record.due.is_some());
-                    next.reopened |= !was_open && action != Action::Redrive;
+                    let was_open = is_open(world);
+                    next.reopened |= !was_open && job.status.is_open() && action != Action::Redrive;
+                    let was_made = delivery_of(world).is_some_and(|delivery| delivery.made == Some(true));
+                    next.retold |= was_made && job.due_at.is_some() && action != Action::Redrive;
+                    if was_open && !job.status.is_open() {
+                        job = numbered(job, world.redrives);
+                    }
                     next.message |= action == Action::Sweep && job.status == Status::Pending;
                     next.change |= job.dispatch.is_some();
                     next.record = Some(kept(&job));
@@ -360,6 +468,13 @@ impl Model for OneJob {
                     && lapsed.claim == record.claim
                     && lapsed.sweep(at(world.now), &policy(), |_| description()).is_ok()
             }),
+            Property::always("what a receiver has is not sent again", |_, world: &World| !world.retold),
+            Property::always("a request from before a redrive changes nothing", |_, world: &World| {
+                let current = delivery_of(world).map(|delivery| delivery.seq);
+                let refused = |action| step(world, action).is_none_or(|step| step.is_err());
+                let stale = world.sending.iter().filter(|seq| Some(**seq) != current);
+                stale.flat_map(|&seq| [Action::Told(seq), Action::Refused(seq), Action::GivenUp(seq)]).all(refused)
+            }),
             Property::always("a job ends once", |_, world: &World| !world.reopened),
             Property::always("a prediction that was made is never lost", |_, world: &World| {
                 let Some(record) = &world.record else { return true };
@@ -386,11 +501,32 @@ impl Model for OneJob {
             Property::sometimes("a lease is taken over", |_, world: &World| {
                 is(world, "processing") && world.inferring.len() == 2
             }),
+            Property::sometimes("a delivery is made", |_, world: &World| is_made(world, true)),
+            Property::sometimes("a delivery is given up", |_, world: &World| is_made(world, false)),
+            Property::sometimes("the end of a redriven job is delivered", |_, world: &World| {
+                world.redrives == 1 && is_made(world, true) && is(world, "completed")
+            }),
             Property::sometimes("a redriven job is completed", |_, world: &World| {
                 world.redrives == 1 && is(world, "completed")
             }),
         ]
     }
+}
+
+fn delivery_of(world: &World) -> Option<&KeptDelivery> {
+    world.record.as_ref()?.callback.as_ref()?.as_ref()
+}
+
+fn is_made(world: &World, made: bool) -> bool {
+    delivery_of(world).is_some_and(|delivery| delivery.made == Some(made))
+}
+
+fn is_open(world: &World) -> bool {
+    world.record.as_ref().is_some_and(|record| job(record).status.is_open())
+}
+
+fn is_marked_for_webhook(world: &World) -> bool {
+    world.record.as_ref().is_some_and(|record| job(record).dispatch == Some(Dispatch::Webhook))
 }
 
 fn is(world: &World, status: &str) -> bool {
@@ -399,20 +535,28 @@ fn is(world: &World, status: &str) -> bool {
 
 fn keeps_invariants(job: &Job) -> bool {
     let open = job.status.is_open();
-    job.due_at.is_some() == open
-        && (open || (job.lease_until.is_none() && job.dispatch.is_none()))
-        && (job.dispatch.is_none() || job.status == Status::AwaitingDescription)
+    let undelivered = job.delivery().is_some_and(|delivery| delivery.outcome.is_none());
+    let marked = match job.dispatch {
+        None => true,
+        Some(Dispatch::Enrichment) => job.status == Status::AwaitingDescription,
+        Some(Dispatch::Webhook) => undelivered,
+    };
+    job.due_at.is_some() == (open || undelivered)
+        && marked
+        && (open || job.lease_until.is_none())
+        && (!open || job.delivery().is_none())
         && !(job.dispatch.is_some() && job.lease_until.is_some())
         && (job.lease_until.is_none() || job.lease_until == job.due_at)
         && (job.status == Status::Failed) == job.failure.is_some()
 }
 
-/// Whether the job ends even if every message, change and worker is lost from here on.
+/// Whether the job ends, and nobody is told of it for ever, even if every message, change and worker is
+/// lost from here on.
 fn is_rescued(world: &World) -> bool {
     let Some(record) = &world.record else { return true };
     let mut job = job(record);
     for tick in world.now..world.now + 40 {
-        if !job.status.is_open() {
+        if job.due_at.is_none() {
             return true;
         }
         if let Ok((swept, _)) = job.sweep(at(tick), &policy(), |_| description()) {

@@ -30,6 +30,7 @@ fn new(describe: bool) -> NewJob {
         trace_id: "t".into(),
         describe,
         idempotency_key: None,
+        callback_url: None,
         input: Input::Photo(photo),
     }
 }
@@ -71,9 +72,15 @@ fn describing() -> Job {
 /// What holds of every record that is ever written.
 fn assert_invariants(job: &Job) {
     let open = job.status.is_open();
-    assert_eq!(job.due_at.is_some(), open, "due if and only if open: {job:?}");
-    assert!(open || (job.lease_until.is_none() && job.dispatch.is_none()), "ended jobs hold nothing: {job:?}");
-    assert!(job.dispatch.is_none() || job.status == Status::AwaitingDescription, "{job:?}");
+    let undelivered = job.delivery().is_some_and(|delivery| delivery.outcome.is_none());
+    assert_eq!(job.due_at.is_some(), open || undelivered, "due if and only if there is work ahead: {job:?}");
+    assert!(open || job.lease_until.is_none(), "ended jobs are held by nobody: {job:?}");
+    match job.dispatch {
+        None => {}
+        Some(Dispatch::Enrichment) => assert_eq!(job.status, Status::AwaitingDescription, "{job:?}"),
+        Some(Dispatch::Webhook) => assert!(!open && undelivered, "{job:?}"),
+    }
+    assert!(job.delivery().is_none() || !open, "nobody is told of the end before it: {job:?}");
     assert!(!(job.dispatch.is_some() && job.lease_until.is_some()), "a marker and a lease exclude each other: {job:?}");
     assert_eq!(job.status == Status::Failed, job.failure.is_some(), "{job:?}");
     assert!(job.lease_until.is_none() || job.lease_until == job.due_at, "sweep looks when the lease ends: {job:?}");
@@ -81,7 +88,7 @@ fn assert_invariants(job: &Job) {
 
 #[test]
 fn a_photo_goes_from_pending_to_completed() {
-    let done = describing().finish_description(2, description(), at(4)).unwrap();
+    let done = describing().finish_description(2, description(), at(4), &policy()).unwrap();
     assert_eq!(done.status, Status::Completed);
     assert_eq!((done.version, done.claim), (5, 2));
     assert_eq!(done.timings_ms.total, Some(4000.0));
@@ -117,7 +124,7 @@ fn a_worker_whose_lease_was_swept_changes_nothing() {
     assert_eq!(swept.finish_inference(1, read(false), at(1001), &policy()), Err(Refused::Stale));
     let (swept, action) = describing().sweep(at(1000), &policy(), |_| description()).unwrap();
     assert_eq!((swept.status, action), (Status::AwaitingDescription, SweepAction::Marked));
-    assert_eq!(swept.finish_description(2, description(), at(1001)), Err(Refused::Stale));
+    assert_eq!(swept.finish_description(2, description(), at(1001), &policy()), Err(Refused::Stale));
     assert_eq!(swept.defer_description(2, None, at(1001), &policy()), Err(Refused::Stale));
 }
 
@@ -213,12 +220,12 @@ fn a_damaged_photo_fails_for_good() {
 
 #[test]
 fn an_ended_job_refuses_every_move() {
-    let done = describing().finish_description(2, description(), at(4)).unwrap();
+    let done = describing().finish_description(2, description(), at(4), &policy()).unwrap();
     let (now, until) = (at(90_000_000), lease(90_000_000));
     assert_eq!(done.claim_inference(now, until, &policy()), Err(Refused::Ended));
     assert_eq!(done.claim_enrichment(now, until, &policy()), Err(Refused::Ended));
     assert_eq!(done.finish_inference(2, read(false), now, &policy()), Err(Refused::Ended));
-    assert_eq!(done.finish_description(2, description(), now), Err(Refused::Ended));
+    assert_eq!(done.finish_description(2, description(), now, &policy()), Err(Refused::Ended));
     assert_eq!(done.sweep(now, &policy(), |_| description()), Err(Refused::NotDue));
 }
 
@@ -360,7 +367,7 @@ fn a_description_is_no_answer_and_an_answer_no_description() {
     let text = answer(AnswerContent::Text("a".into()));
     assert_eq!(describing().finish_answer(2, text, at(4), &policy()), Err(Refused::WrongState));
     assert_eq!(describing().release_answer(2, trouble(true), None, at(4), &policy()), Err(Refused::WrongState));
-    assert_eq!(answering().finish_description(1, description(), at(4)), Err(Refused::WrongState));
+    assert_eq!(answering().finish_description(1, description(), at(4), &policy()), Err(Refused::WrongState));
     assert_eq!(answering().defer_description(1, None, at(4), &policy()), Err(Refused::WrongState));
 }
 
@@ -380,4 +387,106 @@ fn a_record_from_before_there_were_prompts_is_read_and_written_as_it_was() {
     assert_eq!((photo.orientation, photo.size_bytes, &job.answer), (6, 3900, &None));
     let before: serde_json::Value = serde_json::from_str(text).unwrap();
     assert_eq!(serde_json::to_value(Record::Job(job)).unwrap(), before);
+}
+
+fn to_be_told() -> Job {
+    let new = NewJob { callback_url: Some("https://hooks.example/a".into()), ..new(false) };
+    let job = Job::new(new, at(0), &policy()).claim_inference(at(1), lease(1), &policy()).unwrap();
+    assert_invariants(&job);
+    let ended = job.finish_inference(1, read(false), at(2), &policy()).unwrap();
+    assert_invariants(&ended);
+    ended
+}
+
+fn swept(job: &Job, seconds: i64) -> Result<(Job, SweepAction), Refused> {
+    let swept = job.sweep(at(seconds), &policy(), |_| panic!("no description is due"));
+    swept.inspect(|(job, _)| assert_invariants(job))
+}
+
+#[test]
+fn the_write_that_ends_a_job_marks_its_delivery_due() {
+    let job = to_be_told();
+    assert_eq!((job.status, job.dispatch), (Status::Completed, Some(Dispatch::Webhook)));
+    assert_eq!(job.due_at, Some(at(2) + policy().redispatch));
+    let delivery = job.delivery().unwrap();
+    assert_eq!((delivery.seq, delivery.not_before, delivery.outcome), (job.version, at(2), None));
+    // Whoever asked for nothing is told nothing.
+    let silent = pending(false).claim_inference(at(1), lease(1), &policy()).unwrap();
+    let silent = silent.finish_inference(1, read(false), at(2), &policy()).unwrap();
+    assert_eq!((silent.dispatch, silent.due_at, silent.delivery()), (None, None, None));
+}
+
+#[test]
+fn a_lost_delivery_is_marked_again_later_each_time_and_given_up_after_days() {
+    let mut job = to_be_told();
+    for seconds in [122, 242, 482, 962] {
+        assert_eq!(swept(&job, seconds - 1).unwrap_err(), Refused::NotDue);
+        let (next, action) = swept(&job, seconds).unwrap();
+        assert_eq!((action, next.dispatch), (SweepAction::Marked, Some(Dispatch::Webhook)));
+        assert_eq!((next.seq(), next.updated_at), (job.seq(), job.updated_at), "nothing that a caller reads changes");
+        job = next;
+    }
+    let days = policy().delivery_ttl.num_seconds() + 2;
+    assert_eq!(swept(&job, days - 1).unwrap().1, SweepAction::Marked);
+    let (gone, action) = swept(&job, days).unwrap();
+    assert_eq!((action, gone.due_at, gone.dispatch), (SweepAction::Undelivered, None, None));
+    assert_eq!(gone.delivery().unwrap().outcome, Some(DeliveryOutcome::GivenUp));
+    assert_eq!(swept(&gone, 2 * days).unwrap_err(), Refused::NotDue);
+}
+
+#[test]
+fn a_delivery_that_failed_waits_for_its_message_and_one_that_was_made_for_nothing() {
+    let job = to_be_told();
+    let seq = job.seq();
+    let waits = job.postpone_delivery(seq, TimeDelta::seconds(300), at(3), &policy()).unwrap();
+    assert_invariants(&waits);
+    assert_eq!((waits.delivery().unwrap().not_before, waits.due_at), (at(303), Some(at(303) + policy().redispatch)));
+    assert_eq!(waits.dispatch, None);
+    assert_eq!(swept(&waits, 303).unwrap_err(), Refused::NotDue, "its message is on its way");
+    let made = waits.settle_delivery(seq).unwrap();
+    assert_invariants(&made);
+    assert_eq!((made.due_at, made.seq()), (None, seq));
+    assert_eq!(made.settle_delivery(seq), Err(Refused::Ended));
+    assert_eq!(made.give_up_delivery(seq), Err(Refused::Ended));
+    assert_eq!(made.postpone_delivery(seq, TimeDelta::zero(), at(4), &policy()), Err(Refused::Ended));
+}
+
+#[test]
+fn an_operator_may_have_a_delivery_tried_again_that_was_given_up() {
+    let job = to_be_told();
+    let given_up = job.give_up_delivery(job.seq()).unwrap();
+    assert_invariants(&given_up);
+    assert_eq!(
+        given_up.settle_delivery(job.seq()).unwrap().delivery().unwrap().outcome,
+        Some(DeliveryOutcome::Delivered)
+    );
+    let waits = given_up.postpone_delivery(job.seq(), TimeDelta::seconds(5), at(9), &policy()).unwrap();
+    assert_invariants(&waits);
+    assert_eq!(waits.delivery().unwrap().outcome, None);
+}
+
+#[test]
+fn a_redrive_takes_the_delivery_of_the_failure_back_and_the_next_end_is_another() {
+    let new = NewJob { callback_url: Some("https://hooks.example/a".into()), ..new(true) };
+    let failed = Job::new(new, at(0), &policy()).sweep(at(90_000), &policy(), |_| description()).unwrap().0;
+    assert_eq!((failed.status, failed.dispatch), (Status::Failed, Some(Dispatch::Webhook)));
+    let seq = failed.seq();
+    let again = failed.redrive(at(90_001), &policy()).unwrap();
+    assert_invariants(&again);
+    assert_eq!(again.delivery(), None);
+    assert_eq!(again.settle_delivery(seq), Err(Refused::Stale), "a request that was under way");
+    let again = again.claim_inference(at(90_002), lease(90_002), &policy()).unwrap();
+    let ended = again.finish_inference(again.claim, read(true), at(90_003), &policy()).unwrap();
+    assert!(ended.seq() > seq);
+    assert_eq!(ended.give_up_delivery(seq), Err(Refused::Stale));
+    assert!(ended.settle_delivery(ended.seq()).is_ok());
+}
+
+#[test]
+fn nobody_is_told_longer_than_the_result_lives() {
+    let short = Policy { result_ttl: TimeDelta::days(1), ..policy() };
+    let new = NewJob { callback_url: Some("https://hooks.example/a".into()), ..new(false) };
+    let job = Job::new(new, at(0), &short).claim_inference(at(1), lease(1), &short).unwrap();
+    let ended = job.finish_inference(1, read(false), at(2), &short).unwrap();
+    assert_eq!(ended.delivery().unwrap().until, ended.expires_at);
 }

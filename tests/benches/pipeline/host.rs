@@ -39,7 +39,7 @@ pub async fn fill(photos: &Photos, count: usize, describe: bool) -> TempDir {
     let host = open(folder.path(), Clock::System, &SETTINGS).await;
     let fill = async |first: usize| {
         for n in (first..count).step_by(FILLERS) {
-            let submission = Submission { image: photos.nth(n), describe };
+            let submission = Submission { image: photos.nth(n), describe, callback_url: None };
             host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
         }
     };

@@ -18,7 +18,7 @@ async fn a_clock_set_back_an_hour_delays_and_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let clock = Clock::manual(Utc::now());
     let host = open(folder.path(), clock.clone(), &[]).await;
-    let submission = || Submission { image: mole(), describe: true };
+    let submission = || Submission { image: mole(), describe: true, callback_url: None };
     let caller = Caller("local".into());
     let lost = host.submit.accept(&caller, None, submission()).await.unwrap();
     let abandoned = host.submit.accept(&caller, None, submission()).await.unwrap();
@@ -75,7 +75,7 @@ async fn a_clock_set_back_in_the_middle_of_500_jobs_ends_each_once() {
     clock.advance(TimeDelta::hours(-1));
     // Who comes after the jump is not held up by who came before it.
     for number in ids.len()..JOBS {
-        let submission = Submission { image: numbered_mole(number), describe: true };
+        let submission = Submission { image: numbered_mole(number), describe: true, callback_url: None };
         ids.push(submit.accept(&Caller("local".into()), None, submission).await.unwrap());
     }
     let later = ids[JOBS - 100..].to_vec();

@@ -113,7 +113,7 @@ impl Bench {
     }
 
     async fn submit(&mut self) -> Job {
-        let submission = Submission { image: numbered_mole(self.photos), describe: true };
+        let submission = Submission { image: numbered_mole(self.photos), describe: true, callback_url: None };
         let key = key_of(self.photos);
         self.photos += 1;
         let id = self.host.submit.accept(&Caller("local".into()), Some(key), submission).await.unwrap();
@@ -126,7 +126,7 @@ impl Bench {
         let request = PromptRequest { messages: vec![message], max_tokens, temperature, format };
         let key = key_of(self.photos);
         self.photos += 1;
-        let id = self.host.submit.accept_prompt(&Caller("local".into()), Some(key), &request).await.unwrap();
+        let id = self.host.submit.accept_prompt(&Caller("local".into()), Some(key), &request, None).await.unwrap();
         self.job(id).await.unwrap()
     }
 

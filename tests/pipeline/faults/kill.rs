@@ -20,7 +20,7 @@ use reqwest::{Client, StatusCode};
 use shared::clock::Clock;
 use shared::crash::Point;
 use shared::http::Caller;
-use shared::job::{Attempts, Job, Status, new_id};
+use shared::job::{Attempts, DeliveryOutcome, Job, Status, new_id};
 use shared::ports::BlobStore;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -29,13 +29,15 @@ use uuid::Uuid;
 use crate::kill::{
     ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, CHAT, ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_MAP,
     INFERENCE_RETRY, PROMPT, RESULT, SOCKET, START, SUBMIT, SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE,
-    SWEEP_UPLOAD, UPLOAD, ask, long_answer,
+    SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, ask, long_answer,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::process::Process;
+use crate::support::receiver::Receiver;
 use crate::support::{client, numbered_mole, open, report, submit, within};
 use crate::uploads;
+use crate::webhooks::{submit_told, variables};
 
 /// How often a point is met before each of the two kills.
 const KILLS: [u32; 2] = [200, 100];
@@ -55,6 +57,8 @@ enum Kind {
     Asked,
     /// Queued, beside 500 uploads that nobody has submitted in time.
     Reserved,
+    /// Being submitted over HTTP, their ends to be told.
+    Told,
     /// Accepted and queued.
     Queued,
     /// Queued, their photos out of reach until after the kills.
@@ -77,6 +81,7 @@ enum Kind {
 const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Submitted, SUBMIT),
     (Kind::Uploaded, UPLOAD),
+    (Kind::Told, WEBHOOK),
     (Kind::Reserved, SWEEP_UPLOAD),
     (Kind::Asked, SUBMIT_PROMPT),
     (Kind::Asked, PROMPT),
@@ -93,8 +98,10 @@ const SCENES: &[(Kind, &[Point])] = &[
 ];
 /// Points that no job meets on its way: keys belong to none, dead letters are moved all at once, here
 /// as on AWS, and a start takes up what the last kill cut off, a few jobs, before anything else is done.
-/// A WebSocket's points write no job, but for those of `ask`, which are those of a prompt.
-const NOT_ON_A_JOBS_WAY: &[&[Point]] = &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, CHAT, SOCKET, AWS_ALONE];
+/// A WebSocket's points write no job, but for those of `ask`, which are those of a prompt; what a receiver does
+/// not take is written of one job at a time, hours apart.
+const NOT_ON_A_JOBS_WAY: &[&[Point]] =
+    &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, CHAT, SOCKET, WEBHOOK_RETRY, WEBHOOK_LAST, AWS_ALONE];
 
 #[test]
 fn every_crash_point_is_met_with_500_jobs_or_is_on_no_jobs_way() {
@@ -159,7 +166,7 @@ impl Folders {
 
     fn of(&self, kind: Kind) -> &Path {
         match kind {
-            Kind::Submitted | Kind::Uploaded | Kind::Asked => self.empty.path(),
+            Kind::Submitted | Kind::Uploaded | Kind::Asked | Kind::Told => self.empty.path(),
             Kind::Reserved => self.reserved.path(),
             Kind::Failed => self.failed.path(),
             Kind::Deleted => self.completed.path(),
@@ -186,6 +193,7 @@ struct Scene {
     folder: TempDir,
     http: Client,
     llm: LlmServer,
+    receiver: Receiver,
     /// The jobs there were when the scene began.
     ids: Vec<Uuid>,
     /// The uploads that have arrived, by the number of their photo: they are not sent again.
@@ -199,12 +207,12 @@ impl Scene {
         let folder = tempfile::tempdir().unwrap();
         backlog::copy(folders.of(kind), folder.path());
         let ids = match kind {
-            Kind::Submitted | Kind::Uploaded | Kind::Asked => Vec::new(),
+            Kind::Submitted | Kind::Uploaded | Kind::Asked | Kind::Told => Vec::new(),
             Kind::Buried => ids(folders.of(Kind::Deleted)).await,
             _ => ids(folder.path()).await,
         };
-        let (llm, uploaded) = (LlmServer::start([]).await, Arc::default());
-        let scene = Self { kind, point, folder, http: client(), llm, ids, uploaded, cut_off: 0 };
+        let (llm, receiver, uploaded) = (LlmServer::start([]).await, Receiver::start(200).await, Arc::default());
+        let scene = Self { kind, point, folder, http: client(), llm, receiver, ids, uploaded, cut_off: 0 };
         let data = scene.folder.path();
         match kind {
             Kind::Unreadable => backlog::photos(data).iter().for_each(hide),
@@ -219,7 +227,13 @@ impl Scene {
                 scene.llm.behave(Behaviour::Answer(long_answer()));
             }
             Kind::Asked => {}
-            Kind::Submitted | Kind::Uploaded | Kind::Queued | Kind::Failed | Kind::Deleted | Kind::Buried => {}
+            Kind::Submitted
+            | Kind::Uploaded
+            | Kind::Told
+            | Kind::Queued
+            | Kind::Failed
+            | Kind::Deleted
+            | Kind::Buried => {}
         }
         scene
     }
@@ -237,6 +251,8 @@ impl Scene {
         let times = if matches!(self.kind, Kind::Deleted | Kind::Buried) { ERASING } else { UNHURRIED };
         let mut extra = [&[("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")], times].concat();
         extra.extend(crash_at.map(|at| ("CRASH_AT", at)));
+        let receiver = self.receiver.host();
+        extra.extend(variables(&receiver));
         Process::start(self.data(), &extra).await
     }
 
@@ -244,6 +260,13 @@ impl Scene {
     async fn requests(&mut self, url: &str) -> bool {
         match self.kind {
             Kind::Submitted => match submit_all(&self.http, url).await {
+                Some(ids) => {
+                    self.ids = ids;
+                    true
+                }
+                None => false,
+            },
+            Kind::Told => match submit_all_told(&self.http, url, &self.receiver).await {
                 Some(ids) => {
                     self.ids = ids;
                     true
@@ -303,6 +326,20 @@ impl Scene {
         assert!(host.terminate().await.success(), "{}", self.what());
     }
 
+    /// Each job's end was told, under one id; what was killed behind the answer may have been told once more.
+    fn all_were_told(&self, jobs: &[Job]) {
+        let mut told: BTreeMap<String, usize> = BTreeMap::new();
+        for received in self.receiver.received() {
+            *told.entry(received.id().to_owned()).or_default() += 1;
+        }
+        let expected: BTreeMap<_, _> = jobs.iter().map(|job| (format!("msg_{}_{}", job.id, job.seq()), job)).collect();
+        assert!(told.keys().eq(expected.keys()), "{}: who was told of what", self.what());
+        for job in expected.values() {
+            let outcome = job.delivery().and_then(|delivery| delivery.outcome);
+            assert_eq!(outcome, Some(DeliveryOutcome::Delivered), "{}: {}", self.what(), job.id);
+        }
+    }
+
     async fn play(mut self) -> String {
         let what = self.what();
         let kills = if self.point == Point::FeedBeforeCursor { KILLS_IN_BATCHES } else { KILLS };
@@ -323,6 +360,9 @@ impl Scene {
                 enrichment: before.enrichment + u32::from(*status != Status::Completed),
             };
             assert_eq!(job.attempts, expected, "{what}: {} was {status:?}", job.id);
+        }
+        if self.kind == Kind::Told {
+            self.all_were_told(&jobs);
         }
         let refused = jobs.iter().flat_map(|job| &job.llm_calls).filter(|call| call.outcome != "ok").count();
         let calls = self.llm.calls();
@@ -397,6 +437,20 @@ async fn submit_all(http: &Client, url: &str) -> Option<Vec<Uuid>> {
         async move {
             let key = format!("key-{number}");
             submit(&http, &url, &numbered_mole(number), Some(&key)).await.ok()?.parse().ok()
+        }
+    };
+    each(request).await
+}
+
+/// As [`submit_all`], with a receiver that is to be told of the ends.
+async fn submit_all_told(http: &Client, url: &str, receiver: &Receiver) -> Option<Vec<Uuid>> {
+    let (http, url, callback_url) = (http.clone(), url.to_owned(), receiver.url());
+    let request = move |number| {
+        let (http, url, callback_url) = (http.clone(), url.clone(), callback_url.clone());
+        async move {
+            let key = format!("key-{number}");
+            let id = submit_told(&http, &url, numbered_mole(number), &callback_url, Some(&key)).await;
+            id.ok()?.parse().ok()
         }
     };
     each(request).await

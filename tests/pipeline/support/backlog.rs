@@ -31,7 +31,7 @@ pub async fn accept(host: &Host, count: usize) -> Vec<Uuid> {
     let caller = Caller("local".into());
     let mut ids = Vec::new();
     for number in 0..count {
-        let submission = Submission { image: numbered_mole(number), describe: true };
+        let submission = Submission { image: numbered_mole(number), describe: true, callback_url: None };
         ids.push(host.submit.accept(&caller, None, submission).await.unwrap());
     }
     ids
@@ -40,7 +40,7 @@ pub async fn accept(host: &Host, count: usize) -> Vec<Uuid> {
 /// Waits until nobody holds the folder's databases any more.
 pub async fn closed(data: &Path) {
     within(PATIENCE, "the databases are closed", async || {
-        ["jobs.sqlite-wal", "queue.sqlite-wal"].iter().all(|file| !data.join(file).exists())
+        ["jobs.sqlite-wal", "queue.sqlite-wal", "webhooks.sqlite-wal"].iter().all(|file| !data.join(file).exists())
     })
     .await;
 }
@@ -84,11 +84,11 @@ pub fn in_state(data: &Path, status: Status) -> usize {
 
 /// Nothing is due, queued, or in the feed for enrichment; room that is kept for an upload is no work.
 pub fn is_quiet(data: &Path) -> bool {
-    let fed =
-        "SELECT count(*) FROM changes WHERE dispatch IS NOT NULL AND seq > (SELECT coalesce(max(seq), 0) FROM cursors)";
+    let fed = "SELECT count(*) FROM changes WHERE dispatch = 'enrichment' AND seq > (SELECT coalesce(max(seq), 0) FROM cursors)";
     let due = "SELECT count(*) FROM jobs WHERE due_at IS NOT NULL AND json_extract(record, '$.used') IS NOT 0";
     count(data, "jobs.sqlite", due) == 0
         && count(data, "queue.sqlite", "SELECT count(*) FROM messages") == 0
+        && count(data, "webhooks.sqlite", "SELECT count(*) FROM messages") == 0
         && count(data, "jobs.sqlite", fed) == 0
 }
 
@@ -120,7 +120,9 @@ pub fn hurry(data: &Path, whose: Whose) {
     );
     connect(data, "jobs.sqlite").execute(&sql, []).unwrap();
     let sql = format!("UPDATE messages SET visible_at = min(visible_at, {})", past.timestamp_millis());
-    connect(data, "queue.sqlite").execute(&sql, []).unwrap();
+    for file in ["queue.sqlite", "webhooks.sqlite"] {
+        connect(data, file).execute(&sql, []).unwrap();
+    }
 }
 
 /// Takes every message out of the queue.

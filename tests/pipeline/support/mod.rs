@@ -11,6 +11,7 @@ pub mod metadata;
 #[allow(dead_code, reason = "the tests' alone")]
 pub mod network;
 pub mod process;
+pub mod receiver;
 pub mod redis_server;
 pub mod reference;
 pub mod websocket;
