@@ -11,6 +11,12 @@ locals {
         dimensions = { QueueName = aws_sqs_queue.dead_letters.name }
         above      = 0
       })
+      # Ends of jobs that no receiver took in a day.
+      webhook-dead-letters = merge(local.of_queue, {
+        metric     = "ApproximateNumberOfMessagesVisible"
+        dimensions = { QueueName = aws_sqs_queue.webhook_dead_letters.name }
+        above      = 0
+      })
       enrichment-failures = merge(local.of_queue, {
         metric     = "ApproximateNumberOfMessagesVisible"
         dimensions = { QueueName = aws_sqs_queue.enrichment_failures.name }

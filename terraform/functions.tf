@@ -61,9 +61,10 @@ locals {
       # Shows each photo to a decoder.
       memory_mb       = 1024
       timeout_seconds = local.http_timeout_seconds
-      environment = merge(local.queue_environment, local.blob_environment, local.caller_environment, local.llm_name, {
-        MAX_QUEUED_MB = var.max_queued_mb
-      })
+      environment = merge(
+        local.queue_environment, local.blob_environment, local.caller_environment, local.llm_name,
+        local.webhook_hosts_environment, { MAX_QUEUED_MB = var.max_queued_mb },
+      )
       permissions = concat(local.may_submit, local.may_check_callers)
     }
     result = {
@@ -75,8 +76,9 @@ locals {
     admin = {
       memory_mb       = 256
       timeout_seconds = local.http_timeout_seconds
-      environment = merge(local.queue_environment, local.caller_environment, {
-        DEAD_LETTER_QUEUE_URL = aws_sqs_queue.dead_letters.url
+      environment = merge(local.queue_environment, local.webhook_queue_environment, local.caller_environment, {
+        DEAD_LETTER_QUEUE_URL         = aws_sqs_queue.dead_letters.url
+        WEBHOOK_DEAD_LETTER_QUEUE_URL = aws_sqs_queue.webhook_dead_letters.url
       })
       permissions = local.may_administer
     }
@@ -111,8 +113,14 @@ locals {
     notify = {
       memory_mb       = 256
       timeout_seconds = 30
-      environment     = merge(local.push_environment, local.connection_environment)
+      environment     = merge(local.push_environment, local.connection_environment, local.webhook_queue_environment)
       permissions     = concat(local.may_notify, local.may_push)
+    }
+    webhook = {
+      memory_mb       = 256
+      timeout_seconds = local.webhook_timeout_seconds
+      environment     = merge(local.webhook_queue_environment, local.webhook_hosts_environment, local.secret_environment)
+      permissions     = local.may_deliver
     }
     chat = {
       memory_mb = 256

@@ -13,6 +13,16 @@ output "dead_letter_queue_url" {
   value       = aws_sqs_queue.dead_letters.url
 }
 
+output "webhook_queue_url" {
+  description = "SQS queue in front of webhook."
+  value       = aws_sqs_queue.webhooks.url
+}
+
+output "webhook_dead_letter_queue_url" {
+  description = "Where webhooks end that no receiver took."
+  value       = aws_sqs_queue.webhook_dead_letters.url
+}
+
 output "bucket_name" {
   description = "S3 bucket of photos and models."
   value       = aws_s3_bucket.blobs.bucket
@@ -44,7 +54,7 @@ output "socket_url" {
 }
 
 output "secret_arn" {
-  description = "Secret with LLM_API_KEY and CACHE_KEY."
+  description = "Secret with LLM_API_KEY, CACHE_KEY and WEBHOOK_SECRET."
   value       = aws_secretsmanager_secret.functions.arn
 }
 

@@ -77,8 +77,9 @@ locals {
       actions = [
         "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes",
       ]
-      resources = [aws_sqs_queue.dead_letters.arn]
+      resources = [aws_sqs_queue.dead_letters.arn, aws_sqs_queue.webhook_dead_letters.arn]
     },
+    local.may_send_webhooks,
   ]
 
   may_infer = [
@@ -144,6 +145,7 @@ locals {
 
   may_notify = [
     { actions = ["dynamodb:GetItem"], resources = local.jobs },
+    local.may_send_webhooks,
     local.may_close,
     { actions = ["dynamodb:Query"], resources = [aws_dynamodb_table.connections.arn] },
     {
@@ -152,6 +154,18 @@ locals {
     },
     # Takes no name of a stream.
     { actions = ["dynamodb:ListStreams"], resources = ["${aws_dynamodb_table.jobs.arn}/stream/*"] },
+  ]
+
+  # Nothing of a caller, a photo or a prompt.
+  may_deliver = [
+    { actions = ["dynamodb:GetItem", "dynamodb:PutItem"], resources = local.jobs },
+    local.may_read_secret,
+    {
+      actions = [
+        "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes",
+      ]
+      resources = [aws_sqs_queue.webhooks.arn]
+    },
   ]
 
   may_chat = [

@@ -1,4 +1,4 @@
-# JSON with LLM_API_KEY and CACHE_KEY. Made empty: scripts/deploy puts the values in, so that they are
+# JSON with LLM_API_KEY, CACHE_KEY and WEBHOOK_SECRET. Made empty: scripts/deploy puts the values in, so that they are
 # in nobody's state or plan.
 resource "aws_secretsmanager_secret" "functions" {
   name                    = "${local.name}-functions"

@@ -202,6 +202,17 @@ variable "web_dir" {
   default     = "../web"
 }
 
+variable "webhook_hosts" {
+  description = "Hosts that a callback_url may name, such as hooks.clinic.example or hooks.clinic.example:8443; none by default (WEBHOOK_HOSTS)."
+  type        = list(string)
+  default     = []
+
+  validation {
+    condition     = alltrue([for host in var.webhook_hosts : can(regex("^[^,/@?# ]+$", host))])
+    error_message = "A host is a name or an address, with a port or without; no scheme and no path."
+  }
+}
+
 # Size.
 
 variable "function_timeout_seconds" {

@@ -2,10 +2,11 @@
 
     python load_stage.py BUCKET SECRET_ARN
 
-The secret's cache key is made once and then kept. LLM_API_KEY is put in where the environment has it.
+The secret's cache key and the key of webhooks are made once and then kept. LLM_API_KEY is put in where the environment has it.
 Credentials, region and AWS_ENDPOINT_URL are those of the AWS SDK.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -33,7 +34,8 @@ def fill_secret(manager, arn):
         kept = json.loads(manager.get_secret_value(SecretId=arn).get("SecretString", "{}"))
     except manager.exceptions.ResourceNotFoundException:
         kept = {}  # It has no value yet.
-    values = {"CACHE_KEY": secrets.token_hex(32)} | kept
+    webhook_secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+    values = {"CACHE_KEY": secrets.token_hex(32), "WEBHOOK_SECRET": webhook_secret} | kept
     if os.environ.get("LLM_API_KEY"):
         values["LLM_API_KEY"] = os.environ["LLM_API_KEY"]
     if values != kept:

@@ -81,7 +81,7 @@ run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
   command = plan
 
   assert {
-    condition     = [for key, it in module.function : key if can(regex("GetSecretValue", it.policy))] == ["chat", "enrichment", "inference"]
+    condition     = [for key, it in module.function : key if can(regex("GetSecretValue", it.policy))] == ["chat", "enrichment", "inference", "webhook"]
     error_message = "Those that need no secret cannot read it."
   }
 
@@ -111,8 +111,13 @@ run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
   }
 
   assert {
-    condition     = !can(regex("PutItem|UpdateItem|s3:|sqs:", module.function["notify"].policy))
+    condition     = !can(regex("PutItem|UpdateItem|s3:|\"sqs:[^S]", module.function["notify"].policy))
     error_message = "Who tells of jobs writes none."
+  }
+
+  assert {
+    condition     = !can(regex("UpdateItem|DeleteItem|Query|s3:|SendMessage|execute-api", module.function["webhook"].policy))
+    error_message = "Who calls others back reads and writes records, and no more."
   }
 }
 

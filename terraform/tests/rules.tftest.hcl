@@ -120,6 +120,42 @@ run "the_stream_has_two_readers_and_only_records_reach_notify" {
   }
 }
 
+run "a_webhook_has_its_own_queue_and_is_tried_as_often_as_the_code_counts" {
+  command = plan
+
+  variables {
+    webhook_hosts = ["hooks.example", "other.example:8443"]
+  }
+
+  assert {
+    condition     = jsondecode(aws_sqs_queue.webhooks.redrive_policy).maxReceiveCount == local.names.webhook_tries
+    error_message = "The queue and the function would give up at different times."
+  }
+
+  assert {
+    condition     = aws_sqs_queue.webhooks.visibility_timeout_seconds >= 6 * local.functions["webhook"].timeout_seconds
+    error_message = "Lambda would hand out messages twice while they are worked."
+  }
+
+  assert {
+    condition = (
+      local.functions["submit"].environment.WEBHOOK_HOSTS == "hooks.example,other.example:8443"
+      && local.functions["webhook"].environment.WEBHOOK_HOSTS == local.functions["submit"].environment.WEBHOOK_HOSTS
+    )
+    error_message = "Submit would take what webhook refuses."
+  }
+}
+
+run "a_webhook_host_is_no_url" {
+  command = plan
+
+  variables {
+    webhook_hosts = ["https://hooks.example/"]
+  }
+
+  expect_failures = [var.webhook_hosts]
+}
+
 run "a_socket_is_opened_at_the_address_that_a_ticket_names" {
   command = plan
 
@@ -142,7 +178,7 @@ run "each_mapping_reports_single_items" {
 
   assert {
     condition = alltrue([
-      for mapping in [aws_lambda_event_source_mapping.inference, aws_lambda_event_source_mapping.enrichment, aws_lambda_event_source_mapping.notify] :
+      for mapping in [aws_lambda_event_source_mapping.inference, aws_lambda_event_source_mapping.enrichment, aws_lambda_event_source_mapping.notify, aws_lambda_event_source_mapping.webhook] :
       contains(mapping.function_response_types, "ReportBatchItemFailures")
     ])
     error_message = "One failure would repeat its whole batch."
