@@ -200,7 +200,6 @@ pub struct Subscriber {
 
 /// Something for somebody.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "one of each is in memory at a time")]
 pub enum Told {
     Frame(Subscriber, Frame),
     Webhook(Webhook),

@@ -5,25 +5,30 @@
 //! `scripts/emulator --debug` brings both. One scene at a time: a function is armed for all its callers.
 
 use std::io::Write;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use chrono::{TimeDelta, Utc};
+use futures_util::StreamExt;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use shared::aws::{DynamoJobStore, S3BlobStore, SqsJobQueue};
+use shared::api::admin::{KeyLimits, Scope};
+use shared::auth::Identity;
+use shared::aws::{DynamoConnections, DynamoJobStore, S3BlobStore, SqsJobQueue};
 use shared::clock::Clock;
 use shared::crash::Point;
-use shared::job::{Policy, Record, Status, new_id, photo_key};
+use shared::job::{Callback, Policy, Record, Status, new_id, photo_key};
 use shared::message::Message;
-use shared::ports::{BlobStore, JobStore};
+use shared::ports::{BlobStore, Connection, Connections, JobStore, Subscribed};
 use sweep::Sweep;
 use uuid::Uuid;
 
 use crate::lambda::Lambda;
 use crate::llm_server::{Behaviour, HONEST, LlmServer, explanation};
 use crate::pipeline::{User, record};
-use crate::support::{hex_sha256, llm, of_stage, sample, sdk, within};
+use crate::support::{hex_sha256, llm, of_stage, receiver, sample, sdk, within};
+use crate::webhooks;
+use crate::websocket::{Socket, open as open_socket, ticket};
 
 /// What a scene is about; its points are those of one function, which their names begin with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +49,12 @@ enum Kind {
     Key,
     Redrive,
     DeadLetters,
+    Socket,
+    SocketText,
+    Notify,
+    Webhook,
+    WebhookRetry,
+    WebhookLast,
 }
 
 const SCENES: &[(Kind, &[Point])] = &[
@@ -77,6 +88,22 @@ const SCENES: &[(Kind, &[Point])] = &[
         ],
     ),
     (
+        Kind::Socket,
+        &[
+            Point::SocketTicketWritten,
+            Point::SocketTicketTaken,
+            Point::SocketOpened,
+            Point::SocketSubscribed,
+            Point::SocketAnswered,
+            Point::SocketClosed,
+        ],
+    ),
+    (Kind::SocketText, &[Point::EnrichmentTextPushed]),
+    (Kind::Notify, &[Point::NotifyPushed, Point::NotifyClosed]),
+    (Kind::Webhook, &[Point::NotifyQueued, Point::WebhookAnswered, Point::WebhookSettled]),
+    (Kind::WebhookRetry, &[Point::WebhookPostponed, Point::WebhookHidden]),
+    (Kind::WebhookLast, &[Point::WebhookGivenUp]),
+    (
         Kind::Delete,
         &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten],
     ),
@@ -90,8 +117,7 @@ const SCENES: &[(Kind, &[Point])] = &[
 ];
 
 /// Between writes of the embedded adapters and of the embedded host's start, its queue and its feed:
-/// on AWS the services do that. The proxy's account is written around a completion by the same code as here,
-/// and so is what WebSockets need: single writes of items that expire, after which the client comes again.
+/// on AWS the services do that. The proxy's account is written around a completion by the same code as here.
 const EMBEDDED_ALONE: &[Point] = &[
     Point::BlobWritten,
     Point::QueueBeforeAck,
@@ -100,15 +126,6 @@ const EMBEDDED_ALONE: &[Point] = &[
     Point::StartMessagesShown,
     Point::ChatReserved,
     Point::ChatSettled,
-    Point::SocketTicketWritten,
-    Point::SocketTicketTaken,
-    Point::SocketOpened,
-    Point::SocketSubscribed,
-    Point::SocketAnswered,
-    Point::SocketClosed,
-    Point::EnrichmentTextPushed,
-    Point::NotifyPushed,
-    Point::NotifyClosed,
 ];
 
 #[test]
@@ -210,6 +227,9 @@ impl<'a> Scene<'a> {
             Kind::Key => self.while_keeping_keys().await,
             Kind::Redrive => self.while_redriving(usual).await,
             Kind::DeadLetters => self.while_moving_dead_letters(usual).await,
+            Kind::Socket | Kind::SocketText => self.while_asking_over_a_socket().await,
+            Kind::Notify => self.while_notifying(usual).await,
+            Kind::Webhook | Kind::WebhookRetry | Kind::WebhookLast => self.while_calling_back(usual).await,
         };
         self.settled(&ids, &expected).await;
         let end = match self.kind {
@@ -476,6 +496,148 @@ impl<'a> Scene<'a> {
         (self.recover().await, usual)
     }
 
+    /// Opens a WebSocket and asks under the key of [`Scene::ask`], for as long as anybody would wait.
+    async fn ask_over_a_socket(&self) {
+        let url = of_stage("API_URL");
+        let ask = async {
+            let ticket = ticket(&self.user.http, &url, &self.user.key).await.ok()?;
+            let mut socket = open_socket(&url, ticket["url"].as_str()?, &[]).await.ok()?;
+            socket.send(json!({"action": "ask", "prompt": "What is a naevus?", "idempotency_key": "key"})).await;
+            // Where the function dies the gateway says so, in words of its own.
+            let ours = |text: &str| text.contains(r#""v":1"#) && !text.contains(r#""type":"result""#);
+            while socket.0.next().await?.ok()?.to_text().is_ok_and(ours) {}
+            Some(())
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(8), ask).await;
+    }
+
+    async fn while_asking_over_a_socket(&self) -> (Vec<Uuid>, Expected) {
+        self.llm.behave(Behaviour::Answer("A growth.".to_owned()));
+        self.kill(async || self.ask_over_a_socket().await).await;
+        // The same key and prompt by HTTP: the same job, whatever became of the connection.
+        let id = self.ask().await.expect("the function goes on");
+        self.ended(&id).await;
+        let mut socket = Socket::connect(&self.user.http, &of_stage("API_URL"), &self.user.key).await;
+        socket.subscribe(&id).await;
+        let (frame, _) = socket.until_ended(&id).await.unwrap();
+        assert_eq!(frame["result"]["content"], "A growth.", "{}: {frame}", self.caller);
+        // A text that was cut off is not gone on with under the same claim.
+        let again = self.kind == Kind::SocketText;
+        let (claims, calls) = if again { ((0, 2), 2) } else { ((0, 1), 1) };
+        (vec![id.parse().unwrap()], Expected { claims, calls, orphans: 0 })
+    }
+
+    async fn while_notifying(&self, usual: Expected) -> (Vec<Uuid>, Expected) {
+        let id = self.pending().await;
+        let connections = DynamoConnections::new(&sdk().await, of_stage("CONNECTIONS_TABLE_NAME"));
+        let mut socket = Socket::connect(&self.user.http, &of_stage("API_URL"), &self.user.key).await;
+        if self.point == Point::NotifyClosed {
+            // Somebody who has gone, and whose end nobody was told of.
+            let identity = Identity {
+                caller: self.caller.clone(),
+                scopes: vec![Scope::Jobs],
+                key_id: None,
+                limits: KeyLimits::default(),
+                expires_at: None,
+            };
+            let gone = Connection { id: self.caller.clone(), identity, expires_at: Utc::now() + TimeDelta::hours(1) };
+            connections.open(&gone).await.unwrap();
+            assert_eq!(connections.subscribe(&gone, id).await.unwrap(), Subscribed::Done);
+        } else {
+            socket.subscribe(&id.to_string()).await;
+            assert_eq!(socket.next().await.unwrap()["type"], "status", "{}", self.caller);
+        }
+        let moved = async || {
+            within(&format!("{}: sweep sends", self.caller), async || {
+                self.lambda.sweep().await;
+                let Some(Record::Job(job)) = record(&id.to_string()).await else { panic!("{}", self.caller) };
+                job.version > 1
+            })
+            .await;
+        };
+        self.lambda.killed_by_the_stream("notify", self.point, moved).await;
+        let ids = self.recover().await;
+        // What was cut off comes again, and whoever is there is told of the end.
+        socket.subscribe(&id.to_string()).await;
+        let (frame, _) = socket.until_ended(&id.to_string()).await.unwrap();
+        assert_eq!(frame["status"], "completed", "{}: {frame}", self.caller);
+        let left = connections.subscribers(id).await.unwrap();
+        assert!(left.iter().all(|it| it.connection != self.caller), "{}: who is gone is forgotten", self.caller);
+        (ids, usual)
+    }
+
+    async fn while_calling_back(&self, usual: Expected) -> (Vec<Uuid>, Expected) {
+        let fails = self.kind != Kind::Webhook;
+        receiver().answer(if fails { 503 } else { 200 });
+        let submit = async || id_of(webhooks::submit(&self.user, "key").await).await;
+        match self.point {
+            Point::NotifyQueued => {
+                let act = async || assert!(submit().await.is_some());
+                self.lambda.killed_by_the_stream("notify", self.point, act).await;
+            }
+            Point::WebhookGivenUp => {
+                self.kill(async || self.try_for_the_last_time(&submit().await.unwrap()).await).await
+            }
+            _ => self.kill(async || assert!(submit().await.is_some())).await,
+        }
+        let id = submit().await.expect("the function goes on");
+        let before = webhooks::told(&id).len();
+        receiver().answer(200);
+        self.ended(&id).await;
+        if self.point == Point::WebhookGivenUp {
+            // As the queue would have made it a dead letter.
+            let sqs = aws_sdk_sqs::Client::new(&sdk().await);
+            let letter = sqs.send_message().queue_url(of_stage("WEBHOOK_DEAD_LETTER_QUEUE_URL"));
+            letter.message_body(Message::Deliver { id: id.parse().unwrap() }.encode()).send().await.unwrap();
+            let request = self.user.request(Method::POST, "/admin/dead-letters/redrive").json(&json!({}));
+            let redriven: Value = answered(request.send().await.unwrap()).unwrap().json().await.unwrap();
+            assert_eq!(redriven["redriven"], 1, "{}", self.caller);
+        }
+        within(&format!("{}: the receiver is told", self.caller), async || {
+            self.lambda.sweep().await;
+            webhooks::is_delivered(&id).await
+        })
+        .await;
+        let told = webhooks::told(&id);
+        assert!(told.iter().all(|it| it.id() == told[0].id() && it.body == told[0].body), "{}", self.caller);
+        assert!(told[0].id().starts_with(&format!("msg_{id}_")), "{}", self.caller);
+        if self.point == Point::WebhookSettled {
+            assert_eq!(told.len(), before, "{}: the receiver has it", self.caller);
+        } else if self.point != Point::NotifyQueued {
+            assert!(told.len() > 1, "{}: told again, or for the first time with success", self.caller);
+        }
+        (vec![id.parse().unwrap()], usual)
+    }
+
+    /// Hands webhook a message that was received seven times before, once the first try has failed.
+    async fn try_for_the_last_time(&self, id: &str) {
+        within(&format!("{}: the first try has failed", self.caller), async || {
+            self.lambda.sweep().await;
+            let Some(Record::Job(job)) = record(id).await else { panic!("{}", self.caller) };
+            let Some(delivery) = job.delivery().filter(|delivery| delivery.not_before > job.updated_at) else {
+                return false;
+            };
+            // The hours are over, but nobody has come yet.
+            let (until, outcome) = (delivery.until, delivery.outcome);
+            let delivery = shared::job::Delivery { seq: delivery.seq, not_before: job.updated_at, until, outcome };
+            let callback = job.callback.clone().map(|it| Callback { delivery: Some(delivery), ..it });
+            let due = shared::job::Job { version: job.version + 1, callback, ..job.clone() };
+            self.jobs.replace(job.fence(), &Record::Job(due)).await.unwrap()
+        })
+        .await;
+        let body = Message::Deliver { id: id.parse().unwrap() }.encode();
+        let message = json!({
+            "messageId": "by hand",
+            "receiptHandle": "by hand",
+            "body": body,
+            "attributes": {"ApproximateReceiveCount": "8"},
+            "messageAttributes": {},
+            "eventSource": "aws:sqs",
+            "awsRegion": "us-east-1",
+        });
+        assert!(!self.lambda.invoke("webhook", &json!({"Records": [message]})).await, "{}: it goes on", self.caller);
+    }
+
     /// Nothing is open, counted or left over; the listed jobs are all there are.
     async fn settled(&self, ids: &[Uuid], expected: &Expected) {
         let sdk = sdk().await;
@@ -484,8 +646,8 @@ impl<'a> Scene<'a> {
         let later = Clock::manual(Utc::now() + TimeDelta::hours(2));
         let sweep = Sweep::new(self.jobs.clone(), queue, self.blobs.clone(), later, Policy::default());
         let report = sweep.handle(aws_lambda_events::event::eventbridge::EventBridgeEvent::default()).await.unwrap();
-        let open = (report.sent, report.marked, report.ended, report.erased, report.failed);
-        assert_eq!((open, report.orphans), ((0, 0, 0, 0, 0), expected.orphans), "{}: {report:?}", self.caller);
+        let open = (report.sent, report.marked, report.ended, report.erased, report.undelivered, report.failed);
+        assert_eq!((open, report.orphans), ((0, 0, 0, 0, 0, 0), expected.orphans), "{}: {report:?}", self.caller);
 
         let jobs = self.jobs.list(&self.caller, None, 100).await.unwrap();
         assert_eq!(jobs.iter().map(|job| job.id).collect::<Vec<_>>(), ids, "{}", self.caller);
@@ -524,7 +686,9 @@ async fn id_of(answer: reqwest::Response) -> Option<String> {
 async fn empty_queues() {
     let sqs = aws_sdk_sqs::Client::new(&sdk().await);
     let failures = sqs.get_queue_url().queue_name("lesion-local-enrichment-failures").send().await.unwrap();
-    for url in [of_stage("QUEUE_URL"), of_stage("DEAD_LETTER_QUEUE_URL"), failures.queue_url.unwrap()] {
+    let queues =
+        ["QUEUE_URL", "DEAD_LETTER_QUEUE_URL", "WEBHOOK_QUEUE_URL", "WEBHOOK_DEAD_LETTER_QUEUE_URL"].map(of_stage);
+    for url in queues.into_iter().chain(failures.queue_url) {
         within(&format!("{url} is empty"), async || {
             let asked = sqs.get_queue_attributes().queue_url(&url);
             let asked = asked.attribute_names(aws_sdk_sqs::types::QueueAttributeName::All).send().await.unwrap();

@@ -73,6 +73,12 @@ impl Lambda {
     /// Does `act` while `function` kills itself at `point`, once, and then lets it go on. `other` is set
     /// meanwhile as well.
     pub async fn killed(&self, function: &str, point: Point, other: &[(&str, &str)], act: impl AsyncFnOnce()) {
+        let kills = self.kill(function, point, other, act).await;
+        assert_eq!(kills, 1, "{}: killed more than once", point.name());
+    }
+
+    /// How often it has killed itself meanwhile, once at least.
+    async fn kill(&self, function: &str, point: Point, other: &[(&str, &str)], act: impl AsyncFnOnce()) -> usize {
         let usual = self.environment(function).await;
         let mut armed = usual.clone();
         let crash_at = ("CRASH_AT", point.name());
@@ -85,7 +91,13 @@ impl Lambda {
         })
         .await;
         self.set_environment(function, &usual).await;
-        assert_eq!(self.kills(function, point).await, before + 1, "{}: killed more than once", point.name());
+        self.kills(function, point).await - before
+    }
+
+    /// As [`Lambda::killed`], for a function that the stream calls again and again until it answers: it may meet
+    /// the point a second time before it is let go on.
+    pub async fn killed_by_the_stream(&self, function: &str, point: Point, act: impl AsyncFnOnce()) {
+        self.kill(function, point, &[], act).await;
     }
 
     /// Runs sweep as the schedule does; `false` where it died.
@@ -98,7 +110,12 @@ impl Lambda {
             "resources": [],
             "detail": {},
         });
-        let answer = self.of_function(Method::POST, "sweep", "invocations").json(&event).send().await.unwrap();
+        self.invoke("sweep", &event).await
+    }
+
+    /// Hands a function an event; `false` where it died.
+    pub async fn invoke(&self, function: &str, event: &Value) -> bool {
+        let answer = self.of_function(Method::POST, function, "invocations").json(event).send().await.unwrap();
         assert!(answer.status().is_success(), "{}", answer.status());
         !answer.headers().contains_key("x-amz-function-error")
     }

@@ -17,11 +17,15 @@ mod packages;
 mod pipeline;
 #[path = "../ports.rs"]
 mod ports;
+#[path = "../pipeline/support/receiver.rs"]
+#[allow(dead_code, reason = "the pipeline's tests use all of it")]
+mod receiver;
 mod redis;
 mod runtime;
 mod sockets;
 mod stores;
 mod support;
+mod webhooks;
 #[path = "../pipeline/support/websocket.rs"]
 #[allow(dead_code, reason = "the pipeline's tests use all of it")]
 mod websocket;

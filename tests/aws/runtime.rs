@@ -74,6 +74,8 @@ impl Function {
             "CONNECTIONS_TABLE_NAME",
             "QUEUE_URL",
             "DEAD_LETTER_QUEUE_URL",
+            "WEBHOOK_QUEUE_URL",
+            "WEBHOOK_DEAD_LETTER_QUEUE_URL",
             "BUCKET",
             "SECRET_ARN",
         ]

@@ -11,6 +11,7 @@ use shared::config::Env;
 use uuid::Uuid;
 
 use crate::llm_server::LlmServer;
+use crate::receiver::Receiver;
 
 /// Sweep comes every minute, and what it sends needs its time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
@@ -74,18 +75,27 @@ pub async fn within(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     }
 }
 
+/// Of webhooks, as [`llm`].
+pub fn receiver() -> &'static Receiver {
+    static RECEIVER: OnceLock<Receiver> = OnceLock::new();
+    RECEIVER.get_or_init(|| on_a_thread(async || Receiver::start_at(&of_stage("WEBHOOK_ADDRESS"), 200).await))
+}
+
 /// The stand-in of the stage's LLM. One for all tests, on a thread that outlives each of them.
 pub fn llm() -> &'static LlmServer {
     static LLM: OnceLock<LlmServer> = OnceLock::new();
-    LLM.get_or_init(|| {
-        let (sender, server) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                sender.send(LlmServer::start_at(&of_stage("LLM_ADDRESS"), []).await).unwrap();
-                std::future::pending::<()>().await;
-            });
+    LLM.get_or_init(|| on_a_thread(async || LlmServer::start_at(&of_stage("LLM_ADDRESS"), []).await))
+}
+
+/// Starts a server on a thread of its own, for as long as the process lives.
+fn on_a_thread<T: Send + 'static>(start: impl AsyncFnOnce() -> T + Send + 'static) -> T {
+    let (sender, server) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            sender.send(start().await).unwrap();
+            std::future::pending::<()>().await;
         });
-        server.recv().unwrap()
-    })
+    });
+    server.recv().unwrap()
 }

@@ -154,10 +154,11 @@ fn job(kept: &Kept) -> Job {
         deadline_at: at(kept.deadline),
         due_at: kept.due.map(at),
         lease_until: kept.lease.map(at),
-        dispatch: kept.marked.then(|| match kept.callback {
-            Some(Some(_)) => Dispatch::Webhook,
-            _ => Dispatch::Enrichment,
-        }),
+        dispatch: match kept.callback {
+            _ if !kept.marked => None,
+            Some(Some(_)) => Some(Dispatch::Webhook),
+            _ => Some(Dispatch::Enrichment),
+        },
         callback: kept
             .callback
             .as_ref()
