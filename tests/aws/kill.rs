@@ -513,7 +513,8 @@ impl<'a> Scene<'a> {
 
     async fn while_asking_over_a_socket(&self) -> (Vec<Uuid>, Expected) {
         self.llm.behave(Behaviour::Answer("A growth.".to_owned()));
-        self.kill(async || self.ask_over_a_socket().await).await;
+        let (function, _) = self.point.name().split_once('.').unwrap();
+        self.lambda.killed_at_least_once(function, self.point, async || self.ask_over_a_socket().await).await;
         // The same key and prompt by HTTP: the same job, whatever became of the connection.
         let id = self.ask().await.expect("the function goes on");
         self.ended(&id).await;
@@ -555,7 +556,7 @@ impl<'a> Scene<'a> {
             })
             .await;
         };
-        self.lambda.killed_by_the_stream("notify", self.point, moved).await;
+        self.lambda.killed_at_least_once("notify", self.point, moved).await;
         let ids = self.recover().await;
         // What was cut off comes again, and whoever is there is told of the end.
         socket.subscribe(&id.to_string()).await;
@@ -573,7 +574,7 @@ impl<'a> Scene<'a> {
         match self.point {
             Point::NotifyQueued => {
                 let act = async || assert!(submit().await.is_some());
-                self.lambda.killed_by_the_stream("notify", self.point, act).await;
+                self.lambda.killed_at_least_once("notify", self.point, act).await;
             }
             Point::WebhookGivenUp => {
                 self.kill(async || self.try_for_the_last_time(&submit().await.unwrap()).await).await

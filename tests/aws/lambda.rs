@@ -94,9 +94,9 @@ impl Lambda {
         self.kills(function, point).await - before
     }
 
-    /// As [`Lambda::killed`], for a function that the stream calls again and again until it answers: it may meet
-    /// the point a second time before it is let go on.
-    pub async fn killed_by_the_stream(&self, function: &str, point: Point, act: impl AsyncFnOnce()) {
+    /// As [`Lambda::killed`], for a function that may meet the point a second time before it is let go on: one
+    /// that the stream calls again until it answers, or that hears the end of an earlier scene's connection.
+    pub async fn killed_at_least_once(&self, function: &str, point: Point, act: impl AsyncFnOnce()) {
         self.kill(function, point, &[], act).await;
     }
 
