@@ -1,9 +1,9 @@
 //! Results over a WebSocket: who may open one, what comes over it, and what happens to those who do
 //! not read.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::TimeDelta;
 use futures_util::future::join_all;
 use futures_util::{SinkExt, StreamExt};
 use reqwest::Method;
@@ -16,7 +16,7 @@ use crate::support::keyed::Keyed;
 use crate::support::llm_server::{Behaviour, Ending, LlmServer, chunks};
 use crate::support::process::Process;
 use crate::support::websocket::{Socket, Told, open, ticket};
-use crate::support::{Running, client, eventually, mole, numbered_mole, report};
+use crate::support::{Running, client, eventually, mole, numbered_mole};
 
 const ANSWER: &str = "A growth of pigment cells, often round or oval, é and 🩺.";
 
@@ -92,41 +92,6 @@ async fn fifty_clients_are_each_told_the_end_of_their_own_job_in_order() {
     assert_eq!((clients.len(), host.hub.len()), (50, 50));
     drop(clients);
     eventually("connections that were left are forgotten", async || host.hub.is_empty()).await;
-}
-
-/// `cargo test --release -p tests --test pipeline five_hundred -- --ignored --nocapture` prints what it takes.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a benchmark"]
-async fn five_hundred_clients_are_each_told_the_end_of_their_own_job_in_order() {
-    const CLIENTS: usize = 500;
-    let host = Running::start(&[]).await;
-    let sockets = join_all((0..CLIENTS).map(|_| connect(&host))).await;
-    assert_eq!(host.hub.len(), CLIENTS);
-    let photos: Vec<_> = (0..CLIENTS).map(numbered_mole).collect();
-    let started = Instant::now();
-    let told = join_all(sockets.into_iter().zip(&photos).map(async |(mut socket, photo)| {
-        let id = host.submit(photo).await;
-        socket.subscribe(&id).await;
-        let (frame, came) = socket.until_ended(&id).await.unwrap();
-        let told = started.elapsed();
-        assert_eq!(frame["status"], "completed", "{frame}");
-        (frame["result"]["updated_at"].as_str().unwrap().parse::<DateTime<Utc>>().unwrap(), Utc::now(), told, came)
-    }))
-    .await;
-    let frames: usize = told.iter().map(|(_, _, _, came)| came.len()).sum();
-    let stale: usize =
-        told.iter().map(|(_, _, _, came)| came.windows(2).filter(|pair| pair[1] < pair[0]).count()).sum();
-    let mut late: Vec<_> = told.iter().map(|(ended, told, ..)| (*told - *ended).num_milliseconds()).collect();
-    late.sort_unstable();
-    let last = told.iter().map(|(_, _, told, _)| told.as_secs_f64()).fold(0.0, f64::max);
-    report(&format!(
-        "{CLIENTS} clients, {CLIENTS} jobs: all told within {last:.1} s; {frames} frames, {stale} out of order; \
-         from a job's end to the client: median {} ms, 99th percentile {} ms, worst {} ms",
-        late[CLIENTS / 2],
-        late[CLIENTS * 99 / 100],
-        late[CLIENTS - 1],
-    ));
-    assert_eq!(told.len(), CLIENTS);
 }
 
 #[tokio::test]
