@@ -71,6 +71,27 @@ async fn expiry_takes_old_blobs_with_their_folders_and_leaves_a_folder_that_awai
     assert_eq!(store.list("jobs/", None, 10).await.unwrap(), ["young"]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_succeeds_while_a_worker_writes_below_the_same_prefix() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = DirBlobStore::open(folder.path(), b"secret").unwrap();
+    let writes = (0..4).map(|writer| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            for number in 0..200 {
+                // May fail where its folder goes at that moment: the worker tries again, or finds the job deleted.
+                let _ = store.put(&format!("jobs/raced/{writer}-{number}"), b"x".to_vec()).await;
+            }
+        })
+    });
+    let writes: Vec<_> = writes.collect();
+    while writes.iter().any(|write| !write.is_finished()) {
+        store.delete_prefix("jobs/raced/").await.unwrap();
+    }
+    store.delete_prefix("jobs/raced/").await.unwrap();
+    assert_eq!(store.list("jobs/", None, 10).await.unwrap(), [] as [&str; 0]);
+}
+
 #[tokio::test]
 async fn a_blob_key_cannot_leave_the_store() {
     let folder = tempfile::tempdir().unwrap();

@@ -107,9 +107,15 @@ impl BlobStore for DirBlobStore {
 
     async fn delete_prefix(&self, prefix: &str) -> Result<(), Error> {
         let directory = self.path(prefix.trim_end_matches('/'))?;
-        blocking(move || match std::fs::remove_dir_all(directory) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            removed => removed,
+        blocking(move || {
+            loop {
+                match std::fs::remove_dir_all(&directory) {
+                    Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                    // A worker has put a blob into it since it was emptied.
+                    Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
+                    removed => return removed,
+                }
+            }
         })
         .await
     }
