@@ -98,7 +98,7 @@ def quietly(command, what, timeout=None, **options):
     return output
 
 
-def apply_stage(scratch, url, llm_address, webhook_address):
+def apply_stage(scratch, url, llm_address, webhook_address, page_port):
     """The applied stage's outputs."""
     # A copy: the stage's state and the provider's lock stay out of the tree.
     folder = scratch / "terraform"
@@ -112,6 +112,7 @@ def apply_stage(scratch, url, llm_address, webhook_address):
     quietly([*terraform, "init", "-input=false", "-no-color"], hint)
     variables = {"llm_base_url": f"http://{llm_address}/v1", "llm_model": "stand-in"}
     variables |= {"webhook_hosts": json.dumps([webhook_address])}
+    variables |= {"allowed_origins": json.dumps([f"http://127.0.0.1:{page_port}"])}
     variables |= {"emulator_url": url, "packages_dir": packages, "model_digest": hashlib.sha256(manifest).hexdigest()}
     command = [*terraform, "apply", "-input=false", "-auto-approve", "-no-color", "-var-file=stages/local.tfvars"]
     # Those of the environment come before a file's and would lose against it.
@@ -132,13 +133,15 @@ def main():
             os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
                            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
             llm_address, webhook_address = (f"127.0.0.1:{free_port()}" for _ in range(2))
-            outputs = apply_stage(scratch, url, llm_address, webhook_address)
+            page_port = free_port()
+            outputs = apply_stage(scratch, url, llm_address, webhook_address, page_port)
             load = [sys.executable, HERE / "load_stage.py", outputs["bucket_name"], outputs["secret_arn"]]
             quietly(load, "loading the stage", env=os.environ | {"LLM_API_KEY": "a-key-of-the-emulator"})
             key = quietly([sys.executable, HERE / "first_key.py", outputs["callers_table_name"]], "making a key")
             os.environ["LESION_API_KEY"] = key.strip()
             os.environ |= {variable: outputs[output] for variable, output in NAMES.items()}
-            os.environ |= {"LLM_ADDRESS": llm_address, "WEBHOOK_ADDRESS": webhook_address, "EMULATOR_LOG": str(log)}
+            os.environ |= {"LLM_ADDRESS": llm_address, "WEBHOOK_ADDRESS": webhook_address, "PAGE_PORT": str(page_port)}
+            os.environ["EMULATOR_LOG"] = str(log)
             with child(sys.argv[1:]) as command:
                 return command.wait()
 
