@@ -12,14 +12,15 @@ use chrono::{TimeDelta, Utc};
 use futures_util::StreamExt;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use shared::account::Month;
 use shared::api::admin::{KeyLimits, Scope};
 use shared::auth::Identity;
-use shared::aws::{DynamoConnections, DynamoJobStore, S3BlobStore, SqsJobQueue};
+use shared::aws::{DynamoCallers, DynamoConnections, DynamoJobStore, S3BlobStore, SqsJobQueue};
 use shared::clock::Clock;
 use shared::crash::Point;
 use shared::job::{Callback, Policy, Record, Status, new_id, photo_key};
 use shared::message::Message;
-use shared::ports::{BlobStore, Connection, Connections, JobStore, Subscribed};
+use shared::ports::{BlobStore, Callers, Connection, Connections, JobStore, Subscribed};
 use sweep::Sweep;
 use uuid::Uuid;
 
@@ -55,9 +56,11 @@ enum Kind {
     Webhook,
     WebhookRetry,
     WebhookLast,
+    Completion,
 }
 
 const SCENES: &[(Kind, &[Point])] = &[
+    (Kind::Completion, &[Point::ChatReserved, Point::ChatSettled]),
     (Kind::Submit, &[Point::SubmitPhotoStored, Point::SubmitRecordWritten, Point::SubmitMessageSent]),
     (
         Kind::Upload,
@@ -117,15 +120,13 @@ const SCENES: &[(Kind, &[Point])] = &[
 ];
 
 /// Between writes of the embedded adapters and of the embedded host's start, its queue and its feed:
-/// on AWS the services do that. The proxy's account is written around a completion by the same code as here.
+/// on AWS the services do that.
 const EMBEDDED_ALONE: &[Point] = &[
     Point::BlobWritten,
     Point::QueueBeforeAck,
     Point::FeedBeforeCursor,
     Point::StartLeaseEnded,
     Point::StartMessagesShown,
-    Point::ChatReserved,
-    Point::ChatSettled,
 ];
 
 #[test]
@@ -230,11 +231,13 @@ impl<'a> Scene<'a> {
             Kind::Socket | Kind::SocketText => self.while_asking_over_a_socket().await,
             Kind::Notify => self.while_notifying(usual).await,
             Kind::Webhook | Kind::WebhookRetry | Kind::WebhookLast => self.while_calling_back(usual).await,
+            Kind::Completion => self.while_completing().await,
         };
         self.settled(&ids, &expected).await;
         let end = match self.kind {
             Kind::Delete | Kind::SweepTombstone => "gone",
             Kind::Key => "listed",
+            Kind::Completion => "counted",
             _ => "completed",
         };
         let claims = format!("{} + {}", expected.claims.0, expected.claims.1);
@@ -637,6 +640,40 @@ impl<'a> Scene<'a> {
             "awsRegion": "us-east-1",
         });
         assert!(!self.lambda.invoke("webhook", &json!({"Records": [message]})).await, "{}: it goes on", self.caller);
+    }
+
+    /// Asks the proxy twice, the first time to its function's end, and reads what the key has had.
+    async fn while_completing(&self) -> (Vec<Uuid>, Expected) {
+        let url = format!("{}/v1/chat/completions", of_stage("CHAT_URL"));
+        let body = json!({"model": "stand-in", "messages": [], "max_tokens": 20});
+        let ask = async || {
+            let request = self.user.http.post(&url).bearer_auth(&self.user.key).json(&body);
+            answered(request.send().await.unwrap())?.json::<Value>().await.unwrap()["usage"]["total_tokens"].as_u64()
+        };
+        // The answer goes out behind its settlement: whoever dies in between has told nobody.
+        self.kill(async || assert_eq!(ask().await, None)).await;
+        let settled = self.point == Point::ChatSettled;
+        let calls = usize::from(settled);
+        assert_eq!(self.llm.calls() - self.calls_before, calls, "{}", self.caller);
+
+        let callers = DynamoCallers::new(&sdk().await, of_stage("CALLERS_TABLE_NAME"));
+        let id = self.user.key.split('_').nth(1).unwrap();
+        let reserved = usize::from(!settled);
+        // What is under way, and once it has fallen due: requests, estimated ones, tokens of the answers.
+        let ledger = async || {
+            let mut account = callers.find_account(id).await.unwrap();
+            let under_way = account.under_way();
+            account.refill(&KeyLimits::default(), Utc::now() + TimeDelta::minutes(21));
+            assert_eq!(account.under_way(), 0, "{}", self.caller);
+            let sum = |of: fn(&Month) -> u64| account.months.values().map(of).sum::<u64>();
+            let months = (sum(|it| it.requests), sum(|it| it.estimated_requests), sum(|it| it.completion_tokens));
+            (under_way, months)
+        };
+        let took = if settled { (1, 0, 10) } else { (1, 1, 20) };
+        assert_eq!(ledger().await, (reserved, took), "{}", self.caller);
+        assert_eq!(ask().await, Some(29), "{}: the key goes on", self.caller);
+        assert_eq!(ledger().await, (reserved, (took.0 + 1, took.1, took.2 + 10)), "{}", self.caller);
+        (vec![], Expected { claims: (0, 0), calls: calls + 1, orphans: 0 })
     }
 
     /// Nothing is open, counted or left over; the listed jobs are all there are.
