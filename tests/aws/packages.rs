@@ -1,6 +1,7 @@
 //! What `scripts/package` has made, started as Lambda starts it.
 
-use serde_json::json;
+use axum::http::HeaderMap;
+use serde_json::{Value, json};
 use shared::job::{DescriptionSource, Status};
 use uuid::Uuid;
 
@@ -27,27 +28,55 @@ async fn inference_without_a_bundle_in_its_package_does_not_start_and_names_what
     assert!(said.contains("manifest.json"), "{said}");
 }
 
+/// A secret of a test's own, and what puts another value in.
+async fn secret(values: &Value) -> (aws_sdk_secretsmanager::Client, String) {
+    let secrets = aws_sdk_secretsmanager::Client::new(&sdk().await);
+    let create = secrets.create_secret().name(format!("of-a-test-{}", Uuid::new_v4()));
+    let arn = create.secret_string(values.to_string()).send().await.unwrap().arn.unwrap();
+    (secrets, arn)
+}
+
+/// The keys that a server was sent.
+fn keys(llm: &LlmServer) -> Vec<String> {
+    let key = |headers: &HeaderMap| headers.get("authorization").map_or("", |it| it.to_str().unwrap()).to_owned();
+    llm.requests().iter().map(|(headers, _)| key(headers)).collect()
+}
+
 #[tokio::test]
 async fn a_key_that_the_llm_refuses_is_read_again_and_the_job_is_described_with_the_new_one() {
-    let secrets = aws_sdk_secretsmanager::Client::new(&sdk().await);
-    let value = |key: &str| json!({"LLM_API_KEY": key}).to_string();
-    let create = secrets.create_secret().name(format!("of-a-test-{}", Uuid::new_v4()));
-    let arn = create.secret_string(value("an-old-key")).send().await.unwrap().arn.unwrap();
+    let value = |key: &str| json!({"LLM_API_KEY": key});
+    let (secrets, arn) = secret(&value("an-old-key")).await;
     let answer = || Behaviour::Answer(explanation(HONEST));
     let llm = LlmServer::start([answer(), Behaviour::Status(401, None), answer(), answer()]).await;
     let base_url = llm.base_url();
     let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m"), ("SECRET_ARN", arn.as_str())];
     let mut functions = Functions::start("pete", &settings).await;
     functions.run("mole-drawn.png").await;
-    secrets.put_secret_value().secret_id(&arn).secret_string(value("a-new-key")).send().await.unwrap();
+    let new = value("a-new-key").to_string();
+    secrets.put_secret_value().secret_id(&arn).secret_string(new).send().await.unwrap();
     for _ in 0..2 {
         let job = functions.run("mole-drawn.png").await;
         assert_eq!(job.description.unwrap().source, DescriptionSource::Llm);
         assert_eq!((job.attempts.enrichment, job.llm_calls.len()), (1, 1));
     }
-    let keys: Vec<_> = llm.requests().iter().map(|(headers, _)| headers["authorization"].clone()).collect();
     // The second job was refused once; the third knew.
-    assert_eq!(keys, ["Bearer an-old-key", "Bearer an-old-key", "Bearer a-new-key", "Bearer a-new-key"]);
+    assert_eq!(keys(&llm), ["Bearer an-old-key", "Bearer an-old-key", "Bearer a-new-key", "Bearer a-new-key"]);
     let printed = functions.enrichment.printed("stdout") + &functions.enrichment.printed("stderr");
     assert!(!printed.contains("an-old-key") && !printed.contains("a-new-key"));
+}
+
+#[tokio::test]
+async fn a_key_that_comes_into_the_secret_behind_a_functions_start_is_found_when_it_is_missed() {
+    let (secrets, arn) = secret(&json!({})).await;
+    let answer = || Behaviour::Answer(explanation(HONEST));
+    let llm = LlmServer::start([answer(), Behaviour::Status(401, None), answer()]).await;
+    let base_url = llm.base_url();
+    let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m"), ("SECRET_ARN", arn.as_str())];
+    let mut functions = Functions::start("paula", &settings).await;
+    functions.run("mole-drawn.png").await;
+    let new = json!({"LLM_API_KEY": "a-late-key"}).to_string();
+    secrets.put_secret_value().secret_id(&arn).secret_string(new).send().await.unwrap();
+    let job = functions.run("mole-drawn.png").await;
+    assert_eq!(job.description.unwrap().source, DescriptionSource::Llm);
+    assert_eq!(keys(&llm), ["", "", "Bearer a-late-key"]);
 }

@@ -44,12 +44,13 @@ impl Secrets {
     }
 
     /// The value under `name` as it is now, where it is another than `refused`, which somebody was
-    /// turned away with.
+    /// turned away with: `None` for whom the secret had none.
     ///
     /// # Errors
     /// As [`Secrets::get`].
-    pub async fn renewed(&self, name: &str, refused: &SecretString) -> Result<Option<SecretString>, Error> {
-        let is_new = |value: &SecretString| value.expose_secret() != refused.expose_secret();
+    pub async fn renewed(&self, name: &str, refused: Option<&SecretString>) -> Result<Option<SecretString>, Error> {
+        let is_new =
+            |value: &SecretString| refused.is_none_or(|refused| value.expose_secret() != refused.expose_secret());
         // Somebody else may have been turned away first.
         if let Some(value) = self.get(name).await?.filter(is_new) {
             return Ok(Some(value));

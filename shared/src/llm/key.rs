@@ -37,8 +37,8 @@ impl Key {
         }
     }
 
-    /// Another key than the one that was refused, where there is one now.
-    pub(super) async fn renewed(&self, refused: &SecretString) -> Result<Option<SecretString>, Error> {
+    /// Another key than the one that was refused, or than none, where there is one now.
+    pub(super) async fn renewed(&self, refused: Option<&SecretString>) -> Result<Option<SecretString>, Error> {
         #[cfg(feature = "aws")]
         if let Self::Stage { secrets, name } = self {
             return secrets.renewed(name, refused).await;

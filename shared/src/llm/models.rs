@@ -213,8 +213,7 @@ impl Model {
         let body = axum::body::Bytes::from(body);
         let response = self.request(body.clone(), key.as_ref()).send().await?;
         if response.status() == StatusCode::UNAUTHORIZED
-            && let Some(refused) = key
-            && let Some(renewed) = self.key.renewed(&refused).await?
+            && let Some(renewed) = self.key.renewed(key.as_ref()).await?
         {
             return Ok(self.request(body, Some(&renewed)).send().await?);
         }

@@ -110,8 +110,7 @@ impl OpenAi {
         let key = self.key.current().await.map_err(no_key)?;
         let mut response = self.send(body, key.as_ref()).await?;
         if response.status() == StatusCode::UNAUTHORIZED
-            && let Some(refused) = key
-            && let Some(renewed) = self.key.renewed(&refused).await.map_err(no_key)?
+            && let Some(renewed) = self.key.renewed(key.as_ref()).await.map_err(no_key)?
         {
             response = self.send(body, Some(&renewed)).await?;
         }
