@@ -55,6 +55,12 @@ locals {
     BEDROCK_AGENT_ALIAS_ID         = try(var.bedrock_agent.alias_id, null)
     BEDROCK_AGENT_MEMORY           = try(var.bedrock_agent.has_memory, null)
   })
+  # Which models the proxy has, where it is not the one of the LLM.
+  models_environment = length(var.llm_models) == 0 ? {} : {
+    LLM_MODELS = jsonencode({
+      models = { for alias, it in var.llm_models : alias => { for field, value in it : field => value if value != null } }
+    })
+  }
 
   functions = {
     submit = {
@@ -126,7 +132,7 @@ locals {
       memory_mb = 256
       # Lambda's longest: an LLM takes its time, and says when it is over.
       timeout_seconds = 900
-      environment     = merge(local.secret_environment, local.llm_environment, local.caller_environment)
+      environment     = merge(local.secret_environment, local.llm_environment, local.models_environment, local.caller_environment)
       permissions     = concat(local.may_chat, local.may_invoke_agent, local.may_check_callers)
     }
     sweep = {

@@ -54,8 +54,13 @@ output "socket_url" {
 }
 
 output "secret_arn" {
-  description = "Secret with LLM_API_KEY, CACHE_KEY and WEBHOOK_SECRET."
+  description = "Secret with LLM_API_KEY, the keys of llm_models, CACHE_KEY and WEBHOOK_SECRET."
   value       = aws_secretsmanager_secret.functions.arn
+}
+
+output "llm_key_names" {
+  description = "Which keys the secret must have for llm_models, with spaces between."
+  value       = join(" ", sort(distinct([for it in var.llm_models : it.api_key_name if try(it.api_key_name, null) != null])))
 }
 
 output "function_names" {

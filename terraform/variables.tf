@@ -346,6 +346,55 @@ variable "llm_completion_usd_per_million" {
   default     = null
 }
 
+variable "llm_models" {
+  description = "The models of /v1/ by their names, in place of the one above, with the fields of docs/API.md; keys lie in the stage's secret under api_key_name (LLM_MODELS)."
+  # No map of objects: that would drop a field which it does not know.
+  type    = any
+  default = {}
+
+  validation {
+    condition = alltrue([for alias, it in var.llm_models : alias != "" && length(setsubtract(keys(it), [
+      "base_url", "model", "api_key_name", "prompt_usd_per_million", "completion_usd_per_million", "fallback",
+      "timeout_seconds", "max_completion_tokens",
+    ])) == 0])
+    error_message = "A model has a name, and no other fields than those in docs/API.md; its key is none of them."
+  }
+
+  validation {
+    condition     = alltrue([for it in var.llm_models : can(regex("^https?://.", it.base_url))])
+    error_message = "Each model has a base_url, such as https://api.openai.com/v1."
+  }
+
+  validation {
+    condition = alltrue([
+      for alias, it in var.llm_models : contains(setsubtract(concat(keys(var.llm_models), [""]), [alias]), try(coalesce(it.fallback), ""))
+    ])
+    error_message = "A fallback is another of the models."
+  }
+
+  validation {
+    condition = alltrue([
+      for it in var.llm_models : (try(it.prompt_usd_per_million, null) == null) == (try(it.completion_usd_per_million, null) == null)
+    ])
+    error_message = "Prices of prompts and of completions are set together."
+  }
+
+  # Another name would send a server what the stage signs with.
+  validation {
+    condition = alltrue([
+      for it in var.llm_models : can(regex("^[A-Z][A-Z0-9_]*$", it.api_key_name)) && !contains(["CACHE_KEY", "WEBHOOK_SECRET"], it.api_key_name)
+      if try(it.api_key_name, null) != null
+    ])
+    error_message = "api_key_name is the name of a key in the stage's secret, such as OPENAI_API_KEY, and not one of the stage's own."
+  }
+
+  # Lambda takes 4 KB of environment in all, and the rest is the other settings'.
+  validation {
+    condition     = length(jsonencode(var.llm_models)) <= 2560
+    error_message = "A function's environment has room for 2.5 KB of models as JSON: leave out what is a default, or shorten names."
+  }
+}
+
 # Watching.
 
 variable "log_level" {

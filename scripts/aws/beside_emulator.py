@@ -98,6 +98,16 @@ def quietly(command, what, timeout=None, **options):
     return output
 
 
+def models(llm_url):
+    """The proxy's: the stand-in of the LLM, and one that it stands in for, whose server is never there."""
+    prices = {"prompt_usd_per_million": 1, "completion_usd_per_million": 4}
+    return {
+        "stand-in": {"base_url": llm_url, "api_key_name": "LLM_API_KEY", **prices},
+        "gone": {"base_url": "http://127.0.0.1:9/v1", "fallback": "spare"},
+        "spare": {"base_url": llm_url, "model": "a-spare", "api_key_name": "SPARE_KEY"},
+    }
+
+
 def apply_stage(scratch, url, llm_address, webhook_address, page_port):
     """The applied stage's outputs."""
     # A copy: the stage's state and the provider's lock stay out of the tree.
@@ -110,7 +120,8 @@ def apply_stage(scratch, url, llm_address, webhook_address, page_port):
     terraform = ["terraform", f"-chdir={folder}"]
     hint = "terraform init (the AWS provider is downloaded, or found where TF_CLI_CONFIG_FILE says)"
     quietly([*terraform, "init", "-input=false", "-no-color"], hint)
-    variables = {"llm_base_url": f"http://{llm_address}/v1", "llm_model": "stand-in"}
+    llm_url = f"http://{llm_address}/v1"
+    variables = {"llm_base_url": llm_url, "llm_model": "stand-in", "llm_models": json.dumps(models(llm_url))}
     variables |= {"webhook_hosts": json.dumps([webhook_address])}
     variables |= {"allowed_origins": json.dumps([f"http://127.0.0.1:{page_port}"])}
     variables |= {"emulator_url": url, "packages_dir": packages, "model_digest": hashlib.sha256(manifest).hexdigest()}
@@ -136,7 +147,8 @@ def main():
             page_port = free_port()
             outputs = apply_stage(scratch, url, llm_address, webhook_address, page_port)
             load = [sys.executable, HERE / "load_stage.py", outputs["bucket_name"], outputs["secret_arn"]]
-            quietly(load, "loading the stage", env=os.environ | {"LLM_API_KEY": "a-key-of-the-emulator"})
+            keys = {"LLM_API_KEY": "a-key-of-the-emulator", "SPARE_KEY": "a-spare-key-of-the-emulator"}
+            quietly([*load, *outputs["llm_key_names"].split()], "loading the stage", env=os.environ | keys)
             key = quietly([sys.executable, HERE / "first_key.py", outputs["callers_table_name"]], "making a key")
             os.environ["LESION_API_KEY"] = key.strip()
             os.environ |= {variable: outputs[output] for variable, output in NAMES.items()}

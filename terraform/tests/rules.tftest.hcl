@@ -315,6 +315,106 @@ run "two_llms_are_refused" {
   expect_failures = [var.bedrock_agent]
 }
 
+run "chat_alone_is_told_of_the_models_and_no_key_is_among_what_it_is_told" {
+  command = plan
+
+  variables {
+    llm_models = {
+      fast = { base_url = "https://llm.example/v1", model = "m", api_key_name = "FAST_KEY", fallback = "slow", prompt_usd_per_million = 0.4, completion_usd_per_million = 1.6 }
+      slow = { base_url = "http://10.0.0.1/v1", fallback = null, timeout_seconds = 300 }
+    }
+  }
+
+  assert {
+    condition = jsondecode(local.functions["chat"].environment.LLM_MODELS) == { models = {
+      fast = { base_url = "https://llm.example/v1", model = "m", api_key_name = "FAST_KEY", fallback = "slow", prompt_usd_per_million = 0.4, completion_usd_per_million = 1.6 }
+      slow = { base_url = "http://10.0.0.1/v1", timeout_seconds = 300 }
+    } }
+    error_message = "chat would know other models than those that were set."
+  }
+
+  assert {
+    condition     = [for key, it in local.functions : key if can(it.environment.LLM_MODELS)] == ["chat"]
+    error_message = "Others have nothing to do with the proxy's models."
+  }
+
+  assert {
+    condition     = output.llm_key_names == "FAST_KEY"
+    error_message = "scripts/deploy would not ask for the models' keys."
+  }
+}
+
+run "without_models_chat_has_the_one_of_the_llm" {
+  command = plan
+
+  assert {
+    condition     = !can(local.functions["chat"].environment.LLM_MODELS)
+    error_message = "An empty list of models keeps chat from starting."
+  }
+}
+
+run "a_models_unknown_field_is_refused" {
+  command = plan
+
+  variables {
+    llm_models = { fast = { base_url = "https://llm.example/v1", api_key = "sk-x" } }
+  }
+
+  expect_failures = [var.llm_models]
+}
+
+run "a_model_without_a_server_is_refused" {
+  command = plan
+
+  variables {
+    llm_models = { fast = { model = "m" } }
+  }
+
+  expect_failures = [var.llm_models]
+}
+
+run "a_model_that_stands_in_for_itself_is_refused" {
+  command = plan
+
+  variables {
+    llm_models = { fast = { base_url = "https://llm.example/v1", fallback = "fast" } }
+  }
+
+  expect_failures = [var.llm_models]
+}
+
+run "half_of_a_models_prices_is_refused" {
+  command = plan
+
+  variables {
+    llm_models = { fast = { base_url = "https://llm.example/v1", prompt_usd_per_million = 1 } }
+  }
+
+  expect_failures = [var.llm_models]
+}
+
+run "a_model_is_not_sent_what_the_stage_signs_with" {
+  command = plan
+
+  variables {
+    llm_models = { fast = { base_url = "https://llm.example/v1", api_key_name = "WEBHOOK_SECRET" } }
+  }
+
+  expect_failures = [var.llm_models]
+}
+
+run "more_models_than_an_environment_holds_are_refused" {
+  command = plan
+
+  variables {
+    llm_models = { for number in range(20) : "model-number-${number}" => {
+      base_url = "https://llm.example.com/openai/compatible/v1", model = "a-model-with-quite-a-long-name-${number}", api_key_name = "FAST_KEY"
+    } }
+  }
+
+  expect_failures = [var.llm_models]
+}
+
 run "the_bundle_is_pinned" {
   command = plan
 

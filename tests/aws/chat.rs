@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use futures_util::future::join_all;
-use reqwest::{Method, Response, StatusCode};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 
 use crate::lambda::Lambda;
@@ -88,17 +88,67 @@ async fn the_address_describes_what_it_serves() {
     assert_eq!(paths, ["/chat", "/v1/chat/completions", "/v1/models", "/v1/models/{model}"]);
 }
 
+#[tokio::test]
+async fn a_model_whose_server_is_gone_is_answered_by_its_stand_in_with_that_ones_key() {
+    let (_turn, user) = (LLM_TURN.read().await, User::new("tessa").await);
+    llm();
+    let listed = user.http.get(format!("{}/v1/models", of_stage("CHAT_URL"))).bearer_auth(&user.key);
+    let listed: Value = listed.send().await.unwrap().json().await.unwrap();
+    let aliases: Vec<_> = listed["data"].as_array().unwrap().iter().map(|model| model["id"].clone()).collect();
+    assert_eq!(aliases, ["gone", "spare", "stand-in"]);
+    let question = "Who answers for a server that is gone?";
+    let body = json!({"model": "gone", "messages": [{"role": "user", "content": question}], "max_tokens": 20});
+    let answer = complete(&user, &user.key, &body).send().await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK, "{}", answer.text().await.unwrap());
+    let asked = llm().requests();
+    let met: Vec<_> = asked.iter().filter(|(_, body)| body["messages"][0]["content"] == question).collect();
+    assert_eq!(met.len(), 1);
+    let (headers, body) = met[0];
+    assert_eq!(
+        (&headers["authorization"], &body["model"]),
+        (&"Bearer a-spare-key-of-the-emulator".parse().unwrap(), &json!("a-spare"))
+    );
+    let log = Lambda::new().log("chat").await.join("\n");
+    assert!(log.contains("fallback taken") && !log.contains("a-spare-key-of-the-emulator"));
+}
+
 /// What one completion of the stand-in takes.
 const TOKENS: u64 = 29;
+
+fn complete(user: &User, key: &str, body: &Value) -> RequestBuilder {
+    user.http.post(format!("{}/v1/chat/completions", of_stage("CHAT_URL"))).bearer_auth(key).json(body)
+}
+
+/// The id and the text of a key that may ask 30 times a minute.
+async fn limited(user: &User, caller: &str) -> (String, String) {
+    let new = json!({"caller": caller, "requests_per_minute": 30, "budget_usd_per_month": 1});
+    let made: Value = user.request(Method::POST, "/admin/keys").json(&new).send().await.unwrap().json().await.unwrap();
+    (made["id"].as_str().unwrap().to_owned(), made["key"].as_str().unwrap().to_owned())
+}
+
+/// The ledger of a key's one month, once nothing is under way.
+async fn ledger(user: &User, id: &str) -> Value {
+    let mut usage = Value::Null;
+    within("everything is settled", async || {
+        let answer = user.request(Method::GET, &format!("/admin/keys/{id}/usage")).send().await.unwrap();
+        usage = answer.json().await.unwrap();
+        usage["under_way"] == 0
+    })
+    .await;
+    usage["months"][0].clone()
+}
+
+/// 30, and what came back since `started`: the bucket fills while it is emptied, one in two seconds.
+fn assert_within_limit(requests: u64, started: Instant) {
+    let refilled = started.elapsed().as_secs().div_ceil(2);
+    assert!((30..=31 + refilled).contains(&requests), "{requests} of 30, {refilled} refilled");
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_clients_of_many_lambdas_stay_within_their_keys_limit_and_the_ledger_is_the_servers() {
     let (_turn, user) = (LLM_TURN.read().await, User::new("sam").await);
     llm();
-    let new = json!({"caller": "sam", "requests_per_minute": 30, "budget_usd_per_month": 1});
-    let made: Value = user.request(Method::POST, "/admin/keys").json(&new).send().await.unwrap().json().await.unwrap();
-    let (id, key) = (made["id"].as_str().unwrap(), made["key"].as_str().unwrap());
-    let url = format!("{}/v1/chat/completions", of_stage("CHAT_URL"));
+    let (id, key) = limited(&user, "sam").await;
     let started = Instant::now();
     let clients = (0..20).map(async |number| {
         let mut let_in = 0;
@@ -106,7 +156,7 @@ async fn twenty_clients_of_many_lambdas_stay_within_their_keys_limit_and_the_led
             let streams = (number + round) % 2 == 0;
             let messages = json!([{"role": "user", "content": format!("{number} {round}")}]);
             let body = json!({"model": "stand-in", "messages": messages, "stream": streams, "max_tokens": 20});
-            let answer = user.http.post(&url).bearer_auth(key).json(&body).send().await.unwrap();
+            let answer = complete(&user, &key, &body).send().await.unwrap();
             let status = answer.status().as_u16();
             let text = answer.text().await.unwrap();
             match status {
@@ -120,17 +170,8 @@ async fn twenty_clients_of_many_lambdas_stay_within_their_keys_limit_and_the_led
         let_in
     });
     let let_in: u64 = join_all(clients).await.into_iter().sum();
-    // The bucket fills while it is emptied: one comes back in two seconds.
-    let refilled = started.elapsed().as_secs().div_ceil(2);
-    assert!((30..=31 + refilled).contains(&let_in), "{let_in} of 30, {refilled} refilled");
-    let mut usage = Value::Null;
-    within("everything is settled", async || {
-        let answer = user.request(Method::GET, &format!("/admin/keys/{id}/usage")).send().await.unwrap();
-        usage = answer.json().await.unwrap();
-        usage["under_way"] == 0
-    })
-    .await;
-    let month = &usage["months"][0];
+    assert_within_limit(let_in, started);
+    let month = ledger(&user, &id).await;
     let tokens = month["prompt_tokens"].as_u64().unwrap() + month["completion_tokens"].as_u64().unwrap();
-    assert_eq!((month["requests"].as_u64(), tokens), (Some(let_in), let_in * TOKENS), "{usage}");
+    assert_eq!((month["requests"].as_u64(), tokens), (Some(let_in), let_in * TOKENS), "{month}");
 }

@@ -1,7 +1,7 @@
 //! The models that the proxy knows: what a client calls one, which server answers, what it costs.
 //!
-//! Read once at start from one JSON file, which `LLM_MODELS_FILE` names; without it the model of
-//! `LLM_BASE_URL` is the only one. The file holds no keys, only where to find them.
+//! Read once at start from JSON, which `LLM_MODELS` holds or a file that `LLM_MODELS_FILE` names; without
+//! either the model of `LLM_BASE_URL` is the only one. It holds no keys, only where to find them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,6 +18,8 @@ use crate::aws::Secrets;
 use crate::config::{ConfigError, Env};
 use crate::error::Error;
 
+/// The variable with the models, where there is no file to name.
+const TEXT: &str = "LLM_MODELS";
 const FILE: &str = "LLM_MODELS_FILE";
 const DEFAULT_TIMEOUT_SECONDS: u64 = 120;
 /// What is reserved for an answer whose length nobody has bounded.
@@ -45,9 +47,31 @@ pub struct Model {
     client: Client,
 }
 
+/// What the models are said to be, and the variable that says it.
+struct Said {
+    variable: &'static str,
+    json: String,
+}
+
+impl Said {
+    fn read(env: &Env) -> Result<Option<Self>, ConfigError> {
+        match (env.text("LLM_MODELS")?, env.text("LLM_MODELS_FILE")?) {
+            (Some(_), Some(_)) => Err(ConfigError::new(FILE, format!("is set, and so is {TEXT}: set one"))),
+            (Some(json), None) => Ok(Some(Self { variable: TEXT, json: json.to_owned() })),
+            (None, Some(path)) => {
+                // The cause may be told: no path is a secret.
+                let json = std::fs::read_to_string(path)
+                    .map_err(|error| ConfigError::new(FILE, format!("cannot be read: {error}")))?;
+                Ok(Some(Self { variable: FILE, json }))
+            }
+            (None, None) => Ok(None),
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct All {
     models: BTreeMap<String, Settings>,
 }
 
@@ -67,15 +91,18 @@ struct Settings {
 }
 
 impl Models {
-    /// The models of `LLM_MODELS_FILE`, or the one of the `LLM_…` variables, or none.
+    /// The models of `LLM_MODELS` or `LLM_MODELS_FILE`, or the one of the other `LLM_…` variables, or none.
     ///
     /// # Errors
-    /// [`ConfigError`] where the file cannot be read or says what cannot be.
+    /// [`ConfigError`] where the file cannot be read, or they cannot be what they are said to be.
     pub fn from_env(env: &Env) -> Result<Self, ConfigError> {
-        Self::read(env, |name| {
+        let Some(said) = Said::read(env)? else {
+            return Self::of_variables(env, Key::fixed("LLM_API_KEY", env.secret("LLM_API_KEY")?)?);
+        };
+        Self::of(&said, |name| {
             let key = env.secret(name)?;
             if key.is_none() {
-                return Err(ConfigError::new(name, format!("is unset, and the file of {FILE} names it for a key")));
+                return Err(ConfigError::new(name, format!("is unset, and {} names it for a key", said.variable)));
             }
             Key::fixed(name, key)
         })
@@ -88,33 +115,29 @@ impl Models {
     #[cfg(feature = "aws")]
     pub fn with_secrets(env: &Env, secrets: &Secrets) -> Result<Self, ConfigError> {
         let stage = |name: &str| Key::Stage { secrets: secrets.clone(), name: name.to_owned() };
-        let mut models = Self::read(env, |name| Ok(stage(name)))?;
-        if env.text(FILE)?.is_none() {
-            models.0 =
-                models.0.into_iter().map(|(alias, model)| (alias, with_key(model, stage("LLM_API_KEY")))).collect();
+        match Said::read(env)? {
+            Some(said) => Self::of(&said, |name| Ok(stage(name))),
+            None => Self::of_variables(env, stage("LLM_API_KEY")),
         }
-        Ok(models)
     }
 
-    fn read(env: &Env, key: impl Fn(&str) -> Result<Key, ConfigError>) -> Result<Self, ConfigError> {
-        let client = super::http_client(FILE)?;
-        let Some(path) = env.text("LLM_MODELS_FILE")? else { return Self::of_variables(env, client) };
-        // The cause may be told: neither a path nor a settings file holds a secret.
-        let wrong = |problem: String| ConfigError::new(FILE, problem);
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
-        let file: File = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-        for (alias, settings) in &file.models {
+    fn of(said: &Said, key: impl Fn(&str) -> Result<Key, ConfigError>) -> Result<Self, ConfigError> {
+        let client = super::http_client(said.variable)?;
+        // The cause may be told: settings hold no secret.
+        let wrong = |problem: String| ConfigError::new(said.variable, problem);
+        let all: All = serde_json::from_str(&said.json).map_err(|error| wrong(error.to_string()))?;
+        for (alias, settings) in &all.models {
             if let Some(fallback) = &settings.fallback
-                && (fallback == alias || !file.models.contains_key(fallback))
+                && (fallback == alias || !all.models.contains_key(fallback))
             {
-                return Err(wrong(format!("{alias:?}: \"fallback\" must name another model of the file")));
+                return Err(wrong(format!("{alias:?}: \"fallback\" must name another of the models")));
             }
         }
-        if file.models.is_empty() || file.models.keys().any(|alias| alias.is_empty()) {
+        if all.models.is_empty() || all.models.keys().any(|alias| alias.is_empty()) {
             return Err(wrong("must name at least one model, and none with an empty name".to_owned()));
         }
-        let models = file.models.into_iter().map(|(alias, settings)| {
-            let key = settings.api_key_name.as_deref().map_or_else(|| Key::fixed(FILE, None), &key)?;
+        let models = all.models.into_iter().map(|(alias, settings)| {
+            let key = settings.api_key_name.as_deref().map_or_else(|| Key::fixed(said.variable, None), &key)?;
             let model = settings.model(alias.clone(), key, client.clone());
             let model = model.map_err(|problem| wrong(format!("{alias:?}: {problem}")))?;
             Ok((alias, Arc::new(model)))
@@ -122,7 +145,7 @@ impl Models {
         models.collect::<Result<_, _>>().map(Self)
     }
 
-    fn of_variables(env: &Env, client: Client) -> Result<Self, ConfigError> {
+    fn of_variables(env: &Env, key: Key) -> Result<Self, ConfigError> {
         let (Some(base_url), Some(alias)) = (env.text("LLM_BASE_URL")?, env.text("LLM_MODEL")?) else {
             return Ok(Self::default());
         };
@@ -136,9 +159,8 @@ impl Models {
             timeout_seconds: None,
             max_completion_tokens: None,
         };
-        let key = Key::fixed("LLM_API_KEY", env.secret("LLM_API_KEY")?)?;
         let mut model = settings
-            .model(alias.to_owned(), key, client)
+            .model(alias.to_owned(), key, super::http_client("LLM_BASE_URL")?)
             .map_err(|problem| ConfigError::new("LLM_BASE_URL", problem))?;
         model.prices = terms::prices(env)?;
         Ok(Self(BTreeMap::from([(alias.to_owned(), Arc::new(model))])))
@@ -152,14 +174,6 @@ impl Models {
     /// In the order of their aliases.
     pub fn iter(&self) -> impl Iterator<Item = &Model> {
         self.0.values().map(AsRef::as_ref)
-    }
-}
-
-#[cfg(feature = "aws")]
-fn with_key(model: Arc<Model>, key: Key) -> Arc<Model> {
-    match Arc::try_unwrap(model) {
-        Ok(model) => Arc::new(Model { key, ..model }),
-        Err(model) => model,
     }
 }
 
@@ -289,6 +303,17 @@ mod tests {
         assert_eq!((slow.name.as_str(), slow.timeout.as_secs(), slow.max_completion_tokens), ("slow", 300, 100));
         assert_eq!(slow.cost_pico(5, 5), 0);
         assert!(models.get("").is_none());
+    }
+
+    #[test]
+    fn the_same_is_said_without_a_file_and_not_twice() {
+        let text = r#"{"models": {"a": {"base_url": "http://127.0.0.1/v1", "api_key_name": "A_KEY"}}}"#;
+        let models = Models::from_env(&Env::of([("LLM_MODELS", text), ("A_KEY", "sk-a")])).unwrap();
+        assert_eq!(models.iter().map(|model| model.alias.as_str()).collect::<Vec<_>>(), ["a"]);
+        let error = |variables: &[(&str, &str)]| Models::from_env(&Env::of(variables.iter().copied())).err().unwrap();
+        assert_eq!(error(&[("LLM_MODELS", text)]).to_string(), "A_KEY: is unset, and LLM_MODELS names it for a key");
+        assert_eq!(error(&[("LLM_MODELS", "models.json")]).name, "LLM_MODELS");
+        assert_eq!(read(text, &[("LLM_MODELS", text), ("A_KEY", "sk-a")]).err().unwrap().name, FILE);
     }
 
     #[test]
