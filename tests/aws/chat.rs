@@ -3,14 +3,14 @@
 //! The emulator gives each answer in one piece, and lets everybody invoke the function through its
 //! address once the first of the two rights is there.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 
 use crate::lambda::Lambda;
-use crate::llm_server::{Behaviour, HONEST, explanation};
+use crate::llm_server::{Behaviour, Ending, HONEST, chunks, explanation};
 use crate::pipeline::{LLM_TURN, User};
 use crate::support::{llm, of_stage, within};
 
@@ -174,4 +174,54 @@ async fn twenty_clients_of_many_lambdas_stay_within_their_keys_limit_and_the_led
     let month = ledger(&user, &id).await;
     let tokens = month["prompt_tokens"].as_u64().unwrap() + month["completion_tokens"].as_u64().unwrap();
     assert_eq!((month["requests"].as_u64(), tokens), (Some(let_in), let_in * TOKENS), "{month}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_clients_that_leave_and_a_server_that_fails_twenty_clients_stay_within_the_limit_and_the_ledger_is_exact()
+{
+    let (_alone, user) = (LLM_TURN.write().await, User::new("toby").await);
+    let (id, key) = limited(&user, "toby").await;
+    let begun = || chunks("A growth of cells.")[..3].to_vec();
+    let broken = 6;
+    llm().script((0..broken).flat_map(|_| {
+        [Behaviour::Status(500, None), Behaviour::Status(429, Some(0)), Behaviour::Stream(begun(), Ending::CutOff)]
+    }));
+    // Eight pieces, so that who leaves half a second later leaves in the middle.
+    llm().behave(Behaviour::Slow(Duration::from_millis(120), "A growth of cells.".into()));
+    let started = Instant::now();
+    let clients = (0..20).map(async |number| {
+        let mut whole = 0;
+        for round in 0..3 {
+            let messages = json!([{"role": "user", "content": format!("of toby: {number} {round}")}]);
+            let body = json!({"model": "stand-in", "messages": messages, "stream": true, "max_tokens": 20});
+            let request = complete(&user, &key, &body);
+            let leaves = (number + round) % 3 == 0;
+            let request = if leaves { request.timeout(Duration::from_millis(500)) } else { request };
+            match request.send().await {
+                Ok(answer) => {
+                    let status = answer.status().as_u16();
+                    let text = answer.text().await.unwrap();
+                    assert!([200, 429, 502].contains(&status), "{status}: {text}");
+                    whole += usize::from(text.ends_with("data: [DONE]\n\n"));
+                }
+                Err(error) => assert!(leaves && error.is_timeout(), "{error}"),
+            }
+        }
+        whole
+    });
+    let delivered: usize = join_all(clients).await.into_iter().sum();
+    let month = ledger(&user, &id).await;
+    llm().behave(Behaviour::Answer(explanation(HONEST)));
+    let number = |name: &str| month[name].as_u64().unwrap();
+    assert_within_limit(number("requests"), started);
+    // What the server counts: each call was trouble, or a whole answer.
+    let of_toby = |body: &Value| body["messages"][0]["content"].as_str().is_some_and(|it| it.starts_with("of toby"));
+    let calls = llm().requests().iter().filter(|(_, body)| of_toby(body)).count();
+    let whole = calls - 3 * broken as usize;
+    assert!(whole > delivered, "{delivered} of {whole}: nobody has left");
+    assert!(calls as u64 > number("requests"), "nothing was tried again");
+    // Only what the server itself broke off is estimated.
+    assert_eq!(number("estimated_requests"), broken, "{month}");
+    let exact = number("prompt_tokens") + number("completion_tokens") - number("estimated_tokens");
+    assert_eq!(exact, whole as u64 * TOKENS, "{month}");
 }

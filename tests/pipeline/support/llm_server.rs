@@ -27,6 +27,10 @@ pub enum Behaviour {
     After(Duration),
     /// A complete answer with this content, after a while.
     Late(Duration, String),
+    /// A complete answer with this content, the pieces of a stream so far apart; a whole one comes after one
+    /// such pause.
+    #[allow(dead_code, reason = "the tests on AWS use it")]
+    Slow(Duration, String),
     /// A complete answer with this content and this reason for its end.
     Ended(String, &'static str),
     /// Never answers.
@@ -78,17 +82,24 @@ impl LlmServer {
     pub async fn start_at(address: &str, script: impl IntoIterator<Item = Behaviour>) -> Self {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let inner = Arc::new(Inner { script: Mutex::new(script.into_iter().collect()), ..Inner::default() });
+        let inner = Arc::new(Inner::default());
         // Pictures come in messages.
         let router = Router::new().route("/v1/chat/completions", post(answer)).layer(DefaultBodyLimit::disable());
         let router = router.with_state(Arc::clone(&inner));
         tokio::spawn(async move { axum::serve(listener, router).await });
-        Self { inner, address }
+        let server = Self { inner, address };
+        server.script(script);
+        server
     }
 
     /// What it does from now on, behind the script.
     pub fn behave(&self, behaviour: Behaviour) {
         *self.inner.otherwise.lock().unwrap() = Some(behaviour);
+    }
+
+    /// What it does with the next requests.
+    pub fn script(&self, script: impl IntoIterator<Item = Behaviour>) {
+        self.inner.script.lock().unwrap().extend(script);
     }
 
     pub fn base_url(&self) -> String {
@@ -145,17 +156,22 @@ pub fn chunks(content: &str) -> Vec<String> {
 }
 
 /// A good stream, with the usage only where it was asked for.
-fn streamed(content: &str, asked: &Value) -> Response {
+fn streamed(content: &str, asked: &Value, pause: Duration) -> Response {
     let mut pieces = chunks(content);
     if asked["stream_options"]["include_usage"] != true {
         pieces.pop();
     }
     pieces.push("data: [DONE]\n\n".to_owned());
-    stream(pieces, Ending::Close)
+    stream(pieces, pause, Ending::Close)
 }
 
-fn stream(pieces: Vec<String>, ending: Ending) -> Response {
-    let pieces = futures_util::stream::iter(pieces.into_iter().map(Ok::<_, std::io::Error>));
+fn stream(pieces: Vec<String>, pause: Duration, ending: Ending) -> Response {
+    let pieces = futures_util::stream::iter(pieces).then(move |piece| async move {
+        if !pause.is_zero() {
+            tokio::time::sleep(pause).await;
+        }
+        Ok::<_, std::io::Error>(piece)
+    });
     let end = futures_util::stream::once(async move {
         match ending {
             Ending::Close => Ok(String::new()),
@@ -182,9 +198,10 @@ async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes
     let behaviour = inner.script.lock().unwrap().pop_front();
     let behaviour = behaviour.or_else(|| inner.otherwise.lock().unwrap().clone());
     match behaviour.unwrap_or_else(|| Behaviour::Answer(explanation(HONEST))) {
-        Behaviour::Answer(content) if asked["stream"] == true => streamed(&content, &asked),
+        Behaviour::Answer(content) if asked["stream"] == true => streamed(&content, &asked, Duration::ZERO),
+        Behaviour::Slow(pause, content) if asked["stream"] == true => streamed(&content, &asked, pause),
         Behaviour::Answer(content) => Json(completion(&content)).into_response(),
-        Behaviour::Late(pause, content) => {
+        Behaviour::Late(pause, content) | Behaviour::Slow(pause, content) => {
             tokio::time::sleep(pause).await;
             Json(completion(&content)).into_response()
         }
@@ -219,6 +236,6 @@ async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes
             let error = json!({"message": words, "type": "invalid_request_error", "param": "messages", "code": "odd"});
             (StatusCode::from_u16(status).unwrap(), Json(json!({"error": error}))).into_response()
         }
-        Behaviour::Stream(pieces, ending) => stream(pieces, ending),
+        Behaviour::Stream(pieces, ending) => stream(pieces, Duration::ZERO, ending),
     }
 }
