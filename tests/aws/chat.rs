@@ -127,7 +127,7 @@ async fn limited(user: &User, caller: &str) -> (String, String) {
 }
 
 /// The ledger of a key's one month, once nothing is under way.
-async fn ledger(user: &User, id: &str) -> Value {
+pub async fn ledger(user: &User, id: &str) -> Value {
     let mut usage = Value::Null;
     within("everything is settled", async || {
         let answer = user.request(Method::GET, &format!("/admin/keys/{id}/usage")).send().await.unwrap();

@@ -24,6 +24,7 @@ mod redis;
 mod runtime;
 mod sockets;
 mod stores;
+mod streaming;
 mod support;
 mod webhooks;
 #[path = "../pipeline/support/websocket.rs"]

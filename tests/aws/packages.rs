@@ -18,7 +18,7 @@ async fn inference_starts_with_the_bundle_in_its_package_and_asks_the_bucket_for
     let job = functions.run("mole-drawn.png").await;
     assert_eq!(job.status, Status::Completed);
     assert!(!job.reading.unwrap().predictions.is_empty());
-    assert!(!functions.inference.folder.path().join("lesion-models").exists(), "nothing was fetched");
+    assert!(!functions.inference.process.folder.path().join("lesion-models").exists(), "nothing was fetched");
 }
 
 #[tokio::test]

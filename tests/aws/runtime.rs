@@ -33,16 +33,15 @@ struct Api {
 }
 
 /// A function's package, unpacked and started.
-pub struct Function {
-    events: mpsc::Sender<Value>,
-    answers: mpsc::Receiver<Result<Value, Value>>,
+pub struct Process {
     pub folder: TempDir,
     child: Child,
 }
 
-impl Function {
-    /// Starts it in the stage that `scripts/emulator` has made, with some of its settings others.
-    pub async fn start(name: &str, settings: &[(&str, &str)]) -> Self {
+impl Process {
+    /// Starts it in the stage that `scripts/emulator` has made, with some of its settings others. It asks
+    /// `runtime_api` for events.
+    pub fn start(name: &str, runtime_api: &str, settings: &[(&str, &str)]) -> Self {
         let packages = Env::of_process().text("PACKAGES_DIR").unwrap().map(PathBuf::from);
         let package = packages.unwrap_or_else(|| root().join("target/lambda")).join(format!("{name}.zip"));
         let folder = tempfile::tempdir().unwrap();
@@ -53,16 +52,6 @@ impl Function {
         assert!(unpack.unwrap().success(), "{}", package.display());
         let bootstrap = folder.path().join("bootstrap");
         std::fs::set_permissions(&bootstrap, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-
-        let ((events, queued), (answers, answered)) = (mpsc::channel(1), mpsc::channel(1));
-        let api = Arc::new(Api { events: Mutex::new(queued), answers });
-        let router = Router::new()
-            .route("/2018-06-01/runtime/invocation/next", get(next))
-            .route("/2018-06-01/runtime/invocation/{id}/{how}", post(answer))
-            .with_state(api);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        tokio::spawn(async move { axum::serve(listener, router).await });
 
         let mut variables: HashMap<String, String> = [
             "AWS_ENDPOINT_URL",
@@ -84,7 +73,7 @@ impl Function {
         let manifest = std::fs::read(root().join("model/manifest.json")).unwrap();
         variables.insert("MODEL_DIGEST".to_owned(), crate::support::hex_sha256(&manifest));
         let fixed = [
-            ("AWS_LAMBDA_RUNTIME_API", address.as_str()),
+            ("AWS_LAMBDA_RUNTIME_API", runtime_api),
             ("AWS_LAMBDA_FUNCTION_NAME", "function"),
             ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "1024"),
             ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
@@ -107,7 +96,35 @@ impl Function {
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        Self { events, answers: answered, folder, child }
+        Self { folder, child }
+    }
+
+    /// What it has printed to `stdout` or `stderr` so far.
+    pub fn printed(&self, stream: &str) -> String {
+        std::fs::read_to_string(self.folder.path().join(stream)).unwrap()
+    }
+}
+
+/// A process that the test itself hands events to.
+pub struct Function {
+    events: mpsc::Sender<Value>,
+    answers: mpsc::Receiver<Result<Value, Value>>,
+    pub process: Process,
+}
+
+impl Function {
+    /// As [`Process::start`].
+    pub async fn start(name: &str, settings: &[(&str, &str)]) -> Self {
+        let ((events, queued), (answers, answered)) = (mpsc::channel(1), mpsc::channel(1));
+        let api = Arc::new(Api { events: Mutex::new(queued), answers });
+        let router = Router::new()
+            .route("/2018-06-01/runtime/invocation/next", get(next))
+            .route("/2018-06-01/runtime/invocation/{id}/{how}", post(answer))
+            .with_state(api);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Self { events, answers: answered, process: Process::start(name, &address, settings) }
     }
 
     /// What the function answers to an event; `Err` where it reports a failure.
@@ -121,14 +138,14 @@ impl Function {
 
     /// What it has printed once it has ended, which it did badly.
     pub async fn ended(&mut self) -> String {
-        let status = tokio::time::timeout(PATIENCE, self.child.wait()).await.unwrap().unwrap();
+        let status = tokio::time::timeout(PATIENCE, self.process.child.wait()).await.unwrap().unwrap();
         assert!(!status.success());
         self.printed("stdout") + &self.printed("stderr")
     }
 
-    /// What it has printed to `stdout` or `stderr` so far.
+    /// As [`Process::printed`].
     pub fn printed(&self, stream: &str) -> String {
-        std::fs::read_to_string(self.folder.path().join(stream)).unwrap()
+        self.process.printed(stream)
     }
 }
 
