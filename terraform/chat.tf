@@ -1,5 +1,6 @@
 # chat has an address of its own, which streams and waits for as long as the function may run; the HTTP API
-# gives up after 30 seconds. Callers are checked in the function, as behind the API.
+# gives up after 30 seconds. Callers are checked in the function, as behind the API. Nothing throttles the address but
+# reserved_concurrency = { chat = N }.
 resource "aws_lambda_function_url" "chat" {
   function_name      = module.function["chat"].name
   authorization_type = "NONE"

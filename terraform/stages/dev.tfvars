@@ -10,3 +10,7 @@ log_level          = "debug"
 log_retention_days = 7
 cache              = "s3"
 throttle           = { requests_per_second = 20, burst = 40 }
+
+# chat's address is public and nothing throttles it. A new account may have 10 instances in all, of which none can be
+# reserved; where yours has more than 100:
+# reserved_concurrency = { chat = 10 }

@@ -35,4 +35,9 @@ run "the_stages_file_plans_and_its_name_is_in_every_name" {
     condition     = var.stage != "prod" || (var.keep_data && !var.admit_guests)
     error_message = "prod keeps its data and admits no guests."
   }
+
+  assert {
+    condition     = var.stage != "prod" || lookup(var.reserved_concurrency, "chat", 0) > 0
+    error_message = "Nothing bounds what anybody can have run at chat's public address."
+  }
 }
