@@ -82,9 +82,8 @@ locals {
     admin = {
       memory_mb       = 256
       timeout_seconds = local.http_timeout_seconds
-      environment = merge(local.queue_environment, local.webhook_queue_environment, local.caller_environment, {
-        DEAD_LETTER_QUEUE_URL         = aws_sqs_queue.dead_letters.url
-        WEBHOOK_DEAD_LETTER_QUEUE_URL = aws_sqs_queue.webhook_dead_letters.url
+      environment = merge(local.queue_environment, local.webhook_letters_environment, local.caller_environment, {
+        DEAD_LETTER_QUEUE_URL = aws_sqs_queue.dead_letters.url
       })
       permissions = local.may_administer
     }
@@ -125,7 +124,7 @@ locals {
     webhook = {
       memory_mb       = 256
       timeout_seconds = local.webhook_timeout_seconds
-      environment     = merge(local.webhook_queue_environment, local.webhook_hosts_environment, local.secret_environment)
+      environment     = merge(local.webhook_letters_environment, local.webhook_hosts_environment, local.secret_environment)
       permissions     = local.may_deliver
     }
     chat = {

@@ -166,6 +166,7 @@ locals {
       ]
       resources = [aws_sqs_queue.webhooks.arn]
     },
+    local.may_bury_webhooks,
   ]
 
   may_chat = [

@@ -5,7 +5,12 @@ locals {
 
   webhook_hosts_environment = { WEBHOOK_HOSTS = join(",", var.webhook_hosts) }
   webhook_queue_environment = { WEBHOOK_QUEUE_URL = aws_sqs_queue.webhooks.url }
-  may_send_webhooks         = { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.webhooks.arn] }
+  webhook_letters_environment = {
+    WEBHOOK_QUEUE_URL             = aws_sqs_queue.webhooks.url
+    WEBHOOK_DEAD_LETTER_QUEUE_URL = aws_sqs_queue.webhook_dead_letters.url
+  }
+  may_bury_webhooks = { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.webhook_dead_letters.arn] }
+  may_send_webhooks = { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.webhooks.arn] }
 }
 
 resource "aws_sqs_queue" "webhooks" {
@@ -17,7 +22,7 @@ resource "aws_sqs_queue" "webhooks" {
 
   redrive_policy = jsonencode({
     deadLetterTargetArn = aws_sqs_queue.webhook_dead_letters.arn
-    maxReceiveCount     = local.names.webhook_tries
+    maxReceiveCount     = local.names.webhook_receives
   })
 }
 

@@ -108,7 +108,7 @@ impl Host {
         let store = SqliteJobStore::open(&data_dir.join("jobs.sqlite"))?;
         // Above MAX_ATTEMPTS, or the queue gives a job up before the job's own attempts are used up.
         let queue = SqliteJobQueue::open(&data_dir.join("queue.sqlite"), clock.clone(), policy.max_attempts * 2 + 5)?;
-        let webhooks = SqliteJobQueue::open(&data_dir.join("webhooks.sqlite"), clock.clone(), webhook::MAX_TRIES)?;
+        let webhooks = SqliteJobQueue::open(&data_dir.join("webhooks.sqlite"), clock.clone(), webhook::MAX_RECEIVES)?;
         let secret = data::secret(data_dir)?;
         let blobs = DirBlobStore::open(&data_dir.join("blobs"), &secret)?;
 

@@ -89,6 +89,7 @@ points! {
     WebhookPostponed = "webhook.postponed",
     WebhookHidden = "webhook.hidden",
     WebhookGivenUp = "webhook.given_up",
+    WebhookBuried = "webhook.buried",
 }
 
 /// The point, and how often it is still to be met.

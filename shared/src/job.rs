@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use crate::clock::{Timestamp, from_millis};
 
-pub use callback::{Callback, Delivery, DeliveryOutcome};
+pub use callback::{Callback, Delivery, DeliveryOutcome, FailedTry, Turn};
 pub use machine::{InferenceOutcome, Policy, Refused, SweepAction};
 pub use prompt::{AnswerContent, LlmAnswer, LlmTrouble, StoredPrompt, answer_key, prompt_key};
 

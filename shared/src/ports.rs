@@ -93,8 +93,11 @@ pub trait JobStore: Send + Sync + 'static {
 pub trait JobQueue: Send + Sync + 'static {
     fn send(&self, message: Message) -> impl Future<Output = Result<()>> + Send;
 
-    /// Hides a received message for `seconds` from now.
+    /// Hides a received message for `seconds` from now; whoever does so is done with it.
     fn set_visibility(&self, receipt: &str, seconds: u32) -> impl Future<Output = Result<()>> + Send;
+
+    /// Makes a dead letter of what no message need be received for any more. Twice, there are two of it.
+    fn bury(&self, body: String) -> impl Future<Output = Result<()>> + Send;
 
     /// Messages that were received too often and given up, at most `limit`.
     fn dead_letters(&self, limit: u32) -> impl Future<Output = Result<Vec<DeadLetter>>> + Send;

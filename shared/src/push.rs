@@ -173,8 +173,6 @@ pub struct Webhook {
     pub id: String,
     /// Names the delivery in its record.
     pub seq: u64,
-    /// Nobody tries before this.
-    pub not_before: Timestamp,
     pub event: Event,
 }
 
@@ -183,9 +181,9 @@ impl Webhook {
     fn of(record: &Record) -> Option<Self> {
         let Record::Job(job) = record else { return None };
         let delivery = job.delivery().filter(|it| it.outcome != Some(DeliveryOutcome::Delivered))?;
-        let (seq, not_before) = (delivery.seq, delivery.not_before);
+        let seq = delivery.seq;
         let url = job.callback.as_ref()?.url.clone();
-        Some(Self { url, id: format!("msg_{}_{seq}", job.id), seq, not_before, event: Event::of(job) })
+        Some(Self { url, id: format!("msg_{}_{seq}", job.id), seq, event: Event::of(job) })
     }
 }
 
@@ -241,7 +239,7 @@ mod tests {
 
     use super::*;
     use crate::clock::from_millis;
-    use crate::job::{Input, LlmAnswer, NewJob, Policy, StoredPrompt};
+    use crate::job::{FailedTry, Input, LlmAnswer, NewJob, Policy, StoredPrompt};
 
     fn prompt() -> Job {
         let now = from_millis(1_700_000_000_000);
@@ -342,9 +340,10 @@ mod tests {
         assert_eq!((&told["type"], &told["data"]["content"]), (&json!("job.completed"), &json!("A growth.")), "{told}");
         // Neither a failed try nor a given-up delivery changes what is sent, or its id.
         let now = job.updated_at + TimeDelta::hours(1);
-        let postponed = job.postpone_delivery(3, TimeDelta::minutes(5), now, &policy).unwrap();
+        let failed = |failed_before| FailedTry { failed_before, message: "a" };
+        let postponed = job.postpone_delivery(3, failed(0), now + TimeDelta::minutes(5), &policy).unwrap();
         assert!(postponed.version > job.version);
-        for again in [postponed.clone(), postponed.give_up_delivery(3).unwrap()] {
+        for again in [postponed.clone(), postponed.give_up_delivery(3, failed(1)).unwrap()] {
             let again = webhook(&again).unwrap();
             assert_eq!((again.id, again.event), (first.id.clone(), first.event.clone()));
         }

@@ -116,8 +116,13 @@ run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
   }
 
   assert {
-    condition     = !can(regex("UpdateItem|DeleteItem|Query|s3:|SendMessage|execute-api", module.function["webhook"].policy))
+    condition     = !can(regex("UpdateItem|DeleteItem|Query|s3:|execute-api", module.function["webhook"].policy))
     error_message = "Who calls others back reads and writes records, and no more."
+  }
+
+  assert {
+    condition     = length(regexall("SendMessage", module.function["webhook"].policy)) == 1 && local.may_bury_webhooks.resources == [aws_sqs_queue.webhook_dead_letters.arn]
+    error_message = "It sends dead letters, and nothing else."
   }
 }
 

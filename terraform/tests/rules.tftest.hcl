@@ -120,7 +120,7 @@ run "the_stream_has_two_readers_and_only_records_reach_notify" {
   }
 }
 
-run "a_webhook_has_its_own_queue_and_is_tried_as_often_as_the_code_counts" {
+run "a_webhook_has_its_own_queue_whose_receives_count_no_tries" {
   command = plan
 
   variables {
@@ -128,8 +128,8 @@ run "a_webhook_has_its_own_queue_and_is_tried_as_often_as_the_code_counts" {
   }
 
   assert {
-    condition     = jsondecode(aws_sqs_queue.webhooks.redrive_policy).maxReceiveCount == local.names.webhook_tries
-    error_message = "The queue and the function would give up at different times."
+    condition     = jsondecode(aws_sqs_queue.webhooks.redrive_policy).maxReceiveCount == local.names.webhook_receives
+    error_message = "The queue would give up what the function still tries."
   }
 
   assert {

@@ -105,7 +105,7 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Notify, &[Point::NotifyPushed, Point::NotifyClosed]),
     (Kind::Webhook, &[Point::NotifyQueued, Point::WebhookAnswered, Point::WebhookSettled]),
     (Kind::WebhookRetry, &[Point::WebhookPostponed, Point::WebhookHidden]),
-    (Kind::WebhookLast, &[Point::WebhookGivenUp]),
+    (Kind::WebhookLast, &[Point::WebhookBuried, Point::WebhookGivenUp]),
     (
         Kind::Delete,
         &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten],
@@ -579,7 +579,7 @@ impl<'a> Scene<'a> {
                 let act = async || assert!(submit().await.is_some());
                 self.lambda.killed_at_least_once("notify", self.point, act).await;
             }
-            Point::WebhookGivenUp => {
+            _ if self.kind == Kind::WebhookLast => {
                 self.kill(async || self.try_for_the_last_time(&submit().await.unwrap()).await).await
             }
             _ => self.kill(async || assert!(submit().await.is_some())).await,
@@ -588,14 +588,10 @@ impl<'a> Scene<'a> {
         let before = webhooks::told(&id).len();
         receiver().answer(200);
         self.ended(&id).await;
-        if self.point == Point::WebhookGivenUp {
-            // As the queue would have made it a dead letter.
-            let sqs = aws_sdk_sqs::Client::new(&sdk().await);
-            let letter = sqs.send_message().queue_url(of_stage("WEBHOOK_DEAD_LETTER_QUEUE_URL"));
-            letter.message_body(Message::Deliver { id: id.parse().unwrap() }.encode()).send().await.unwrap();
+        if self.kind == Kind::WebhookLast {
             let request = self.user.request(Method::POST, "/admin/dead-letters/redrive").json(&json!({}));
             let redriven: Value = answered(request.send().await.unwrap()).unwrap().json().await.unwrap();
-            assert_eq!(redriven["redriven"], 1, "{}", self.caller);
+            assert!(redriven["redriven"].as_u64().unwrap() > 0, "{}: no dead letter", self.caller);
         }
         within(&format!("{}: the receiver is told", self.caller), async || {
             self.lambda.sweep().await;
@@ -613,28 +609,32 @@ impl<'a> Scene<'a> {
         (vec![id.parse().unwrap()], usual)
     }
 
-    /// Hands webhook a message that was received seven times before, once the first try has failed.
-    async fn try_for_the_last_time(&self, id: &str) {
+    /// Changes a delivery once its first try has failed and its hours are over, but nobody has come yet.
+    async fn once_it_has_failed(&self, id: &str, change: impl Fn(&mut shared::job::Job, &mut shared::job::Delivery)) {
         within(&format!("{}: the first try has failed", self.caller), async || {
             self.lambda.sweep().await;
             let Some(Record::Job(job)) = record(id).await else { panic!("{}", self.caller) };
             let Some(delivery) = job.delivery().filter(|delivery| delivery.not_before > job.updated_at) else {
                 return false;
             };
-            // The hours are over, but nobody has come yet.
-            let (until, outcome) = (delivery.until, delivery.outcome);
-            let delivery = shared::job::Delivery { seq: delivery.seq, not_before: job.updated_at, until, outcome };
-            let callback = job.callback.clone().map(|it| Callback { delivery: Some(delivery), ..it });
-            let due = shared::job::Job { version: job.version + 1, callback, ..job.clone() };
+            let mut delivery = shared::job::Delivery { not_before: job.updated_at, ..delivery.clone() };
+            let mut due = shared::job::Job { version: job.version + 1, ..job.clone() };
+            change(&mut due, &mut delivery);
+            due.callback = job.callback.clone().map(|it| Callback { delivery: Some(delivery), ..it });
             self.jobs.replace(job.fence(), &Record::Job(due)).await.unwrap()
         })
         .await;
+    }
+
+    /// Hands webhook a message for a delivery that has failed seven times.
+    async fn try_for_the_last_time(&self, id: &str) {
+        self.once_it_has_failed(id, |_, delivery| delivery.tries = webhook::MAX_TRIES - 1).await;
         let body = Message::Deliver { id: id.parse().unwrap() }.encode();
         let message = json!({
             "messageId": "by hand",
             "receiptHandle": "by hand",
             "body": body,
-            "attributes": {"ApproximateReceiveCount": "8"},
+            "attributes": {"ApproximateReceiveCount": "1"},
             "messageAttributes": {},
             "eventSource": "aws:sqs",
             "awsRegion": "us-east-1",

@@ -233,7 +233,7 @@ async fn the_streams_filter_names_what_the_store_writes() {
     let marker = &item[names["dispatch_attribute"].as_str().unwrap()];
     assert_eq!(marker.as_s().unwrap(), names["dispatch_enrichment"].as_str().unwrap());
     // Where the queue gives a message up is where the function does.
-    assert_eq!(names["webhook_tries"].as_u64().unwrap(), u64::from(webhook::MAX_TRIES));
+    assert_eq!(names["webhook_receives"].as_u64().unwrap(), u64::from(webhook::MAX_RECEIVES));
 }
 
 /// What the functions' roles may not do is denied, not only left undone.

@@ -2,9 +2,9 @@
 //!
 //! Triggered by its own queue, which notify fills. Reads the record; sends one request (`courier.rs`).
 //! Writes, in this order: the delivery's end, or when it is tried again, into the record; and for the
-//! second the message's visibility. After the last try the message becomes a dead letter. A message may
-//! come twice or late: the record says whether there is still something to deliver, and `webhook-id` tells
-//! the receiver what it has already.
+//! second the message's visibility. After the last try a dead letter, then the delivery's end. How often was
+//! tried stands in the record: a message may come twice, early or late, and `webhook-id` tells the receiver
+//! what it has already.
 
 pub mod courier;
 mod signature;
@@ -15,7 +15,7 @@ use futures_util::future::join_all;
 use shared::Error;
 use shared::clock::Clock;
 use shared::crash::{self, Point};
-use shared::job::{Job, Policy, Record, Refused};
+use shared::job::{FailedTry, Job, Policy, Record, Refused, Turn};
 use shared::message::Message;
 use shared::ports::{JobQueue, JobStore};
 use shared::push::{self, Told, Webhook as Sent};
@@ -24,7 +24,7 @@ use shared::transition::{NotMoved, transition};
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::courier::{Courier, Refusal};
+use crate::courier::Courier;
 
 /// How long after each try the next one is made: about the schedule that Standard Webhooks recommends, for a
 /// little more than a day.
@@ -37,8 +37,11 @@ const WAITS: [TimeDelta; 7] = [
     TimeDelta::hours(10),
     TimeDelta::hours(10),
 ];
-/// Tries, by the message's receive count; the queue gives a message up after as many.
+/// Tries of one delivery.
 pub const MAX_TRIES: u32 = WAITS.len() as u32 + 1;
+/// How often the queue hands a message out. It is far more than a delivery takes: what is given up by it
+/// could not be worked at all.
+pub const MAX_RECEIVES: u32 = 100;
 
 /// What webhook works with.
 pub struct Webhook<J, Q> {
@@ -77,26 +80,26 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
     /// Works one message; `false` where it must come back.
     async fn settle(&self, message: &SqsMessage) -> bool {
         let outcome = match Message::decode(message.body.as_deref().unwrap_or("")) {
-            Ok(Message::Deliver { id }) => self.process(id, receives(message)).await,
-            Ok(Message::Infer { .. } | Message::Forget { .. }) => {
-                self.unreadable(message, "a message of another queue")
+            Ok(Message::Deliver { id }) => {
+                self.process(message.message_id.as_deref().unwrap_or(""), id, receives(message)).await
             }
-            Err(error) => self.unreadable(message, &error.to_string()),
+            Ok(Message::Infer { .. } | Message::Forget { .. }) => {
+                self.unreadable(message, "a message of another queue").await
+            }
+            Err(error) => self.unreadable(message, &error.to_string()).await,
         };
         let Outcome::Retry(delay) = outcome else { return true };
-        let seconds = u32::try_from(delay.num_seconds()).unwrap_or(0);
         let receipt = message.receipt_handle.as_deref().unwrap_or("");
-        if let Err(error) = self.queue.set_visibility(receipt, seconds).await {
-            // It comes back when its first visibility timeout ends, before its time, and is acknowledged;
-            // then sweep sends another.
+        if let Err(error) = self.queue.set_visibility(receipt, seconds(delay)).await {
+            // It comes back when its first visibility timeout ends, and waits for the rest.
             tracing::warn!(error.chain = error.chain(), "message not hidden");
         }
         crash::here(Point::WebhookHidden);
         false
     }
 
-    /// As inference does: soon, and as often as the queue allows; then it is a dead letter.
-    fn unreadable(&self, message: &SqsMessage, why: &str) -> Outcome {
+    /// No later receive would read it.
+    async fn unreadable(&self, message: &SqsMessage, why: &str) -> Outcome {
         let message_id = message.message_id.as_deref().unwrap_or("");
         tracing::error!(
             message.id = message_id,
@@ -104,23 +107,26 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
             error.chain = why,
             "message not read"
         );
-        Outcome::Retry(self.policy.backoff)
+        match self.queue.bury(message.body.clone().unwrap_or_default()).await {
+            Ok(()) => Outcome::Acknowledge,
+            Err(error) => self.not_worked(&error, receives(message)),
+        }
     }
 
-    /// The rule for one message, received for the `receives`th time.
-    pub async fn process(&self, id: Uuid, receives: u32) -> Outcome {
-        self.deliver(id, receives).await.unwrap_or_else(|error| {
-            tracing::error!(
-                job.id = %id,
-                error.code = error.code().as_str(),
-                error.chain = error.chain(),
-                "message not worked"
-            );
-            Outcome::Retry(self.policy.doubled(self.policy.backoff, receives.saturating_sub(1)))
-        })
+    fn not_worked(&self, error: &Error, receives: u32) -> Outcome {
+        tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "message not worked");
+        Outcome::Retry(self.policy.doubled(self.policy.backoff, receives.saturating_sub(1)))
     }
 
-    async fn deliver(&self, id: Uuid, receives: u32) -> Result<Outcome, Error> {
+    /// The rule for one message about a job, received for the `receives`th time.
+    pub async fn process(&self, message: &str, id: Uuid, receives: u32) -> Outcome {
+        match self.deliver(message, id).await {
+            Ok(outcome) => outcome,
+            Err(error) => tracing::error_span!("job", job.id = %id).in_scope(|| self.not_worked(&error, receives)),
+        }
+    }
+
+    async fn deliver(&self, message: &str, id: Uuid) -> Result<Outcome, Error> {
         let Some(record) = self.jobs.get(id).await? else { return Ok(Outcome::Acknowledge) };
         let told = push::deliveries(&record, Vec::new()).into_iter().find_map(|told| match told {
             Told::Webhook(sent) => Some(sent),
@@ -128,15 +134,20 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
         });
         // Delivered already, sent round again, or deleted.
         let (Record::Job(job), Some(sent)) = (record, told) else { return Ok(Outcome::Acknowledge) };
-        if self.clock.now() < sent.not_before {
-            // Another message has just failed on it and comes back in time; were it lost, sweep would send one.
-            return Ok(Outcome::Acknowledge);
+        let Some(delivery) = job.delivery() else { return Ok(Outcome::Acknowledge) };
+        match delivery.turn(message, self.clock.now()) {
+            Turn::Nothing => Ok(Outcome::Acknowledge),
+            Turn::Wait(left) => Ok(Outcome::Retry(left)),
+            Turn::Try => {
+                let span = telemetry::job_span(job.id, &job.trace_id);
+                let failed = FailedTry { failed_before: delivery.failed_tries(), message };
+                Box::pin(self.send(&job, &sent, failed)).instrument(span).await
+            }
         }
-        let span = telemetry::job_span(job.id, &job.trace_id);
-        Box::pin(self.send(&job, &sent, receives)).instrument(span).await
     }
 
-    async fn send(&self, job: &Job, sent: &Sent, receives: u32) -> Result<Outcome, Error> {
+    /// `failed` is what is written where the receiver does not take it.
+    async fn send(&self, job: &Job, sent: &Sent, failed: FailedTry<'_>) -> Result<Outcome, Error> {
         let answer = self.courier.send(sent, self.clock.now()).await?;
         crash::here(Point::WebhookAnswered);
         match answer {
@@ -144,37 +155,55 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
                 let settle = |job: &Job| Ok((job.settle_delivery(sent.seq)?, ()));
                 written(transition(&self.jobs, job, settle).await)?;
                 crash::here(Point::WebhookSettled);
-                tracing::info!(webhook.tries = receives, "webhook delivered");
+                tracing::info!(webhook.tries = failed.failed_before + 1, "webhook delivered");
                 Ok(Outcome::Acknowledge)
             }
-            Err(refusal) => self.failed(job, sent, receives, &refusal).await,
+            Err(refusal) => {
+                tracing::warn!(
+                    webhook.tries = failed.failed_before + 1,
+                    http.status = refusal.status,
+                    error.code = refusal.code,
+                    error.chain = refusal.cause,
+                    "webhook not delivered"
+                );
+                match WAITS.get(failed.failed_before as usize) {
+                    Some(wait) => self.postpone(job, sent, failed, spread(*wait, job.id)).await,
+                    None => self.give_up(job, sent, failed).await,
+                }
+            }
         }
     }
 
-    async fn failed(&self, job: &Job, sent: &Sent, receives: u32, refusal: &Refusal) -> Result<Outcome, Error> {
-        tracing::warn!(
-            webhook.tries = receives,
-            http.status = refusal.status,
-            error.code = refusal.code,
-            error.chain = refusal.cause,
-            "webhook not delivered"
-        );
-        let Some(wait) = WAITS.get(receives.saturating_sub(1) as usize) else {
-            let give_up = |job: &Job| Ok((job.give_up_delivery(sent.seq)?, ()));
-            if !written(transition(&self.jobs, job, give_up).await)? {
-                return Ok(Outcome::Acknowledge);
-            }
-            crash::here(Point::WebhookGivenUp);
-            tracing::error!(error.code = "webhook_given_up", "nobody is told of a job's end");
-            // The queue makes it a dead letter in the place of handing it out once more.
-            return Ok(Outcome::Retry(TimeDelta::zero()));
-        };
-        let now = self.clock.now();
-        let postpone = |job: &Job| Ok((job.postpone_delivery(sent.seq, *wait, now, &self.policy)?, ()));
+    async fn postpone(&self, job: &Job, sent: &Sent, failed: FailedTry<'_>, wait: TimeDelta) -> Result<Outcome, Error> {
+        let not_before = self.clock.now() + wait;
+        let postpone = |job: &Job| Ok((job.postpone_delivery(sent.seq, failed, not_before, &self.policy)?, ()));
         let postponed = written(transition(&self.jobs, job, postpone).await)?;
         crash::here(Point::WebhookPostponed);
-        Ok(if postponed { Outcome::Retry(*wait) } else { Outcome::Acknowledge })
+        Ok(if postponed { Outcome::Retry(wait) } else { Outcome::Acknowledge })
     }
+
+    async fn give_up(&self, job: &Job, sent: &Sent, failed: FailedTry<'_>) -> Result<Outcome, Error> {
+        // First: cut off behind it, there are two of it in the end. None would be the end of it.
+        self.queue.bury(Message::Deliver { id: job.id }.encode()).await?;
+        crash::here(Point::WebhookBuried);
+        tracing::error!(error.code = "webhook_given_up", "nobody is told of a job's end");
+        let give_up = |job: &Job| Ok((job.give_up_delivery(sent.seq, failed)?, ()));
+        written(transition(&self.jobs, job, give_up).await)?;
+        crash::here(Point::WebhookGivenUp);
+        Ok(Outcome::Acknowledge)
+    }
+}
+
+/// A wait, and up to a tenth more: jobs that ended together are not all tried again in the same second.
+fn spread(wait: TimeDelta, id: Uuid) -> TimeDelta {
+    // The end of an id is random.
+    let [.., high, low] = *id.as_bytes();
+    wait + wait / 10 * i32::from(u16::from_be_bytes([high, low])) / i32::from(u16::MAX)
+}
+
+/// As a queue takes it, and no sooner.
+fn seconds(delay: TimeDelta) -> u32 {
+    u32::try_from((delay + TimeDelta::milliseconds(999)).num_seconds()).unwrap_or(0)
 }
 
 /// Whether the write was made; not where the job was deleted or sent round again, or somebody else has

@@ -27,7 +27,7 @@ const LOOKED_AT: i32 = 30;
 /// Asked of all of SQS's servers, where a shorter wait asks some and may find nothing.
 const LONG_POLL: i32 = 1;
 
-/// One SQS queue, and for admins the one of its dead letters.
+/// One SQS queue, and for who has to do with them the one of its dead letters.
 #[derive(Debug, Clone)]
 pub struct SqsJobQueue {
     client: Client,
@@ -117,6 +117,11 @@ impl JobQueue for SqsJobQueue {
             Err(SdkError::ServiceError(error)) if is_stale(error.err()) => Ok(()),
             Err(error) => Err(unavailable(error)),
         }
+    }
+
+    async fn bury(&self, body: String) -> Result<(), Error> {
+        let send = self.client.send_message().queue_url(self.dead_letters_url()?).message_body(body);
+        send.send().await.map(|_| ()).map_err(unavailable)
     }
 
     async fn dead_letters(&self, limit: u32) -> Result<Vec<DeadLetter>, Error> {

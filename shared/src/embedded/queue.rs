@@ -1,7 +1,7 @@
 //! The queue in SQLite, with SQS's rules: a received message is hidden for a while and comes back
 //! unless it is acknowledged; one that was received too often becomes a dead letter.
 //!
-//! Nothing here waits for the disk but a redrive: after a power cut a message comes twice, which
+//! Nothing here waits for the disk but dead letters: after a power cut a message comes twice, which
 //! changes nothing, or is gone, which sweep makes good, since the job's record is due.
 
 use std::path::Path;
@@ -118,8 +118,8 @@ impl SqliteJobQueue {
         Ok(())
     }
 
-    /// Makes every received message visible, for a start at which nobody can be working one. How
-    /// often each was received stands. Returns how many there were.
+    /// Makes every message visible that somebody was working, for a start at which nobody can be. One that was
+    /// hidden on purpose waits on; how often each was received stands. Returns how many there were.
     ///
     /// # Errors
     /// Where the queue cannot be reached.
@@ -161,9 +161,18 @@ impl JobQueue for SqliteJobQueue {
     async fn set_visibility(&self, receipt: &str, seconds: u32) -> Result<(), Error> {
         let visible_at = (self.clock.now() + TimeDelta::seconds(i64::from(seconds))).timestamp_millis();
         let receipt = receipt.to_owned();
-        let sql = "UPDATE messages SET visible_at = ?1 WHERE receipt = ?2";
+        // Whoever hides it is done with it, and a start that finds it has nothing to take up.
+        let sql = "UPDATE messages SET visible_at = ?1, receipt = NULL WHERE receipt = ?2";
         let update = move |db: &Connection| db.prepare_cached(sql)?.execute(params![visible_at, receipt]);
         self.sqlite.call_kept(Kept::InFile, update).await?;
+        Ok(())
+    }
+
+    async fn bury(&self, body: String) -> Result<(), Error> {
+        let now = self.clock.now().timestamp_millis();
+        let sql = "INSERT INTO dead_letters (id, body, receive_count, sent_at, died_at) VALUES (?1, ?2, 0, ?3, ?3)";
+        let id = Uuid::now_v7().to_string();
+        self.sqlite.call(move |db| db.prepare_cached(sql)?.execute(params![id, body, now])).await?;
         Ok(())
     }
 
@@ -192,13 +201,15 @@ fn dead_letter(row: &rusqlite::Row<'_>) -> rusqlite::Result<DeadLetter> {
     })
 }
 
-/// Moves dead letters back. The call is one transaction: no message is in neither table, or in both.
+/// Moves dead letters back, each as a new message, as SQS does. The call is one transaction: no message is in
+/// neither table, or in both.
 fn revive(db: &Connection, ids: Option<&[String]>, now: Timestamp) -> rusqlite::Result<u64> {
     // json_each takes a list of any length as one parameter; null stands for all.
     let ids = ids.map(|ids| serde_json::Value::from(ids).to_string());
     let chosen = "?1 IS NULL OR id IN (SELECT value FROM json_each(?1))";
     let insert = format!(
-        "INSERT INTO messages (id, body, visible_at, sent_at) SELECT id, body, ?2, sent_at FROM dead_letters WHERE {chosen}"
+        "INSERT INTO messages (id, body, visible_at, sent_at)
+        SELECT lower(hex(randomblob(16))), body, ?2, sent_at FROM dead_letters WHERE {chosen}"
     );
     let moved = db.prepare_cached(&insert)?.execute(params![ids, now.timestamp_millis()])?;
     db.prepare_cached(&format!("DELETE FROM dead_letters WHERE {chosen}"))?.execute(params![ids])?;

@@ -97,7 +97,9 @@ fn kept_delivery(delivery: &Delivery) -> KeptDelivery {
 
 fn delivery(kept: &KeptDelivery) -> Delivery {
     let outcome = |made| if made { DeliveryOutcome::Delivered } else { DeliveryOutcome::GivenUp };
-    Delivery { seq: kept.seq, not_before: at(kept.not_before), until: at(kept.until), outcome: kept.made.map(outcome) }
+    // How often was tried decides nothing here: any try may be the last.
+    let (not_before, until, outcome) = (at(kept.not_before), at(kept.until), kept.made.map(outcome));
+    Delivery { seq: kept.seq, not_before, until, tries: 0, carrier: None, outcome }
 }
 
 fn new_job(prompt: bool, told: bool) -> Job {
@@ -277,6 +279,8 @@ enum Action {
 
 struct OneJob;
 
+const FAILED: FailedTry<'static> = FailedTry { failed_before: 0, message: "" };
+
 /// The step's record, or the refusal.
 fn step(world: &World, action: Action) -> Option<Result<Job, Refused>> {
     let job = job(world.record.as_ref()?);
@@ -295,8 +299,8 @@ fn step(world: &World, action: Action) -> Option<Result<Job, Refused>> {
         Action::Redrive => job.redrive(now, &policy),
         Action::Restart => job.lapse(now),
         Action::Told(seq) => job.settle_delivery(seq),
-        Action::Refused(seq) => job.postpone_delivery(seq, TimeDelta::minutes(1), now, &policy),
-        Action::GivenUp(seq) => job.give_up_delivery(seq),
+        Action::Refused(seq) => job.postpone_delivery(seq, FAILED, now + TimeDelta::minutes(1), &policy),
+        Action::GivenUp(seq) => job.give_up_delivery(seq, FAILED),
         _ => return None,
     })
 }

@@ -438,7 +438,7 @@ fn a_lost_delivery_is_marked_again_later_each_time_and_given_up_after_days() {
 fn a_delivery_that_failed_waits_for_its_message_and_one_that_was_made_for_nothing() {
     let job = to_be_told();
     let seq = job.seq();
-    let waits = job.postpone_delivery(seq, TimeDelta::seconds(300), at(3), &policy()).unwrap();
+    let waits = job.postpone_delivery(seq, FIRST, at(303), &policy()).unwrap();
     assert_invariants(&waits);
     assert_eq!((waits.delivery().unwrap().not_before, waits.due_at), (at(303), Some(at(303) + policy().redispatch)));
     assert_eq!(waits.dispatch, None);
@@ -447,22 +447,48 @@ fn a_delivery_that_failed_waits_for_its_message_and_one_that_was_made_for_nothin
     assert_invariants(&made);
     assert_eq!((made.due_at, made.seq()), (None, seq));
     assert_eq!(made.settle_delivery(seq), Err(Refused::Ended));
-    assert_eq!(made.give_up_delivery(seq), Err(Refused::Ended));
-    assert_eq!(made.postpone_delivery(seq, TimeDelta::zero(), at(4), &policy()), Err(Refused::Ended));
+    assert_eq!(made.give_up_delivery(seq, FIRST), Err(Refused::Ended));
+    assert_eq!(made.postpone_delivery(seq, FIRST, at(4), &policy()), Err(Refused::Ended));
+}
+
+const FIRST: FailedTry<'static> = FailedTry { failed_before: 0, message: "a" };
+
+#[test]
+fn the_message_that_failed_carries_the_next_try_and_its_twin_does_nothing() {
+    let job = to_be_told();
+    let turn = |job: &Job, message, seconds| job.delivery().unwrap().turn(message, at(seconds));
+    assert_eq!((turn(&job, "a", 2), turn(&job, "b", 2)), (Turn::Try, Turn::Try));
+    let waits = job.postpone_delivery(job.seq(), FIRST, at(303), &policy()).unwrap();
+    assert_eq!((waits.delivery().unwrap().tries, turn(&waits, "b", 4)), (1, Turn::Nothing));
+    assert_eq!(turn(&waits, "a", 4), Turn::Wait(TimeDelta::seconds(299)), "by whatever clock it comes early");
+    // Whichever comes when it is time.
+    assert_eq!((turn(&waits, "a", 303), turn(&waits, "b", 303)), (Turn::Try, Turn::Try));
+    // Of two that failed at once one is counted.
+    let twin = FailedTry { message: "b", ..FIRST };
+    assert_eq!(waits.postpone_delivery(job.seq(), twin, at(900), &policy()), Err(Refused::Stale));
+    assert_eq!(waits.give_up_delivery(job.seq(), twin), Err(Refused::Stale));
+    // A record of an earlier build names no message.
+    let mut earlier = waits.clone();
+    earlier.callback.as_mut().unwrap().delivery.as_mut().unwrap().carrier = None;
+    assert_eq!(turn(&earlier, "b", 302), Turn::Wait(TimeDelta::seconds(1)));
 }
 
 #[test]
 fn an_operator_may_have_a_delivery_tried_again_that_was_given_up() {
     let job = to_be_told();
-    let given_up = job.give_up_delivery(job.seq()).unwrap();
+    let given_up = job.give_up_delivery(job.seq(), FIRST).unwrap();
     assert_invariants(&given_up);
+    let turn = |message| given_up.delivery().unwrap().turn(message, at(9));
+    assert_eq!((turn("a"), turn("b")), (Turn::Nothing, Turn::Try), "what was given up comes with another message");
     assert_eq!(
         given_up.settle_delivery(job.seq()).unwrap().delivery().unwrap().outcome,
         Some(DeliveryOutcome::Delivered)
     );
-    let waits = given_up.postpone_delivery(job.seq(), TimeDelta::seconds(5), at(9), &policy()).unwrap();
+    let again = FailedTry { failed_before: given_up.delivery().unwrap().failed_tries(), message: "b" };
+    let waits = given_up.postpone_delivery(job.seq(), again, at(14), &policy()).unwrap();
     assert_invariants(&waits);
-    assert_eq!(waits.delivery().unwrap().outcome, None);
+    let delivery = waits.delivery().unwrap();
+    assert_eq!((delivery.outcome, delivery.tries), (None, 1), "it is tried as often as at first");
 }
 
 #[test]
@@ -478,7 +504,7 @@ fn a_redrive_takes_the_delivery_of_the_failure_back_and_the_next_end_is_another(
     let again = again.claim_inference(at(90_002), lease(90_002), &policy()).unwrap();
     let ended = again.finish_inference(again.claim, read(true), at(90_003), &policy()).unwrap();
     assert!(ended.seq() > seq);
-    assert_eq!(ended.give_up_delivery(seq), Err(Refused::Stale));
+    assert_eq!(ended.give_up_delivery(seq, FIRST), Err(Refused::Stale));
     assert!(ended.settle_delivery(ended.seq()).is_ok());
 }
 

@@ -102,6 +102,10 @@ impl<P: JobQueue> JobQueue for Interrupted<P> {
         self.1.around(self.0.set_visibility(receipt, seconds)).await
     }
 
+    async fn bury(&self, body: String) -> Result<()> {
+        self.1.around(self.0.bury(body)).await
+    }
+
     async fn dead_letters(&self, limit: u32) -> Result<Vec<DeadLetter>> {
         self.1.around(self.0.dead_letters(limit)).await
     }

@@ -88,7 +88,7 @@ fn webhook(url: &str) -> Webhook {
     let data =
         EventData::Elsewhere { request_id: Uuid::nil(), status: Status::Completed, location: "/result/0".into() };
     let event = Event { kind: "job.completed".into(), timestamp: from_millis(0), data };
-    Webhook { url: url.to_owned(), id: "msg_0_3".into(), seq: 3, not_before: from_millis(0), event }
+    Webhook { url: url.to_owned(), id: "msg_0_3".into(), seq: 3, event }
 }
 
 async fn send(courier: &Courier, url: &str) -> Result<(), Refusal> {
