@@ -137,7 +137,7 @@ locals {
     sweep = {
       memory_mb       = 256
       timeout_seconds = 60
-      environment     = merge(local.queue_environment, local.blob_environment)
+      environment     = merge(local.queue_environment, local.webhook_letters_environment, local.blob_environment)
       permissions     = local.may_sweep
     }
   }

@@ -186,6 +186,7 @@ locals {
   may_sweep = [
     local.may_write_jobs,
     local.may_send,
+    local.may_bury_webhooks,
     { actions = ["dynamodb:Query"], resources = ["${aws_dynamodb_table.jobs.arn}/index/due"] },
     { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*", "${local.blobs}/incoming/*"] },
     {

@@ -152,7 +152,8 @@ impl Host {
             clock: clock.clone(),
             policy,
         };
-        let sweep = Sweep::new(store.clone(), queue.clone(), blobs.clone(), clock.clone(), policy);
+        let queues = [queue.clone(), webhooks.clone()];
+        let sweep = Sweep::new(store.clone(), queues, blobs.clone(), clock.clone(), policy);
         let chat = Chat {
             llm,
             models: Arc::new(Models::from_env(env)?),

@@ -58,6 +58,7 @@ points! {
     ResultForgetSent = "result.forget_sent",
     SweepWritten = "sweep.written",
     SweepSent = "sweep.sent",
+    SweepBuried = "sweep.buried",
     SweepErased = "sweep.erased",
     SweepTombstoneSettled = "sweep.tombstone_settled",
     SweepForgetSent = "sweep.forget_sent",
@@ -88,8 +89,8 @@ points! {
     WebhookSettled = "webhook.settled",
     WebhookPostponed = "webhook.postponed",
     WebhookHidden = "webhook.hidden",
-    WebhookGivenUp = "webhook.given_up",
     WebhookBuried = "webhook.buried",
+    WebhookGivenUp = "webhook.given_up",
 }
 
 /// The point, and how often it is still to be met.

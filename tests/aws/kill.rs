@@ -57,6 +57,8 @@ enum Kind {
     WebhookRetry,
     WebhookLast,
     Completion,
+    /// Days later, where no try was left.
+    WebhookSwept,
 }
 
 const SCENES: &[(Kind, &[Point])] = &[
@@ -106,6 +108,7 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Webhook, &[Point::NotifyQueued, Point::WebhookAnswered, Point::WebhookSettled]),
     (Kind::WebhookRetry, &[Point::WebhookPostponed, Point::WebhookHidden]),
     (Kind::WebhookLast, &[Point::WebhookBuried, Point::WebhookGivenUp]),
+    (Kind::WebhookSwept, &[Point::SweepBuried]),
     (
         Kind::Delete,
         &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten],
@@ -230,8 +233,10 @@ impl<'a> Scene<'a> {
             Kind::DeadLetters => self.while_moving_dead_letters(usual).await,
             Kind::Socket | Kind::SocketText => self.while_asking_over_a_socket().await,
             Kind::Notify => self.while_notifying(usual).await,
-            Kind::Webhook | Kind::WebhookRetry | Kind::WebhookLast => self.while_calling_back(usual).await,
             Kind::Completion => self.while_completing().await,
+            Kind::Webhook | Kind::WebhookRetry | Kind::WebhookLast | Kind::WebhookSwept => {
+                self.while_calling_back(usual).await
+            }
         };
         self.settled(&ids, &expected).await;
         let end = match self.kind {
@@ -579,6 +584,15 @@ impl<'a> Scene<'a> {
                 let act = async || assert!(submit().await.is_some());
                 self.lambda.killed_at_least_once("notify", self.point, act).await;
             }
+            Point::SweepBuried => {
+                let id = submit().await.unwrap();
+                self.once_it_has_failed(&id, |job, delivery| {
+                    job.due_at = Some(job.updated_at);
+                    delivery.until = job.updated_at;
+                })
+                .await;
+                self.kill(async || self.sweep_until_killed().await).await;
+            }
             _ if self.kind == Kind::WebhookLast => {
                 self.kill(async || self.try_for_the_last_time(&submit().await.unwrap()).await).await
             }
@@ -588,7 +602,7 @@ impl<'a> Scene<'a> {
         let before = webhooks::told(&id).len();
         receiver().answer(200);
         self.ended(&id).await;
-        if self.kind == Kind::WebhookLast {
+        if [Kind::WebhookLast, Kind::WebhookSwept].contains(&self.kind) {
             let request = self.user.request(Method::POST, "/admin/dead-letters/redrive").json(&json!({}));
             let redriven: Value = answered(request.send().await.unwrap()).unwrap().json().await.unwrap();
             assert!(redriven["redriven"].as_u64().unwrap() > 0, "{}: no dead letter", self.caller);
@@ -679,10 +693,10 @@ impl<'a> Scene<'a> {
     /// Nothing is open, counted or left over; the listed jobs are all there are.
     async fn settled(&self, ids: &[Uuid], expected: &Expected) {
         let sdk = sdk().await;
-        let queue = SqsJobQueue::new(&sdk, of_stage("QUEUE_URL"), None);
+        let queues = ["QUEUE_URL", "WEBHOOK_QUEUE_URL"].map(|name| SqsJobQueue::new(&sdk, of_stage(name), None));
         // Two hours later orphans and unused uploads go, nothing else is due.
         let later = Clock::manual(Utc::now() + TimeDelta::hours(2));
-        let sweep = Sweep::new(self.jobs.clone(), queue, self.blobs.clone(), later, Policy::default());
+        let sweep = Sweep::new(self.jobs.clone(), queues, self.blobs.clone(), later, Policy::default());
         let report = sweep.handle(aws_lambda_events::event::eventbridge::EventBridgeEvent::default()).await.unwrap();
         let open = (report.sent, report.marked, report.ended, report.erased, report.undelivered, report.failed);
         assert_eq!((open, report.orphans), ((0, 0, 0, 0, 0, 0), expected.orphans), "{}: {report:?}", self.caller);

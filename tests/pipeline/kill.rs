@@ -82,6 +82,8 @@ pub(super) const WEBHOOK: &[Point] = &[Point::NotifyQueued, Point::WebhookAnswer
 pub(super) const WEBHOOK_RETRY: &[Point] = &[Point::WebhookPostponed, Point::WebhookHidden];
 /// By the last try.
 pub(super) const WEBHOOK_LAST: &[Point] = &[Point::WebhookBuried, Point::WebhookGivenUp];
+/// By sweep, days later, where no try was left.
+pub(super) const WEBHOOK_SWEPT: &[Point] = &[Point::SweepBuried];
 /// Between two requests to SQS, where the embedded queue has one transaction: `tests/aws/kill.rs`. Who is gone
 /// here is forgotten in one step.
 pub(super) const AWS_ALONE: &[Point] = &[Point::AdminLettersReceived, Point::AdminLetterSent, Point::NotifyClosed];
@@ -112,6 +114,7 @@ fn every_crash_point_is_in_a_scenario() {
         WEBHOOK,
         WEBHOOK_RETRY,
         WEBHOOK_LAST,
+        WEBHOOK_SWEPT,
         AWS_ALONE,
     ];
     let mut tested: Vec<_> = scenarios.concat().iter().map(|point| point.name()).collect();
@@ -543,6 +546,49 @@ async fn a_kill_between_any_two_steps_of_a_webhook_tells_the_receiver_under_one_
         scene.settled(host, &[id], point).await;
     }
     println!("webhooks: killed at {} points", WEBHOOK.len() + WEBHOOK_RETRY.len() + WEBHOOK_LAST.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_while_sweep_gives_a_delivery_up_leaves_a_dead_letter_of_it() {
+    for &point in WEBHOOK_SWEPT {
+        let scene = Scene::new([]).await;
+        let receiver = Receiver::start(503).await;
+        let host = receiver.host();
+        let told = variables(&host);
+        let killed = scene.start_with(None, &told).await.unwrap();
+        let id = submit_told(&scene.http, &killed.url, mole(), &receiver.url(), Some("key")).await.unwrap();
+        eventually("it has failed once", async || !receiver.received().is_empty()).await;
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        killed.kill().await;
+        hurry_webhook(scene.data(), 1);
+        let text = (Utc::now() - TimeDelta::hours(1)).to_rfc3339_opts(chrono::SecondsFormat::Millis, true);
+        let jobs = rusqlite::Connection::open(scene.data().join("jobs.sqlite")).unwrap();
+        let sql = format!("UPDATE jobs SET record = json_replace(record, '$.callback.delivery.until', '{text}')");
+        assert_eq!(jobs.execute(&sql, []).unwrap(), 1);
+        drop(jobs);
+        // Its message was lost.
+        let queue = rusqlite::Connection::open(scene.data().join("webhooks.sqlite")).unwrap();
+        assert_eq!(queue.execute("DELETE FROM messages", []).unwrap(), 1);
+        drop(queue);
+        let armed = [&told[..], &[("CRASH_AT", point.name())]].concat();
+        // Sweep meets it at once; the host may be dead before it listens.
+        if let Some(mut host) = scene.start_with(None, &armed).await {
+            host.killed().await;
+        }
+        receiver.answer(200);
+        let host = scene.start_with(None, &told).await.unwrap();
+        let redrive = format!("{}/admin/dead-letters/redrive", host.url);
+        eventually("an operator finds the dead letter", async || {
+            let answer = scene.http.post(&redrive).json(&serde_json::json!({})).send().await.unwrap();
+            answer.json::<serde_json::Value>().await.unwrap()["redriven"].as_u64().unwrap() > 0
+        })
+        .await;
+        eventually(&format!("{}: the receiver is told", point.name()), async || is_delivered(scene.data())).await;
+        // The second of it, where there is one, does nothing.
+        scene.http.post(&redrive).json(&serde_json::json!({})).send().await.unwrap();
+        scene.settled(host, &[id], point).await;
+    }
+    println!("given up by sweep: killed at {} points", WEBHOOK_SWEPT.len());
 }
 
 async fn only_photo(data: &Path) -> std::path::PathBuf {

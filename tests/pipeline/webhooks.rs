@@ -386,6 +386,10 @@ async fn a_delivery_that_nobody_makes_is_given_up_after_three_days() {
     let report = it.host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
     assert_eq!((report.undelivered, report.ended, report.marked), (1, 0, 0));
     assert_eq!((it.outcome().await, it.requests()), (Some(DeliveryOutcome::GivenUp), 0));
+    // An operator finds it as any other that was given up, and sends it round.
+    assert_eq!(it.host.webhooks.depth().await.unwrap(), (0, 1));
+    assert_eq!(it.host.webhooks.redrive_dead_letters(None).await.unwrap(), 1);
+    assert_eq!((it.work().await, it.outcome().await), (Some(true), Some(DeliveryOutcome::Delivered)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,8 +1,8 @@
 //! Sends round again whatever got stuck.
 //!
 //! Triggered by a schedule, every minute. Reads the records that are due and the blob store's
-//! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, its end, or that of its
-//! delivery), then the message; for a tombstone: it erases blobs, writes the record, which stays due until
+//! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, its end), then the message;
+//! for a delivery that nobody has made in days a dead letter, then the record; for a tombstone: it erases blobs, writes the record, which stays due until
 //! inference has confirmed, then sends the order to erase the cache; for an upload: it erases what was
 //! uploaded, then writes the record; for blobs of an hour that have no record: it deletes them.
 
@@ -35,6 +35,8 @@ const ORPHAN_AGE: TimeDelta = TimeDelta::hours(1);
 pub struct Sweep<J, Q, B> {
     jobs: J,
     queue: Q,
+    /// The queue before webhook.
+    webhooks: Q,
     blobs: B,
     clock: Clock,
     policy: Policy,
@@ -58,8 +60,8 @@ pub struct Report {
 }
 
 impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
-    pub fn new(jobs: J, queue: Q, blobs: B, clock: Clock, policy: Policy) -> Self {
-        Self { jobs, queue, blobs, clock, policy, orphans_checked: AtomicI64::new(i64::MIN) }
+    pub fn new(jobs: J, [queue, webhooks]: [Q; 2], blobs: B, clock: Clock, policy: Policy) -> Self {
+        Self { jobs, queue, webhooks, blobs, clock, policy, orphans_checked: AtomicI64::new(i64::MIN) }
     }
 
     /// One run.
@@ -119,6 +121,12 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
     }
 
     async fn sweep_job(&self, job: &Job, now: Timestamp, report: &mut Report) -> Result<(), Error> {
+        if job.is_undeliverable(now) {
+            // First: once the record says that it was given up, nobody comes by it again. Cut off in between there
+            // are two of it, and one of what somebody delivers at this moment does nothing.
+            self.webhooks.bury(Message::Deliver { id: job.id }.encode()).await?;
+            crash::here(Point::SweepBuried);
+        }
         let step =
             |job: &Job| job.sweep(now, &self.policy, |reading| template::describe(reading, Some("attempts_exhausted")));
         let (job, action) = match transition(&self.jobs, job, step).await {
@@ -142,7 +150,10 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
             }
             SweepAction::Marked => report.marked += 1,
             SweepAction::Ended => report.ended += 1,
-            SweepAction::Undelivered => report.undelivered += 1,
+            SweepAction::Undelivered => {
+                tracing::error!(error.code = "webhook_given_up", "nobody is told of a job's end");
+                report.undelivered += 1;
+            }
         }
         Ok(())
     }

@@ -8,7 +8,8 @@ use sweep::Sweep;
 #[tokio::main]
 async fn main() -> Result<(), Error> {
     let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
-    let sweep = Sweep::new(stage.jobs()?, stage.queue()?, stage.blobs()?, stage.clock.clone(), stage.policy);
+    let queues = [stage.queue()?, stage.webhooks()?];
+    let sweep = Sweep::new(stage.jobs()?, queues, stage.blobs()?, stage.clock.clone(), stage.policy);
     let (sweep, metrics) = (&sweep, &stage.metrics);
     lambda_runtime::run(service_fn(async move |event: LambdaEvent<EventBridgeEvent>| {
         let report = sweep.handle(event.payload).await;

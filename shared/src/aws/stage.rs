@@ -60,7 +60,7 @@ impl Stage {
         Ok(SqsJobQueue::new(&self.sdk, self.needed("QUEUE_URL")?, dead_letters))
     }
 
-    /// `WEBHOOK_QUEUE_URL`, and for admins `WEBHOOK_DEAD_LETTER_QUEUE_URL`.
+    /// `WEBHOOK_QUEUE_URL`, and for all but notify `WEBHOOK_DEAD_LETTER_QUEUE_URL`.
     ///
     /// # Errors
     /// [`ConfigError`] where the first is missing.

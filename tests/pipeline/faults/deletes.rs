@@ -108,7 +108,7 @@ impl Bench {
             clock: clock.clone(),
             policy,
         };
-        let sweep = Sweep::new(jobs, queue, blobs, clock, policy);
+        let sweep = Sweep::new(jobs, [queue.clone(), queue], blobs, clock, policy);
         Self { host, interrupt, inference, enrichment, sweep, photos: 0 }
     }
 

@@ -29,7 +29,7 @@ use uuid::Uuid;
 use crate::kill::{
     ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, CHAT, ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_MAP,
     INFERENCE_RETRY, PROMPT, RESULT, SOCKET, START, SUBMIT, SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE,
-    SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, ask, long_answer,
+    SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, WEBHOOK_SWEPT, ask, long_answer,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
@@ -101,7 +101,7 @@ const SCENES: &[(Kind, &[Point])] = &[
 /// A WebSocket's points write no job, but for those of `ask`, which are those of a prompt; what a receiver does
 /// not take is written of one job at a time, hours apart.
 const NOT_ON_A_JOBS_WAY: &[&[Point]] =
-    &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, CHAT, SOCKET, WEBHOOK_RETRY, WEBHOOK_LAST, AWS_ALONE];
+    &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, CHAT, SOCKET, WEBHOOK_RETRY, WEBHOOK_LAST, WEBHOOK_SWEPT, AWS_ALONE];
 
 #[test]
 fn every_crash_point_is_met_with_500_jobs_or_is_on_no_jobs_way() {

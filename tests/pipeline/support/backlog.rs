@@ -148,7 +148,7 @@ pub async fn ended_once(data: &Path, ids: impl IntoIterator<Item = Uuid>, what: 
     let clock = Clock::manual(Utc::now() + TimeDelta::hours(2));
     let queue = SqliteJobQueue::open(&data.join("queue.sqlite"), clock.clone(), 100).unwrap();
     let blobs = DirBlobStore::open(&data.join("blobs"), b"secret").unwrap();
-    let sweep = Sweep::new(store.clone(), queue.clone(), blobs.clone(), clock, Policy::default());
+    let sweep = Sweep::new(store.clone(), [queue.clone(), queue.clone()], blobs.clone(), clock, Policy::default());
     // Two hours later: orphans and uploads that nobody submitted go, nothing else is due.
     let report = sweep.handle(EventBridgeEvent::default()).await.unwrap();
     let others = sweep::Report { orphans: 0, uploads: 0, ..report };
