@@ -351,6 +351,24 @@ async fn a_message_that_comes_before_its_time_waits_for_the_rest_of_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_says_when_to_come_again_and_that_nobody_need_come() {
+    let it = Still::new(503).await;
+    it.notify().await;
+    // Sooner than it would be anyway, later, and later than anybody waits.
+    for (said, least, most) in [("1", 5, 6), ("600", 600, 660), ("86400", 3600, 3960), ("Fri, 01 Jan 2100", 7200, 7920)]
+    {
+        it.receiver.ask_to_wait(said);
+        assert_eq!(it.work().await, Some(false));
+        let wait = it.wait().await.num_seconds();
+        assert!((least..=most).contains(&wait), "{said}: {wait}");
+        it.clock.advance(TimeDelta::seconds(wait + 1));
+    }
+    it.receiver.answer(410);
+    assert_eq!((it.work().await, it.outcome().await), (Some(true), Some(DeliveryOutcome::GivenUp)));
+    assert_eq!((it.job().await.due_at, it.host.webhooks.depth().await.unwrap()), (None, (0, 0)), "it wants no more");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_the_feed_lost_sweep_has_sent_and_a_second_message_sends_nothing() {
     let it = Still::new(200).await;
     it.clock.advance(it.host.config.policy.redispatch);

@@ -9,8 +9,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, TimeDelta};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::header::CONTENT_TYPE;
+use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use reqwest::{Client, redirect};
 use secrecy::SecretString;
 #[cfg(feature = "aws")]
@@ -21,7 +22,7 @@ use shared::config::{ConfigError, Env};
 use shared::error::Error;
 use shared::push::Webhook;
 
-use crate::signature::SigningKey;
+use crate::signature::Keyring;
 
 /// From the first look at the name to the answer's status.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,12 +33,20 @@ const SECRET_NAME: &str = "WEBHOOK_SECRET";
 /// Why a receiver does not have it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// `callback_not_allowed`, `callback_unreachable` or `callback_refused`.
+    /// `callback_not_allowed`, `callback_unsigned`, `callback_unreachable` or `callback_refused`.
     pub code: &'static str,
     /// For the log; without the URL, which may hold a secret of the receiver's.
     pub cause: String,
     /// What the receiver answered.
     pub status: Option<u16>,
+    /// How long it asks to be left alone (`Retry-After`).
+    pub retry_after: Option<TimeDelta>,
+}
+
+impl Refusal {
+    fn of(code: &'static str, cause: impl Into<String>) -> Self {
+        Self { code, cause: cause.into(), status: None, retry_after: None }
+    }
 }
 
 /// Where the key comes from.
@@ -65,8 +74,10 @@ impl Courier {
         match &secret {
             None if destinations.is_empty() => {}
             None => return Err(ConfigError::new(SECRET_NAME, "is needed with WEBHOOK_HOSTS")),
-            Some(secret) if SigningKey::read(secret).is_none() => {
-                return Err(ConfigError::new(SECRET_NAME, "must be whsec_ and 24 to 64 bytes in base64"));
+            Some(secret) if Keyring::read(secret).is_none() => {
+                let words = "must be whsec_ and 24 to 64 bytes in base64, or several with spaces between, each \
+                    before host= where it is for one receiver alone";
+                return Err(ConfigError::new(SECRET_NAME, words));
             }
             Some(_) => {}
         }
@@ -104,46 +115,68 @@ impl Courier {
     /// Sends a webhook once. Only an answer of 2xx means that the receiver has it.
     ///
     /// # Errors
-    /// Where the key cannot be read; inside, why the receiver does not have it.
+    /// Where the event cannot be written; inside, why the receiver does not have it.
     pub async fn send(&self, webhook: &Webhook, now: Timestamp) -> Result<Result<(), Refusal>, Error> {
         // Asked again: the operator may have changed the list.
         let url = match self.destinations.check(&webhook.url) {
             Ok(url) => url,
             Err(error) => {
-                let (code, cause) = ("callback_not_allowed", error.message().to_owned());
-                return Ok(Err(Refusal { code, cause, status: None }));
+                return Ok(Err(Refusal::of("callback_not_allowed", error.message())));
             }
         };
-        let (key, body) = (self.key().await?, webhook.event.to_json()?);
+        let body = webhook.event.to_json()?;
+        // Written down as a try that failed, or it would be tried for ever, and be in no record.
+        let signature = match self.keys().await {
+            Ok(keys) => keys.sign(&url, &webhook.id, now, &body),
+            Err(error) => return Ok(Err(Refusal::of("callback_unsigned", error.chain()))),
+        };
+        let Some(signature) = signature else {
+            return Ok(Err(Refusal::of("callback_unsigned", "WEBHOOK_SECRET has no key for this host")));
+        };
         let request = self
             .client
             .post(url)
             .header(CONTENT_TYPE, "application/json")
             .header("webhook-id", &webhook.id)
             .header("webhook-timestamp", now.timestamp())
-            .header("webhook-signature", key.sign(&webhook.id, now, &body))
+            .header("webhook-signature", signature)
             .body(body);
         Ok(match request.send().await {
             Ok(answer) if answer.status().is_success() => Ok(()),
             Ok(answer) => {
                 let status = answer.status().as_u16();
-                Err(Refusal { code: "callback_refused", cause: format!("answered {status}"), status: Some(status) })
+                let (status, retry_after) = (Some(status), retry_after(answer.headers(), now));
+                Err(Refusal {
+                    status,
+                    retry_after,
+                    ..Refusal::of("callback_refused", format!("answered {}", answer.status()))
+                })
             }
             Err(error) => {
                 let error = Error::internal(error.without_url());
-                Err(Refusal { code: "callback_unreachable", cause: error.chain(), status: None })
+                Err(Refusal::of("callback_unreachable", error.chain()))
             }
         })
     }
 
-    async fn key(&self) -> Result<SigningKey, Error> {
+    async fn keys(&self) -> Result<Keyring, Error> {
         let secret = match &self.key {
             Key::Fixed(secret) => secret.clone(),
             #[cfg(feature = "aws")]
-            Key::Stage(secrets) => secrets.get(SECRET_NAME).await?,
+            // Also what was set since this instance began.
+            Key::Stage(secrets) => secrets.renewed(SECRET_NAME, None).await?,
         };
         let missing = || Error::unavailable("the key of webhooks", "WEBHOOK_SECRET is missing, or no key");
-        secret.as_ref().and_then(SigningKey::read).ok_or_else(missing)
+        secret.as_ref().and_then(Keyring::read).ok_or_else(missing)
+    }
+}
+
+/// Seconds, or a moment of HTTP's.
+fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<TimeDelta> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    match text.parse() {
+        Ok(seconds) => TimeDelta::try_seconds(seconds),
+        Err(_) => Some(DateTime::parse_from_rfc2822(text).ok()?.to_utc() - now),
     }
 }
 

@@ -37,6 +37,8 @@ const WAITS: [TimeDelta; 7] = [
     TimeDelta::hours(10),
     TimeDelta::hours(10),
 ];
+/// The status by which a receiver says that it wants no webhooks any more (Standard Webhooks).
+const GONE: u16 = 410;
 /// Tries of one delivery.
 pub const MAX_TRIES: u32 = WAITS.len() as u32 + 1;
 /// How often the queue hands a message out. It is far more than a delivery takes: what is given up by it
@@ -166,8 +168,10 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
                     error.chain = refusal.cause,
                     "webhook not delivered"
                 );
+                let asked = refusal.retry_after.unwrap_or_default().min(self.policy.max_delay);
                 match WAITS.get(failed.failed_before as usize) {
-                    Some(wait) => self.postpone(job, sent, failed, spread(*wait, job.id)).await,
+                    _ if refusal.status == Some(GONE) => self.end(job, sent, failed).await,
+                    Some(wait) => self.postpone(job, sent, failed, spread((*wait).max(asked), job.id)).await,
                     None => self.give_up(job, sent, failed).await,
                 }
             }
@@ -187,6 +191,10 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
         self.queue.bury(Message::Deliver { id: job.id }.encode()).await?;
         crash::here(Point::WebhookBuried);
         tracing::error!(error.code = "webhook_given_up", "nobody is told of a job's end");
+        self.end(job, sent, failed).await
+    }
+
+    async fn end(&self, job: &Job, sent: &Sent, failed: FailedTry<'_>) -> Result<Outcome, Error> {
         let give_up = |job: &Job| Ok((job.give_up_delivery(sent.seq, failed)?, ()));
         written(transition(&self.jobs, job, give_up).await)?;
         crash::here(Point::WebhookGivenUp);

@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use axum::Router;
 use axum::extract::State;
+use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
 use serde_json::Value;
 use tokio::net::TcpListener;
 
@@ -40,6 +42,8 @@ struct Inner {
     received: Mutex<Vec<Received>>,
     /// What it answers; nothing at all where it is 0.
     status: Mutex<u16>,
+    /// `Retry-After`, where it says one.
+    retry_after: Mutex<Option<String>>,
 }
 
 /// The running receiver; it ends with the test's runtime.
@@ -69,6 +73,11 @@ impl Receiver {
         *self.inner.status.lock().unwrap() = status;
     }
 
+    /// What it says of when to come again, from now on.
+    pub fn ask_to_wait(&self, retry_after: &str) {
+        *self.inner.retry_after.lock().unwrap() = Some(retry_after.to_owned());
+    }
+
     /// `host:port`, as `WEBHOOK_HOSTS` takes it.
     pub fn host(&self) -> String {
         self.address.to_string()
@@ -84,11 +93,15 @@ impl Receiver {
     }
 }
 
-async fn take(State(inner): State<Arc<Inner>>, uri: Uri, headers: HeaderMap, body: String) -> StatusCode {
+async fn take(State(inner): State<Arc<Inner>>, uri: Uri, headers: HeaderMap, body: String) -> Response {
     inner.received.lock().unwrap().push(Received { uri, headers, body });
     let status = *inner.status.lock().unwrap();
     if status == 0 {
         std::future::pending::<()>().await;
     }
-    StatusCode::from_u16(status).unwrap()
+    let mut answer = StatusCode::from_u16(status).unwrap().into_response();
+    if let Some(value) = inner.retry_after.lock().unwrap().as_ref() {
+        answer.headers_mut().insert(RETRY_AFTER, value.parse().unwrap());
+    }
+    answer
 }

@@ -1,6 +1,7 @@
 use std::net::IpAddr;
 use std::sync::Mutex;
 
+use reqwest::Url;
 use shared::clock::from_millis;
 use shared::job::Status;
 use shared::push::{Event, EventData};
@@ -106,8 +107,9 @@ async fn a_receiver_gets_one_signed_request() {
     for line in ["content-type: application/json", "webhook-id: msg_0_3", "webhook-timestamp: 1614265330"] {
         assert!(head.lines().any(|found| found == line), "{line}: {head}");
     }
-    let key = SigningKey::read(&SECRET.into()).unwrap();
-    let signature = key.sign("msg_0_3", from_millis(1_614_265_330_000), body);
+    let key = Keyring::read(&SECRET.into()).unwrap();
+    let url = Url::parse(&format!("http://{host}/")).unwrap();
+    let signature = key.sign(&url, "msg_0_3", from_millis(1_614_265_330_000), body).unwrap();
     assert!(head.contains(&format!("webhook-signature: {signature}\r\n")), "{head}");
     assert_eq!(body, webhook("").event.to_json().unwrap());
 }
@@ -206,6 +208,39 @@ async fn who_does_not_speak_tls_is_told_nothing_over_https() {
     assert_eq!(refusal.code, "callback_unreachable");
     assert_eq!(receiver.requests().len(), 1);
     assert!(receiver.requests().iter().all(|said| !said.contains("webhook-id")));
+}
+
+#[tokio::test]
+async fn without_a_key_nothing_is_sent_and_that_is_a_try_that_failed() {
+    let receiver = Receiver::start(OK).await;
+    let host = format!("127.0.0.1:{}", receiver.port);
+    for secret in [None, Some("".into()), Some("whsec_short".into()), Some(format!("hooks.example={SECRET}").into())] {
+        let courier = Courier::new(destinations(&host, "local"), Key::Fixed(secret), System).unwrap();
+        let refusal = send(&courier, &format!("http://{host}/")).await.unwrap_err();
+        assert_eq!((refusal.code, refusal.status), ("callback_unsigned", None));
+        assert!(!refusal.cause.contains("short"), "{refusal:?}");
+    }
+    assert_eq!(receiver.requests(), [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn a_receiver_may_say_when_to_come_again() {
+    let now = from_millis(1_614_265_330_000);
+    for (said, expected) in [
+        ("120", Some(120)),
+        (" 7 ", Some(7)),
+        ("Thu, 25 Feb 2021 15:03:10 GMT", Some(60)),
+        ("soon", None),
+        ("99999999999999999999", None),
+    ] {
+        let mut headers = HeaderMap::new();
+        headers.insert(RETRY_AFTER, said.parse().unwrap());
+        assert_eq!(retry_after(&headers, now).map(|wait| wait.num_seconds()), expected, "{said}");
+    }
+    let receiver = Receiver::start("HTTP/1.1 503 Busy\r\nretry-after: 30\r\ncontent-length: 0\r\n\r\n").await;
+    let host = format!("127.0.0.1:{}", receiver.port);
+    let refusal = send(&courier(&host, System), &format!("http://{host}/")).await.unwrap_err();
+    assert_eq!((refusal.status, refusal.retry_after), (Some(503), Some(TimeDelta::seconds(30))));
 }
 
 #[test]
