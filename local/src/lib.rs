@@ -8,6 +8,7 @@ mod data;
 mod feed;
 mod init;
 mod page;
+mod places;
 mod routes;
 mod sockets;
 mod turns;
@@ -88,6 +89,7 @@ pub struct Host {
     /// The queue before webhook.
     pub webhooks: Queue,
     pub webhook: Webhook<Store, Queue>,
+    places: places::Places,
     pub model: Arc<Model>,
     /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
     /// with one memory cache each.
@@ -211,6 +213,7 @@ impl Host {
             notify,
             webhooks,
             webhook,
+            places: places::Places::default(),
             model,
             _lock: lock,
         })

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
-use aws_lambda_events::event::sqs::{SqsBatchResponse, SqsEvent, SqsMessage};
+use aws_lambda_events::event::sqs::{SqsEvent, SqsMessage};
 use chrono::TimeDelta;
 use futures_util::future::join_all;
 use shared::Error;
@@ -26,8 +26,10 @@ const LATE_UPLOAD_TTL: TimeDelta = TimeDelta::days(1);
 /// Messages under way for each photo on the processor: while one is worked, others are received,
 /// claimed, finished and acknowledged, and share the flushes that this takes.
 pub(crate) const AHEAD: usize = 16;
-/// Webhooks that are sent at once.
-pub(crate) const WEBHOOKS: usize = 8;
+/// Webhooks that are sent at once, to all receivers together.
+pub(crate) const WEBHOOKS: usize = 16;
+/// When it is looked again whether a receiver has a place.
+const NO_PLACE: TimeDelta = TimeDelta::seconds(5);
 /// Longer than one may take.
 const WEBHOOK_VISIBILITY: TimeDelta = TimeDelta::seconds(60);
 /// Beyond the lease, so that a message comes back after its worker has given up.
@@ -67,27 +69,43 @@ pub(crate) async fn take_over(host: &Host) -> Result<(), Error> {
 
 pub(crate) async fn inference(host: Arc<Host>, stopped: Receiver<bool>) {
     let lease = host.config.policy.lease;
-    let work = |event| host.inference.handle(event, host.clock.now() + lease);
+    let host = &*host;
+    let work = |delivery: Delivery| async move {
+        let response = host.inference.handle(sqs_event(&delivery), host.clock.now() + lease).await;
+        response.batch_item_failures.is_empty()
+    };
     consume(&host.queue, lease + VISIBILITY_MARGIN, work, stopped).await;
 }
 
 /// Beside inference and with a queue of its own: a receiver that takes its time holds up no photo.
 pub(crate) async fn webhooks(host: Arc<Host>, stopped: Receiver<bool>) {
-    let work = |event| host.webhook.handle(event);
+    let host = &*host;
+    let work = |delivery: Delivery| async move {
+        let Some(receiver) = host.webhook.receiver(&delivery.body).await else {
+            return host.webhook.handle(sqs_event(&delivery)).await.batch_item_failures.is_empty();
+        };
+        let Some(_place) = host.places.take(receiver).await else {
+            if let Err(error) = host.webhooks.put_back(&delivery.receipt, NO_PLACE).await {
+                failed("message not put back", &error);
+            }
+            return false;
+        };
+        host.webhook.handle(sqs_event(&delivery)).await.batch_item_failures.is_empty()
+    };
     consume(&host.webhooks, WEBHOOK_VISIBILITY, work, stopped).await;
 }
 
-async fn consume<F: Future<Output = SqsBatchResponse> + Send>(
+/// `work` says whether the message is to be acknowledged.
+async fn consume<F: Future<Output = bool> + Send>(
     queue: &Queue,
     visibility: TimeDelta,
-    work: impl Fn(SqsEvent) -> F,
+    work: impl Fn(Delivery) -> F,
     mut stopped: Receiver<bool>,
 ) {
     while !*stopped.borrow() {
         match queue.receive(visibility).await {
             Ok(Some(delivery)) => {
-                let failures = work(sqs_event(&delivery)).await.batch_item_failures;
-                if failures.is_empty()
+                if work(delivery.clone()).await
                     && let Err(error) = acknowledge(queue, &delivery).await
                 {
                     failed("message not acknowledged", &error);

@@ -100,6 +100,15 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
         false
     }
 
+    /// Who a message is for, as `host:port`, so that a host may send each a few at a time; `None` where that is
+    /// not known, which is for [`Webhook::handle`] to say.
+    pub async fn receiver(&self, body: &str) -> Option<String> {
+        let Ok(Message::Deliver { id }) = Message::decode(body) else { return None };
+        let Ok(Some(Record::Job(job))) = self.jobs.get(id).await else { return None };
+        let url = reqwest::Url::parse(&job.callback?.url).ok()?;
+        Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?))
+    }
+
     /// No later receive would read it.
     async fn unreadable(&self, message: &SqsMessage, why: &str) -> Outcome {
         let message_id = message.message_id.as_deref().unwrap_or("");

@@ -118,6 +118,20 @@ impl SqliteJobQueue {
         Ok(())
     }
 
+    /// Gives a received message back unworked: it is shown again after `delay`, and counts as not received.
+    ///
+    /// # Errors
+    /// Where the queue cannot be reached.
+    pub async fn put_back(&self, receipt: &str, delay: TimeDelta) -> Result<(), Error> {
+        let visible_at = (self.clock.now() + delay).timestamp_millis();
+        let receipt = receipt.to_owned();
+        let sql = "UPDATE messages SET visible_at = ?1, receipt = NULL, receive_count = receive_count - 1
+            WHERE receipt = ?2";
+        let update = move |db: &Connection| db.prepare_cached(sql)?.execute(params![visible_at, receipt]);
+        self.sqlite.call_kept(Kept::InFile, update).await?;
+        Ok(())
+    }
+
     /// Makes every message visible that somebody was working, for a start at which nobody can be. One that was
     /// hidden on purpose waits on; how often each was received stands. Returns how many there were.
     ///
