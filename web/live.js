@@ -6,9 +6,12 @@ const POLL_SECONDS = 25;
 const SILENCE_MS = 60_000;
 const ACCEPT_MS = 15_000;
 const OPEN_MS = 5_000;
+// A connection that has lived so long was none of a row that fails.
+const LIVED_MS = 10_000;
 const PAUSES_MS = [1_000, 2_000, 5_000, 15_000, 30_000];
 
-// What is followed: id → { seq, etag, claim, text, told, poll }.
+// What is followed: id → { seq, etag, claim, text, told, poll, refusals, again }. `poll` runs while the host
+// does not tell of it: there is no socket, or it has refused to, until `again`.
 const jobs = new Map();
 // Questions that were sent and not yet accepted: tag → { resolve, reject }.
 const asked = new Map();
@@ -62,12 +65,15 @@ export async function ask(fields) {
   }
 }
 
-const begin = (id) => jobs.set(id, { seq: -1, etag: null, claim: 0, text: "", told: Date.now(), poll: null });
+const begin = (id) => jobs.set(id, { seq: -1, etag: null, claim: 0, text: "", told: Date.now(), poll: null, refusals: 0, again: 0 });
 const isOpen = () => socket?.readyState === WebSocket.OPEN;
 const subscribe = (id) => socket.send(JSON.stringify({ action: "subscribe", request_id: id }));
+const isPolled = (job) => job.poll !== null && !job.poll.signal.aborted;
+const paused = (times) => PAUSES_MS[Math.min(times, PAUSES_MS.length - 1)];
 
 function tell() {
-  const now = isOpen() ? "live" : navigator.onLine ? "polling" : "offline";
+  const isLive = isOpen() && ![...jobs.values()].some(isPolled);
+  const now = isLive ? "live" : navigator.onLine ? "polling" : "offline";
   if (now !== state) heard.connection(state = now);
 }
 
@@ -89,9 +95,9 @@ async function dial() {
     next.onclose = () => { clearTimeout(timer); failed(new Error("closed")); };
   });
   socket = next;
-  failures = 0;
+  const alive = setTimeout(() => { failures = 0; }, LIVED_MS);
   next.onmessage = (message) => receive(JSON.parse(message.data));
-  next.onclose = () => lost(next);
+  next.onclose = () => { clearTimeout(alive); lost(next); };
   for (const [id, job] of jobs) {
     job.poll?.abort();
     job.told = Date.now();
@@ -104,17 +110,23 @@ function lost(which) {
   socket = null;
   for (const { resolve } of asked.values()) resolve(null);
   for (const id of jobs.keys()) poll(id);
+  // `watch` tries again: what opens and closes at once must not be dialled without a pause.
+  nextTry = Date.now() + paused(failures);
+  failures += 1;
   tell();
-  if (jobs.size) connect();
 }
 
 let nextTry = 0;
 function watch() {
   if (!jobs.size) return;
   if (isOpen()) {
-    for (const [id, job] of jobs) if (Date.now() - job.told > SILENCE_MS) { job.told = Date.now(); look(id).catch(tell); }
+    for (const [id, job] of jobs) {
+      if (isPolled(job)) {
+        if (Date.now() > job.again) { job.again = Date.now() + paused(job.refusals); subscribe(id); }
+      } else if (Date.now() - job.told > SILENCE_MS) { job.told = Date.now(); look(id).catch(tell); }
+    }
   } else if (Date.now() > nextTry) {
-    nextTry = Date.now() + PAUSES_MS[Math.min(failures, PAUSES_MS.length - 1)];
+    nextTry = Date.now() + paused(failures);
     connect();
   }
   tell();
@@ -129,17 +141,29 @@ function receive(frame) {
     waiting?.resolve(frame.request_id);
   } else if (frame.type === "error") {
     waiting?.reject(frame);
-    // Refused, too many, or not there: HTTP says which.
-    if (job) look(frame.request_id).catch(() => {});
+    if (job) refused(frame.request_id, job);
   } else if (frame.type === "text" && job) {
     write(job, frame);
-  } else if (job && frame.seq > job.seq) {
+  } else if (job && frame.seq >= job.seq) {
+    // It is told of.
+    job.refusals = 0;
+    job.poll?.abort();
+    tell();
+    if (frame.seq === job.seq) return;
     job.seq = frame.seq;
     if (frame.type === "status") heard.status(frame.request_id, frame.status);
     if (frame.type === "deleted") { unfollow(frame.request_id); heard.deleted(frame.request_id); }
     // What the model says is there before the description, and the link to a map in what GET answers alone.
     if (frame.type.startsWith("result") || frame.status === "awaiting_description") look(frame.request_id).catch(() => {});
   }
+}
+
+// Too many, no key any more, or not there: HTTP says which. What may pass is asked for until it has passed.
+function refused(id, job) {
+  job.again = Date.now() + paused(job.refusals);
+  job.refusals += 1;
+  poll(id);
+  tell();
 }
 
 // docs/API.md, "Text": the highest claim counts, and `offset` says where the piece belongs.

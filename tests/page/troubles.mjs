@@ -40,7 +40,6 @@ export async function long_poll_where_there_is_no_socket(visit) {
   assert.ok(visit.requests.some((request) => request.url().includes("?wait=25")));
 }
 
-// The socket alone tells: nothing is polled while it is there.
 // A proxy that answers for a host which is away, in words of its own.
 export async function a_gateway_in_trouble_is_waited_for(visit) {
   const page = await visit.page();
@@ -56,6 +55,7 @@ export async function a_gateway_in_trouble_is_waited_for(visit) {
   assert.equal((await history(page)).length, 1);
 }
 
+// The socket alone tells: nothing is polled while it is there.
 export async function told_over_the_socket(visit) {
   const page = await visit.page();
   visit.target.gate.closed = true;
@@ -66,6 +66,43 @@ export async function told_over_the_socket(visit) {
   visit.target.gate.release();
   await says(status(page), "Done.");
   assert.equal(visit.requests.filter((request) => request.url().includes("?wait=")).length, before);
+}
+
+// As behind a proxy that opens WebSockets and carries nothing over them.
+export async function a_socket_that_closes_as_soon_as_it_is_open(visit) {
+  const page = await visit.page();
+  await page.routeWebSocket(/ticket=/, (socket) => { setTimeout(() => socket.close(), 50); });
+  visit.target.gate.closed = true;
+  await send(page, sample("mole-drawn"));
+  await says(status(page), "description is being written");
+  await page.waitForTimeout(12_000);
+  const tickets = visit.requests.filter((request) => request.url().endsWith("/socket-tickets") && request.method() === "POST");
+  assert.ok(tickets.length <= 5, `${tickets.length} tickets in twelve seconds`);
+  assert.ok(tickets.length >= 2, "it is tried again");
+  visit.target.gate.release();
+  await says(status(page), "Done.");
+}
+
+// A host that takes no more subscriptions for the moment: the job is polled, and subscribed to later.
+export async function a_refused_subscription_is_made_up_for(visit) {
+  const page = await visit.page();
+  let refusals = 1;
+  await page.routeWebSocket(/ticket=/, (socket) => {
+    const host = socket.connectToServer();
+    socket.onMessage((message) => {
+      const { action, request_id } = JSON.parse(message);
+      if (action !== "subscribe" || refusals-- <= 0) return host.send(message);
+      socket.send(JSON.stringify({ v: 1, type: "error", code: "too_many_requests", message: "Wait.", request_id }));
+    });
+  });
+  visit.target.gate.closed = true;
+  await send(page, sample("mole-drawn"));
+  await says(page.locator("#photo-result"), "No live connection");
+  await says(status(page), "description is being written");
+  assert.ok(visit.requests.some((request) => request.url().includes("?wait=25")), "it is not asked for");
+  await says(page.locator("#photo-result"), "Told as it happens");
+  visit.target.gate.release();
+  await says(status(page), "Done.");
 }
 
 export async function two_tabs(visit) {
