@@ -120,8 +120,10 @@ function openHistory() {
     tellHistory(() => t("history.forgotten"));
     $("history-heading").focus();
   });
+  history.onRemove(photo.drop);
   history.onChange(() => {
     const kept = history.all().map(({ id }) => id);
+    photo.keep(kept);
     for (const { view } of [photo, ask]) if (view.id && !kept.includes(view.id)) view.end(() => t("delete.elsewhere"));
     showHistory();
   });

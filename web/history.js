@@ -33,7 +33,14 @@ export function ended(id) {
   }
 }
 
-export const remove = (id) => write(all().filter((entry) => entry.id !== id));
+let removed = () => {};
+// Hears of every id that this tab removes.
+export const onRemove = (listener) => { removed = listener; };
+
+export function remove(id) {
+  write(all().filter((entry) => entry.id !== id));
+  removed(id);
+}
 
 export function forget() {
   entries = [];

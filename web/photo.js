@@ -45,9 +45,23 @@ export function show(id, words) {
   $("choose").hidden = true;
 }
 
+// What was deleted is not kept in memory either.
+export function drop(id) {
+  const address = photos.get(id);
+  if (!address) return;
+  URL.revokeObjectURL(address);
+  photos.delete(id);
+  if ($("preview").src === address) $("preview").removeAttribute("src");
+}
+
+export function keep(ids) {
+  for (const id of photos.keys()) if (!ids.includes(id)) drop(id);
+}
+
 export function forget() {
   discard();
   view.clear();
+  $("preview").removeAttribute("src");
   for (const address of photos.values()) URL.revokeObjectURL(address);
   photos.clear();
 }

@@ -139,9 +139,19 @@ export async function reloading_goes_on_with_what_is_under_way(visit) {
 }
 
 export async function erasing(visit) {
-  const page = await visit.page();
-  const id = await send(page, sample("mole-drawn"));
+  const context = await visit.context();
+  await context.addInitScript(() => {
+    const revoke = URL.revokeObjectURL;
+    globalThis.revoked = [];
+    URL.revokeObjectURL = (address) => { globalThis.revoked.push(address); revoke.call(URL, address); };
+  });
+  const page = await visit.page(context);
+  const kept = async (address) => !(await page.evaluate(() => globalThis.revoked)).includes(address);
+  await choose(page, sample("mole-drawn"));
+  const address = await page.locator("#preview").getAttribute("src");
+  const id = await sent(page);
   await says(status(page), "Done.");
+  assert.ok(await kept(address), "the photo lies under the map");
   await page.getByRole("button", { name: "Delete", exact: true }).click();
   await visit.looks(page, "asked");
   await page.locator("#confirm-no").click();
@@ -152,6 +162,8 @@ export async function erasing(visit) {
   assert.equal((await get(visit, id)).status, 404);
   assert.deepEqual(await history(page), []);
   assert.equal(await page.evaluate(() => document.activeElement.id), "photo-heading");
+  assert.equal(await kept(address), false, "the photo is still in memory");
+  assert.equal(await page.locator("#preview").getAttribute("src"), null);
   // From the list, while the host cannot be reached: it stays.
   const other = await send(page, sample("red-spot-drawn"));
   await says(status(page), "Done.");
@@ -163,10 +175,12 @@ export async function erasing(visit) {
   await says(status(page, "history"), "cannot be reached");
   assert.equal((await history(page)).length, 1);
   await page.unroute(`**/result/${other}`);
+  const others = await page.evaluate(() => globalThis.revoked.length);
   await page.locator("#entries").getByRole("button", { name: "Delete" }).click();
   await page.locator("#confirm-yes").click();
   await says(status(page, "history"), "Deleted, on the host and here.");
   assert.equal((await get(visit, other)).status, 404);
+  assert.equal(await page.evaluate(() => globalThis.revoked.length), others + 1, "the photo is still in memory");
 }
 
 export async function forgetting_this_device(visit) {
