@@ -178,7 +178,8 @@ pub enum Subscribed {
 pub trait Connections: Send + Sync + 'static {
     fn put_ticket(&self, ticket: &Ticket) -> impl Future<Output = Result<()>> + Send;
 
-    /// Uses a ticket up; `None` where there is none that lives. Of two that use it one gets it.
+    /// Uses a ticket up; `None` where there is none that lives. Of two that use it one gets it. An error where
+    /// nobody can be let in leaves it as it is.
     fn take_ticket(&self, sha256: &str, now: Timestamp) -> impl Future<Output = Result<Option<Ticket>>> + Send;
 
     /// Remembers a connection.

@@ -8,7 +8,9 @@ use futures_util::future::join_all;
 use futures_util::{SinkExt, StreamExt};
 use reqwest::Method;
 use serde_json::{Value, json};
-use shared::ports::{Push, Pushed};
+use shared::auth::Identity;
+use shared::embedded::Hub;
+use shared::ports::{Connection, Connections, Push, Pushed};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
@@ -199,6 +201,60 @@ async fn messages_are_counted_against_their_callers_limit() {
 }
 
 #[tokio::test]
+async fn pings_and_what_cannot_be_read_are_counted_as_well() {
+    for message in [r#"{"action": "ping"}"#, "hello"] {
+        let keyed = Keyed::start(&[("REQUESTS_PER_MINUTE", "5")]).await;
+        let key = keyed.key_of("ward").await;
+        let mut socket = Socket::connect(&keyed.host.http, &keyed.host.url, &key).await;
+        let mut refused = Vec::new();
+        for _ in 0..6 {
+            socket.say(message).await;
+            refused.push(socket.next().await.unwrap()["code"] == "too_many_requests");
+        }
+        assert_eq!(refused, [false, false, false, false, true, true], "{message}");
+    }
+}
+
+/// Connections that nobody is behind.
+async fn fill(hub: &Hub, caller: &str, count: usize) {
+    for number in 0..count {
+        let identity = Identity {
+            caller: caller.to_owned(),
+            scopes: Vec::new(),
+            key_id: None,
+            limits: Default::default(),
+            expires_at: None,
+        };
+        let expires_at = chrono::Utc::now() + TimeDelta::hours(2);
+        hub.open(&Connection { id: format!("{caller}-{number}"), identity, expires_at }).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn one_caller_has_half_of_a_hosts_connections_at_most_and_a_full_host_uses_no_ticket_up() {
+    let keyed = Keyed::start(&[]).await;
+    let (http, url) = (&keyed.host.http, keyed.host.url.as_str());
+    let (own, other) = (keyed.key_of("ward-1").await, keyed.key_of("ward-2").await);
+    fill(&keyed.host.hub, "ward-1", 500).await;
+    let first = ticket(http, url, &own).await.unwrap();
+    let path = first["url"].as_str().unwrap();
+    assert_eq!(open(url, path, &[]).await.err(), Some(429));
+    let _socket = Socket::connect(http, url, &other).await;
+    keyed.host.hub.close("ward-1-0").await.unwrap();
+    // The ticket was not used up.
+    let socket = open(url, path, &[]).await.unwrap();
+    drop(socket);
+    fill(&keyed.host.hub, "ward-3", 499).await;
+    eventually("the host is nearly full", async || keyed.host.hub.len() == 999).await;
+    fill(&keyed.host.hub, "ward-4", 1).await;
+    let late = ticket(http, url, &other).await.unwrap();
+    let path = late["url"].as_str().unwrap();
+    assert_eq!(open(url, path, &[]).await.err(), Some(503));
+    keyed.host.hub.close("ward-4-0").await.unwrap();
+    open(url, path, &[]).await.unwrap();
+}
+
+#[tokio::test]
 async fn an_answer_comes_as_it_is_written_and_then_whole() {
     let mut pieces = chunks(ANSWER);
     pieces.push("data: [DONE]\n\n".to_owned());
@@ -385,8 +441,14 @@ async fn no_log_line_holds_a_ticket_a_prompt_or_an_answer() {
     let is_about_job = |line: &String| line.contains(id);
     eventually("the message is in the log", async || host.log().iter().any(|line| line.contains("message answered")))
         .await;
+    for _ in 0..3 {
+        socket.send(json!({"action": "ping"})).await;
+        assert_eq!(socket.next().await.unwrap()["type"], "pong");
+    }
     let log = host.log();
     assert!(log.iter().any(is_about_job), "{log:?}");
+    let answered = log.iter().filter(|line| line.contains("message answered")).count();
+    assert_eq!(answered, 1, "a line for each ping");
     for secret in [ticket["ticket"].as_str().unwrap(), "What is a naevus", "pigment cells"] {
         let found: Vec<_> = log.iter().filter(|line| line.contains(secret)).collect();
         assert!(found.is_empty(), "{secret}: {found:?}");

@@ -157,7 +157,7 @@ where
     async fn message(&self, id: &str, text: &str) -> Result<(), Error> {
         // One that ends while its last message is on its way.
         let Some(connection) = self.connections.find(id).await? else { return Ok(()) };
-        let (name, tag, done) = match Action::read(text) {
+        let (name, tag, done) = match self.admitted(&connection, text).await {
             Ok(action) => {
                 let (name, tag) = (action.name(), action.tag().map(str::to_owned));
                 let mut about = match &action {
@@ -171,11 +171,11 @@ where
             }
             Err(error) => ("none", None, Err((error, None))),
         };
-        tracing::info!(
-            socket.action = name,
-            error.code = done.as_ref().err().map(|(error, _)| error.code().as_str()),
-            "message answered"
-        );
+        let code = done.as_ref().err().map(|(error, _)| error.code());
+        // Not of what a client may send without end.
+        if name != "ping" && code != Some(Code::TooManyRequests) {
+            tracing::info!(socket.action = name, error.code = code.map(Code::as_str), "message answered");
+        }
         let Err((error, request_id)) = done else { return Ok(()) };
         if error.http_status() >= 500 {
             tracing::error!(error.code = error.code().as_str(), error.chain = error.chain(), "message failed");
@@ -184,16 +184,17 @@ where
         self.answer(&connection, Frame::Error { code, message, request_id, tag }).await
     }
 
+    /// What a client asks for. Every message is counted, also one that cannot be read, and wants a key that is
+    /// still good.
+    async fn admitted(&self, connection: &Connection, text: &str) -> Result<Action, Error> {
+        self.access.still_admits(&connection.identity).await?;
+        Action::read(text)
+    }
+
     /// `about` becomes the job that was made, so that a later failure is not taken for one to make it.
     async fn act(&self, connection: &Connection, action: Action, about: &mut Option<String>) -> Result<(), Error> {
-        match action {
-            Action::Ping { tag } => return self.answer(connection, Frame::Pong { tag }).await,
-            // What costs something is counted, and wants a key that is still good.
-            Action::Subscribe { .. } | Action::Ask { .. } => {
-                self.access.still_admits(&connection.identity).await?;
-            }
-        }
         let id = match action {
+            Action::Ping { tag } => return self.answer(connection, Frame::Pong { tag }).await,
             Action::Subscribe { request_id, .. } => {
                 let id = Uuid::parse_str(&request_id).map_err(|_| Error::not_found())?;
                 // Before anything is written: another's job looks like none.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use uuid::Uuid;
 
-use crate::auth::tickets;
+use crate::auth::{LOCAL, tickets};
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::ports::{Connection, Connections, Push, Pushed, Subscribed, Ticket};
@@ -22,6 +22,11 @@ use crate::push::{MAX_SUBSCRIPTIONS, Subscriber};
 const MAX_WAITING_BYTES: usize = 256 * 1024;
 /// Connections of one host; with the line above that is 256 MB where nobody reads.
 const MAX_CONNECTIONS: usize = 1000;
+/// Those of one caller, so that none keeps all others out. On a host without keys all are one caller's, and
+/// on this machine.
+const MAX_CONNECTIONS_OF_CALLER: usize = MAX_CONNECTIONS / 2;
+/// What a caller that has too many is told to wait.
+const FULL_RETRY_SECONDS: u32 = 30;
 /// Tickets that are not used yet.
 const MAX_TICKETS: usize = 10_000;
 
@@ -101,6 +106,19 @@ impl Hub {
 }
 
 impl State {
+    /// Whether this caller may open one more.
+    fn has_room(&self, caller: &str) -> Result<(), Error> {
+        if self.closed || self.open.len() >= MAX_CONNECTIONS {
+            return Err(Error::unavailable("A connection", "too many are connected, or the host stops"));
+        }
+        let own = self.open.values().filter(|open| open.connection.identity.caller == caller).count();
+        if caller != LOCAL && own >= MAX_CONNECTIONS_OF_CALLER {
+            let words = format!("You have {MAX_CONNECTIONS_OF_CALLER} connections. Close one, or follow more by each.");
+            return Err(Error::too_many_requests(words, FULL_RETRY_SECONDS));
+        }
+        Ok(())
+    }
+
     fn close(&mut self, id: &str) {
         let Some(open) = self.open.remove(id) else { return };
         for job in open.jobs {
@@ -130,14 +148,17 @@ impl Connections for Hub {
     }
 
     async fn take_ticket(&self, sha256: &str, now: Timestamp) -> Result<Option<Ticket>, Error> {
-        Ok(self.state().tickets.remove(sha256).filter(|ticket| now < ticket.expires_at))
+        let mut state = self.state();
+        if let Some(ticket) = state.tickets.get(sha256) {
+            // Or it would be used up for nothing.
+            state.has_room(&ticket.identity.caller)?;
+        }
+        Ok(state.tickets.remove(sha256).filter(|ticket| now < ticket.expires_at))
     }
 
     async fn open(&self, connection: &Connection) -> Result<(), Error> {
         let mut state = self.state();
-        if state.closed || state.open.len() >= MAX_CONNECTIONS {
-            return Err(Error::unavailable("A connection", "too many are connected, or the host stops"));
-        }
+        state.has_room(&connection.identity.caller)?;
         let (sender, receiver) = unbounded_channel();
         let waiting = Arc::new(AtomicUsize::new(0));
         let outbox = Some(Outbox { receiver, waiting: Arc::clone(&waiting) });
