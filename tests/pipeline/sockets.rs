@@ -231,6 +231,30 @@ async fn fill(hub: &Hub, caller: &str, count: usize) {
 }
 
 #[tokio::test]
+async fn a_refused_message_is_answered_with_its_tag() {
+    let host = Running::start(&[]).await;
+    let mut socket = connect(&host).await;
+    let long = json!({"action": "ask", "tag": "7", "prompt": "x".repeat(33_000)}).to_string();
+    for message in [
+        r#"{"action": "ask", "tag": "7", "bogus": 1}"#,
+        r#"{"action": "dance", "tag": "7"}"#,
+        r#"{"tag": "7"}"#,
+        r#"{"action": "subscribe", "tag": "7"}"#,
+        &long,
+    ] {
+        socket.say(message).await;
+        let frame = socket.next().await.unwrap();
+        assert_eq!((&frame["type"], &frame["tag"]), (&json!("error"), &json!("7")), "{frame}");
+    }
+    // No tag, or none that is repeated.
+    for tag in [json!(7), json!({"a": 1}), json!("x".repeat(65)), Value::Null] {
+        socket.send(json!({"action": "dance", "tag": tag})).await;
+        let frame = socket.next().await.unwrap();
+        assert_eq!((&frame["type"], &frame["tag"]), (&json!("error"), &Value::Null), "{frame}");
+    }
+}
+
+#[tokio::test]
 async fn one_caller_has_half_of_a_hosts_connections_at_most_and_a_full_host_uses_no_ticket_up() {
     let keyed = Keyed::start(&[]).await;
     let (http, url) = (&keyed.host.http, keyed.host.url.as_str());

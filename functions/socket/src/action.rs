@@ -64,6 +64,17 @@ impl Action {
         Ok(action)
     }
 
+    /// The tag of what was refused, where that much of it can be read.
+    #[must_use]
+    pub fn tag_of(message: &str) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Tagged {
+            tag: String,
+        }
+        let Tagged { tag } = object(message.as_bytes(), SHAPE).ok()?;
+        (tag.len() <= MAX_TAG_BYTES).then_some(tag)
+    }
+
     /// What the client gave it to know the answer by.
     #[must_use]
     pub fn tag(&self) -> Option<&str> {

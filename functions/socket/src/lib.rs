@@ -169,7 +169,7 @@ where
                 let done = self.act(&connection, action, &mut about).await;
                 (name, tag, done.map_err(|error| (error, about)))
             }
-            Err(error) => ("none", None, Err((error, None))),
+            Err(error) => ("none", Action::tag_of(text), Err((error, None))),
         };
         let code = done.as_ref().err().map(|(error, _)| error.code());
         // Not of what a client may send without end.
