@@ -296,6 +296,34 @@ async fn an_answer_comes_as_it_is_written_and_then_whole() {
 }
 
 #[tokio::test]
+async fn no_more_text_is_told_of_an_answer_that_was_deleted() {
+    let llm = LlmServer::start([Behaviour::Slow(Duration::from_millis(100), ANSWER.repeat(4))]).await;
+    let host = Running::asking(&llm, &[]).await;
+    let mut socket = connect(&host).await;
+    socket.send(question()).await;
+    let mut frame = socket.next().await.unwrap();
+    while frame["type"] != "text" {
+        frame = socket.next().await.unwrap();
+    }
+    let id = frame["request_id"].as_str().unwrap();
+    host.http.delete(format!("{}/result/{id}", host.url)).send().await.unwrap().error_for_status().unwrap();
+    while frame["type"] != "deleted" {
+        frame = socket.next().await.unwrap();
+    }
+    // The server writes for seconds yet.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    socket.send(json!({"action": "ping"})).await;
+    let mut later = Vec::new();
+    while frame["type"] != "pong" {
+        frame = socket.next().await.unwrap();
+        later.push(frame["type"].as_str().unwrap().to_owned());
+    }
+    // One piece may have been on its way.
+    let texts = later.iter().filter(|kind| *kind == "text").count();
+    assert!(texts <= 1, "{later:?}");
+}
+
+#[tokio::test]
 async fn a_second_attempt_takes_the_place_of_what_the_first_one_wrote() {
     for ending in [Ending::CutOff, Ending::Stall] {
         let begun = chunks("A growth that nobody will hear the end of.")[..5].to_vec();

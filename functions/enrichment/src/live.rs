@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::{Either, select};
 use shared::crash::{self, Point};
-use shared::job::{Input, Job};
+use shared::job::{Input, Job, Record};
 use shared::llm::{Answer, Format, Live, LlmError, Prompt};
 use shared::ports::{BlobStore, JobStore, Push, Pushed};
 use shared::push::{text_frames, utf16_len};
@@ -56,6 +56,16 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         }
     }
 
+    /// Whether the job is there and its claim is this one: nobody is told of what was deleted meanwhile.
+    async fn is_claimed(&self, job: &Job) -> bool {
+        match self.jobs.get(job.id).await {
+            Ok(Some(Record::Job(now))) => now.claim == job.claim,
+            Ok(_) => false,
+            // Text is a kindness; the record has the last word.
+            Err(_) => true,
+        }
+    }
+
     async fn tell(&self, connection: &str, job: &Job, mut pieces: UnboundedReceiver<String>) {
         let mut offset = 0;
         while let Some(mut text) = pieces.recv().await {
@@ -63,7 +73,7 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
             while let Ok(Some(more)) = timeout_at(until, pieces.recv()).await {
                 text.push_str(&more);
             }
-            if text.len() > MAX_AT_ONCE {
+            if text.len() > MAX_AT_ONCE || !self.is_claimed(job).await {
                 return;
             }
             for frame in text_frames(job, &text, offset) {

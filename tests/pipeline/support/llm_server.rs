@@ -29,7 +29,6 @@ pub enum Behaviour {
     Late(Duration, String),
     /// A complete answer with this content, the pieces of a stream so far apart; a whole one comes after one
     /// such pause.
-    #[allow(dead_code, reason = "the tests on AWS use it")]
     Slow(Duration, String),
     /// A complete answer with this content and this reason for its end.
     Ended(String, &'static str),
