@@ -12,7 +12,7 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
-use reqwest::{Client, redirect};
+use reqwest::{Client, ClientBuilder, redirect};
 use secrecy::SecretString;
 #[cfg(feature = "aws")]
 use shared::aws::Secrets;
@@ -94,11 +94,21 @@ impl Courier {
     }
 
     fn new(destinations: Destinations, key: Key, names: impl Resolve + 'static) -> Result<Self, ConfigError> {
+        Self::over(Client::builder(), destinations, key, names)
+    }
+
+    /// `client` says whose certificates are trusted.
+    fn over(
+        client: ClientBuilder,
+        destinations: Destinations,
+        key: Key,
+        names: impl Resolve + 'static,
+    ) -> Result<Self, ConfigError> {
         // Another part of the process may have installed a provider before; either will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let destinations = Arc::new(destinations);
         let guard = Guard { names: Arc::new(names), destinations: Arc::clone(&destinations) };
-        let client = Client::builder()
+        let client = client
             .dns_resolver(Arc::new(guard))
             .redirect(redirect::Policy::none())
             .no_proxy()
@@ -215,3 +225,5 @@ impl<R: Resolve + 'static> Resolve for Guard<R> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::*;
 
-const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+pub(super) const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
 /// A receiver on loopback that answers each request with the same bytes and then says nothing more.
 struct Receiver {
@@ -54,13 +54,13 @@ const TLS: &[u8] = &[0x16];
 const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
 
 /// A name server that answers what it is told to, one answer after the other and then the last again.
-struct Scripted {
+pub(super) struct Scripted {
     answers: Mutex<Vec<Vec<IpAddr>>>,
     asked: Arc<Mutex<usize>>,
 }
 
 impl Scripted {
-    fn new(answers: &[&[&str]]) -> (Self, Arc<Mutex<usize>>) {
+    pub(super) fn new(answers: &[&[&str]]) -> (Self, Arc<Mutex<usize>>) {
         let parse = |answer: &&[&str]| answer.iter().map(|address| address.parse().unwrap()).collect();
         let (answers, asked) = (Mutex::new(answers.iter().map(parse).collect()), Arc::default());
         (Self { answers, asked: Arc::clone(&asked) }, asked)
@@ -77,7 +77,7 @@ impl Resolve for Scripted {
     }
 }
 
-fn destinations(hosts: &str, stage: &str) -> Destinations {
+pub(super) fn destinations(hosts: &str, stage: &str) -> Destinations {
     Destinations::from_env(&Env::of([("WEBHOOK_HOSTS", hosts), ("STAGE", stage)])).unwrap()
 }
 
@@ -92,7 +92,7 @@ fn webhook(url: &str) -> Webhook {
     Webhook { url: url.to_owned(), id: "msg_0_3".into(), seq: 3, event }
 }
 
-async fn send(courier: &Courier, url: &str) -> Result<(), Refusal> {
+pub(super) async fn send(courier: &Courier, url: &str) -> Result<(), Refusal> {
     courier.send(&webhook(url), from_millis(1_614_265_330_999)).await.unwrap()
 }
 
@@ -167,6 +167,25 @@ async fn what_is_connected_to_is_what_was_judged_whatever_the_name_says_later() 
     let (names, asked) = Scripted::new(&[&["127.0.0.1"], &["10.0.0.1"]]);
     send(&courier(&host, names), &format!("http://{host}/")).await.unwrap();
     assert_eq!((*asked.lock().unwrap(), receiver.requests().len()), (1, 1), "asked once, and that was connected to");
+}
+
+#[tokio::test]
+async fn a_name_that_is_rebound_is_not_followed_by_the_whole_client() {
+    // Nobody listens at the first address. A client that asked again would find the receiver.
+    let receiver = Receiver::start(OK).await;
+    let host = format!("localhost:{}", receiver.port);
+    let (names, asked) = Scripted::new(&[&["127.0.0.2"], &["127.0.0.1"]]);
+    let refusal = send(&courier(&host, names), &format!("http://{host}/")).await.unwrap_err();
+    assert_eq!((refusal.code, *asked.lock().unwrap()), ("callback_unreachable", 1));
+    // Nor is what another try has found kept for the next: that one is judged anew.
+    let (names, asked) = Scripted::new(&[&["127.0.0.1"], &["10.0.0.1"], &["169.254.169.254", "::ffff:127.0.0.1"]]);
+    let courier = courier(&host, names);
+    send(&courier, &format!("http://{host}/")).await.unwrap();
+    for tries in 2..4 {
+        let refusal = send(&courier, &format!("http://{host}/")).await.unwrap_err();
+        assert!(refusal.cause.contains("no public address"), "{}", refusal.cause);
+        assert_eq!((*asked.lock().unwrap(), receiver.requests().len()), (tries, 1));
+    }
 }
 
 #[tokio::test]
