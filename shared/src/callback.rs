@@ -297,6 +297,79 @@ mod tests {
         }
     }
 
+    /// An address in every notation that a URL's host may have for it, or may be taken for it.
+    fn notations(address: Ipv4Addr) -> Vec<String> {
+        let [a, b, c, d] = address.octets();
+        let whole = address.to_bits();
+        let (last3, last2) = (whole & 0xff_ffff, whole & 0xffff);
+        let (high, low) = (whole >> 16, last2);
+        let mut notations = Vec::new();
+        for dot in ["", "."] {
+            notations.extend([
+                format!("{a}.{b}.{c}.{d}{dot}"),
+                format!("{whole}{dot}"),
+                format!("{whole:#x}{dot}"),
+                format!("{whole:#X}{dot}").replace('X', "x"),
+                format!("0{whole:o}{dot}"),
+                format!("{a}.{last3}{dot}"),
+                format!("{a}.{b}.{last2}{dot}"),
+                format!("{a:#x}.{b:#x}.{c:#x}.{d:#x}{dot}"),
+                format!("0{a:o}.0{b:o}.0{c:o}.0{d:o}{dot}"),
+                format!("000{a:o}.{b:#x}.{last2}{dot}"),
+                format!("{a:#x}.{last3:#x}{dot}"),
+                format!("{a}%2e{b}%2e{c}%2e{d}{dot}"),
+                format!("{a}\u{3002}{b}\u{3002}{c}\u{3002}{d}{dot}"),
+            ]);
+        }
+        notations.extend([
+            format!("[::ffff:{address}]"),
+            format!("[::ffff:{high:x}:{low:x}]"),
+            format!("[0:0:0:0:0:ffff:{high:04x}:{low:04x}]"),
+            format!("[::{address}]"),
+            format!("[64:ff9b::{address}]"),
+            format!("[64:ff9b:1::{high:x}:{low:x}]"),
+            format!("[2002:{high:x}:{low:x}::1]"),
+            format!("[2001:0:{high:x}:{low:x}::1]"),
+            format!("[fe80::5efe:{address}]"),
+        ]);
+        notations
+    }
+
+    #[test]
+    fn no_private_network_can_be_named_in_any_notation() {
+        let listed = [destinations("hooks.example", "prod").unwrap(), destinations("hooks.example", "").unwrap()];
+        let mut tried = 0;
+        for (network, length) in NOT_PUBLIC_V4 {
+            let last = Ipv4Addr::from_bits(network.to_bits() | u32::MAX.checked_shr(length).unwrap_or(0));
+            let middle = Ipv4Addr::from_bits(network.to_bits() | (u32::MAX.checked_shr(length).unwrap_or(0) / 3));
+            for address in [network, middle, last] {
+                for host in notations(address) {
+                    tried += 1;
+                    let refused = destinations(&host, "prod").unwrap_err();
+                    assert_eq!(refused.name, "WEBHOOK_HOSTS", "{host}");
+                    for scheme in ["https", "http"] {
+                        for listed in &listed {
+                            let refused = listed.check(&format!("{scheme}://{host}/")).unwrap_err();
+                            assert_eq!(refused.code(), Code::CallbackNotAllowed, "{host}");
+                        }
+                    }
+                    // What a name server may answer.
+                    if let Some(address) = literal(&host) {
+                        assert!(!is_public(address), "{host}");
+                        assert!(!listed[0].permits("hooks.example", address), "{host}");
+                    }
+                }
+            }
+        }
+        assert_eq!(tried, NOT_PUBLIC_V4.len() * 3 * 35);
+        // A public address in the same clothes: where it is read as the address it is called, and where it is not
+        // it is refused, so the notations above were refused for what they are.
+        let public = destinations("1.1.1.1", "prod").unwrap();
+        let called = notations(Ipv4Addr::new(1, 1, 1, 1)).into_iter();
+        let called = called.filter(|host| public.check(&format!("https://{host}/")).is_ok()).count();
+        assert_eq!(called, 26);
+    }
+
     #[test]
     fn this_machine_is_called_on_the_local_stage_alone_and_by_its_own_name() {
         for stage in ["", "local"] {
