@@ -190,7 +190,7 @@ fn event(writes: &Writes) -> serde_json::Value {
 mod tests {
     use std::sync::Mutex;
 
-    use futures_util::StreamExt;
+    use futures_util::{SinkExt, StreamExt};
     use shared::auth::Identity;
     use shared::clock::from_millis;
     use shared::embedded::Hub;
@@ -203,11 +203,15 @@ mod tests {
 
     use super::*;
 
+    /// Tells of every message that has arrived.
+    type Heard = std::sync::mpsc::Receiver<()>;
+
     /// A client of a connection that answers nothing, and how long that is served, by a clock that goes on when
     /// all wait.
-    async fn client() -> (WebSocketStream<MaybeTlsStream<TcpStream>>, oneshot::Receiver<Duration>) {
+    async fn client() -> (WebSocketStream<MaybeTlsStream<TcpStream>>, oneshot::Receiver<Duration>, Heard) {
         let hub = Hub::default();
         let (ended, served) = oneshot::channel();
+        let (hears, heard) = std::sync::mpsc::channel();
         let ended = Arc::new(Mutex::new(Some(ended)));
         let open = async move |upgrade: WebSocketUpgrade| {
             let identity = Identity {
@@ -224,7 +228,11 @@ mod tests {
                 // The hub lives as long as its connection.
                 let _hub = hub;
                 let began = Instant::now();
-                serve(socket, outbox, async |_| Ok(())).await;
+                let answer = |_| {
+                    let _ = hears.send(());
+                    async { Ok(()) }
+                };
+                serve(socket, outbox, answer).await;
                 ended.lock().unwrap().take().unwrap().send(began.elapsed()).unwrap();
             })
         };
@@ -232,7 +240,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let router = Router::new().route("/ws", get(open));
         tokio::spawn(async move { axum::serve(listener, router).await });
-        (tokio_tungstenite::connect_async(format!("ws://{address}/ws")).await.unwrap().0, served)
+        (tokio_tungstenite::connect_async(format!("ws://{address}/ws")).await.unwrap().0, served, heard)
     }
 
     fn is_away(said: Option<Result<Said, tokio_tungstenite::tungstenite::Error>>) -> bool {
@@ -245,8 +253,32 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_kept_open_ends_after_two_hours() {
+        let (mut client, served, mut heard) = client().await;
+        // Not a part of the two hours: what is sent at their very end would lie unread.
+        let (mut sent, pause) = (0, IDLE / 2 + Duration::from_secs(7));
+        let said = loop {
+            tokio::select! {
+                said = client.next() => break said,
+                () = tokio::time::sleep(pause) => {
+                    sent += 1;
+                    client.send(Said::text("{}")).await.unwrap();
+                    // The clock stands while a thread waits, so that it arrives when it was sent.
+                    let arrived = tokio::task::spawn_blocking(move || heard.recv().map(|()| heard));
+                    heard = arrived.await.unwrap().unwrap();
+                }
+            }
+        };
+        let said = format!("{said:?}");
+        drop(client);
+        let (served, whole) = (served.await.unwrap(), CONNECTION_TTL.to_std().unwrap());
+        assert!(said.contains("open for two hours"), "{said} after {sent} messages and {served:?}");
+        assert!(is_about(served, whole) && sent >= 20, "{served:?}, {sent}");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_connection_over_which_nothing_goes_ends_after_ten_minutes() {
-        let (mut client, served) = client().await;
+        let (mut client, served, _) = client().await;
         assert!(is_away(client.next().await));
         drop(client);
         let served = served.await.unwrap();

@@ -88,11 +88,16 @@ async fn fifty_clients_are_each_told_the_end_of_their_own_job_in_order() {
         let (frame, came) = socket.until_ended(&id).await.unwrap();
         assert_eq!(frame["status"], "completed", "{frame}");
         assert!(came.is_sorted(), "{came:?}");
-        socket
+        (socket, id, frame["seq"].as_u64().unwrap())
     }))
     .await;
     assert_eq!((clients.len(), host.hub.len()), (50, 50));
-    drop(clients);
+    // Once all have ended there is nobody who might still be told of something older.
+    let quiet = clients.into_iter().map(async |(mut socket, id, newest)| {
+        socket.nothing_older_comes(&id, newest).await;
+        socket
+    });
+    drop(join_all(quiet).await);
     eventually("connections that were left are forgotten", async || host.hub.is_empty()).await;
 }
 
@@ -215,21 +220,6 @@ async fn pings_and_what_cannot_be_read_are_counted_as_well() {
     }
 }
 
-/// Connections that nobody is behind.
-async fn fill(hub: &Hub, caller: &str, count: usize) {
-    for number in 0..count {
-        let identity = Identity {
-            caller: caller.to_owned(),
-            scopes: Vec::new(),
-            key_id: None,
-            limits: Default::default(),
-            expires_at: None,
-        };
-        let expires_at = chrono::Utc::now() + TimeDelta::hours(2);
-        hub.open(&Connection { id: format!("{caller}-{number}"), identity, expires_at }).await.unwrap();
-    }
-}
-
 #[tokio::test]
 async fn a_refused_message_is_answered_with_its_tag() {
     let host = Running::start(&[]).await;
@@ -251,6 +241,21 @@ async fn a_refused_message_is_answered_with_its_tag() {
         socket.send(json!({"action": "dance", "tag": tag})).await;
         let frame = socket.next().await.unwrap();
         assert_eq!((&frame["type"], &frame["tag"]), (&json!("error"), &Value::Null), "{frame}");
+    }
+}
+
+/// Connections that nobody is behind.
+async fn fill(hub: &Hub, caller: &str, count: usize) {
+    for number in 0..count {
+        let identity = Identity {
+            caller: caller.to_owned(),
+            scopes: Vec::new(),
+            key_id: None,
+            limits: Default::default(),
+            expires_at: None,
+        };
+        let expires_at = chrono::Utc::now() + TimeDelta::hours(2);
+        hub.open(&Connection { id: format!("{caller}-{number}"), identity, expires_at }).await.unwrap();
     }
 }
 
@@ -276,6 +281,25 @@ async fn one_caller_has_half_of_a_hosts_connections_at_most_and_a_full_host_uses
     assert_eq!(open(url, path, &[]).await.err(), Some(503));
     keyed.host.hub.close("ward-4-0").await.unwrap();
     open(url, path, &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_ticket_acts_for_who_asked_for_it_whatever_else_is_sent_with_it() {
+    let keyed = Keyed::start(&[]).await;
+    let (http, url) = (&keyed.host.http, keyed.host.url.as_str());
+    let (own, other) = (keyed.key_of("ward-1").await, keyed.key_of("ward-2").await);
+    let id: Value = keyed.submit(&own).await.json().await.unwrap();
+    let id = id["request_id"].as_str().unwrap();
+    let path = ticket(http, url, &own).await.unwrap()["url"].as_str().unwrap().to_owned();
+    let bearer = format!("Bearer {other}");
+    let mut socket = open(url, &path, &[("authorization", &bearer)]).await.unwrap();
+    socket.subscribe(id).await;
+    assert!(socket.until_ended(id).await.is_some());
+    let path = ticket(http, url, &other).await.unwrap()["url"].as_str().unwrap().to_owned();
+    let bearer = format!("Bearer {own}");
+    let mut socket = open(url, &path, &[("authorization", &bearer)]).await.unwrap();
+    socket.subscribe(id).await;
+    assert_eq!(socket.next().await.unwrap()["code"], "not_found");
 }
 
 #[tokio::test]

@@ -107,6 +107,20 @@ impl Socket {
     }
 }
 
+/// What comes about a job behind its end, up to the answer to a ping: the end again at most.
+impl Socket {
+    pub async fn nothing_older_comes(&mut self, id: &str, newest: u64) {
+        self.send(json!({"action": "ping", "tag": "behind the end"})).await;
+        loop {
+            let frame = self.next().await.unwrap();
+            if frame["tag"] == "behind the end" {
+                return;
+            }
+            assert!(frame["request_id"] != id || frame["seq"].as_u64() >= Some(newest), "older than {newest}: {frame}");
+        }
+    }
+}
+
 /// The text of one claim after another, put together as docs/API.md tells a client to.
 #[derive(Default)]
 pub struct Told {
