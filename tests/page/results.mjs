@@ -122,6 +122,29 @@ export async function abstention(visit) {
   await visit.looks(page, "abstained");
 }
 
+// The host's answer about a real photo, as if its attempts had been used up: none fails here by itself.
+export async function a_job_that_failed(visit) {
+  const page = await visit.page();
+  const id = await send(page, sample("mole-drawn"));
+  await says(status(page), "Done.");
+  await page.route(`**/result/${id}*`, async (route) => {
+    if (route.request().method() !== "GET") return route.continue();
+    const response = await route.fetch();
+    const error = { code: "attempts_exhausted", message: "No attempt has succeeded.", retryable: true };
+    const failed = { status: "failed", error, predictions: [], abstained: null, description: null, map: null };
+    return route.fulfill({ response, json: { ...(await response.json()), ...failed } });
+  });
+  await page.getByRole("tab", { name: "History" }).click();
+  await page.getByRole("button", { name: "Open" }).click();
+  await page.locator("#photo-result h3").first().waitFor();
+  const text = await page.locator("#photo-result").innerText();
+  assert.ok(text.includes(DISCLAIMER), text);
+  assert.ok(!/naevus|melanoma|%|attempts_exhausted/i.test(text), text);
+  assert.ok(!(await status(page).innerText()).includes("Done."), "as if it had gone well");
+  assert.equal(await page.locator(".bars").count(), 0);
+  await visit.looks(page, "failed");
+}
+
 export async function what_is_no_picture_is_not_sent(visit) {
   const page = await visit.page();
   await choose(page, { name: "letter.pdf", mimeType: "application/pdf", buffer: Buffer.from("%PDF-1.4 ") });
