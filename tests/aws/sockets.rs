@@ -53,6 +53,16 @@ async fn a_subscriber_is_told_the_end_of_a_photo_and_what_get_says_of_it() {
     assert!(answer["map"].take().is_object(), "{answer}");
     assert_eq!(frame["result"], answer);
     assert!(items(&id).await > 0);
+    // Its deletion is told as well.
+    user.request(Method::DELETE, &format!("/result/{id}")).send().await.unwrap().error_for_status().unwrap();
+    let deleted = loop {
+        let frame = socket.next().await.unwrap();
+        if frame["type"] != "result" {
+            break frame;
+        }
+    };
+    let seq = frame["seq"].as_u64().unwrap() + 1;
+    assert_eq!(deleted, json!({"v": 1, "type": "deleted", "request_id": id, "seq": seq}));
     drop(socket);
     within("the connection is forgotten", async || items(&id).await == 0).await;
 }
@@ -159,6 +169,12 @@ async fn the_function_takes_the_events_of_a_websocket_api_as_aws_documents_them(
     assert_eq!(status(socket.invoke(&event("$connect", "CONNECT", json!({}))).await.unwrap()), 401);
     assert_eq!(status(socket.invoke(&event("$connect", "CONNECT", query.clone())).await.unwrap()), 200);
     assert_eq!(store.find("AAAA1234=").await.unwrap().unwrap().identity, identity);
+    // DynamoDB's TTL takes away who never says goodbye, an hour or two after the connection's own end.
+    let client = aws_sdk_dynamodb::Client::new(&sdk);
+    let items = client.scan().table_name(&table).send().await.unwrap();
+    let ttl: i64 = items.items()[0]["ttl"].as_n().unwrap().parse().unwrap();
+    let left = ttl - Clock::System.now().timestamp();
+    assert!(items.items().len() == 1 && (7_100..=7_200).contains(&left), "{left} s: {items:?}");
     assert_eq!(status(socket.invoke(&event("$connect", "CONNECT", query)).await.unwrap()), 401);
     let reason = json!({"disconnectStatusCode": 1005, "disconnectReason": "Client-side close frame status not set"});
     assert_eq!(status(socket.invoke(&event("$disconnect", "DISCONNECT", reason)).await.unwrap()), 200);
