@@ -16,6 +16,7 @@
 mod huffman;
 mod quarter;
 mod scan;
+mod sequential;
 
 use huffman::Huffman;
 use quarter::Planes;
@@ -91,10 +92,13 @@ fn walk(bytes: &[u8], least: Option<Least>) -> Result<Option<Planes>> {
                 scans += 1;
                 let frame = frame.as_mut().filter(|_| scans <= MAX_SCANS).ok_or(SEGMENT)?;
                 let scan = Scan::read(segment, frame, &tables)?;
-                if scan.parts.len() == 3 && !is_rgb {
+                if scan.parts.iter().map(|part| part.component).eq(0..3) && !is_rgb {
                     planes = least.and_then(|least| Planes::of(frame, least));
                 }
-                rest = scan.walk(rest, frame, tables.restart, planes.as_mut())?;
+                rest = match frame.progressive {
+                    true => scan.walk_progressive(rest, frame, tables.restart)?,
+                    false => scan.walk_sequential(rest, frame, tables.restart, planes.as_mut())?,
+                };
             }
             // Adobe's segment says that the colours are not turned to luma and differences.
             0xEE => is_rgb |= segment.starts_with(b"Adobe") && segment.get(11) == Some(&0),
@@ -178,7 +182,8 @@ impl Tables {
                 1 => &mut self.ac,
                 _ => return Err(SEGMENT),
             };
-            *class.get_mut(usize::from(head & 15)).ok_or(SEGMENT)? = Some(Huffman::read(&mut segment)?);
+            let slot = class.get_mut(usize::from(head & 15)).ok_or(SEGMENT)?;
+            *slot = Some(Huffman::read(&mut segment, head >> 4 == 0)?);
         }
         Ok(())
     }
@@ -188,8 +193,9 @@ struct Frame {
     progressive: bool,
     /// Width and height in pixels.
     sides: [usize; 2],
-    /// MCUs of a scan with several components.
+    /// MCUs of a scan with several components, and how many lie in a row.
     mcus: usize,
+    mcus_across: usize,
     components: Vec<Component>,
 }
 
@@ -226,8 +232,9 @@ impl Frame {
             let quantiser = quantiser.into();
             Component { id, factors: [h, v], blocks, quantiser, reached: [NOT_YET; 64], nonzero: Vec::new() }
         };
-        let mcus = width.div_ceil(8 * widest) * height.div_ceil(8 * highest);
-        Ok(Self { progressive, sides, mcus, components: parts.iter().map(component).collect() })
+        let mcus_across = width.div_ceil(8 * widest);
+        let mcus = mcus_across * height.div_ceil(8 * highest);
+        Ok(Self { progressive, sides, mcus, mcus_across, components: parts.iter().map(component).collect() })
     }
 }
 

@@ -3,7 +3,7 @@
 //! Each block of 8×8 samples becomes 2×2: the inverse transform of its four lowest coefficients, as
 //! Dugad and Ahuja do ("A fast scheme for image size change in the compressed domain", IEEE TCSVT
 //! 11(4), 2001), which costs a fraction of decoding every pixel.
-//! Called by the walk, block by block. What is not the usual three components in one sequential
+//! Called by the walk, for each row of MCUs. What is not the usual three components in one sequential
 //! scan is left to the decoder.
 
 use image::RgbImage;
@@ -26,21 +26,24 @@ pub struct Quarter {
     pub side_px: u32,
 }
 
-/// Luma and the two colour differences, each as its blocks fill it, up to whole MCUs.
+/// The pixels of a quarter in the making.
 pub(super) struct Planes {
-    planes: [Plane; 3],
     /// Of the photo itself, in pixels.
     sides: [u32; 2],
-    mcus_across: usize,
-    /// Column and row of the MCU at hand.
-    at: [usize; 2],
+    /// Luma and the two colour differences.
+    planes: [Plane; 3],
+    /// Rows of luma that come at a time.
+    rows: usize,
+    pixels: Vec<u8>,
 }
 
 struct Plane {
-    /// Blocks in an MCU, across and down.
-    factors: [usize; 2],
+    /// How many pixels have one sample, across and down.
+    times: [usize; 2],
+    /// Pairs of samples in a row.
     stride: usize,
-    samples: Vec<u8>,
+    /// A row with a sample for each pixel.
+    wide: Vec<u8>,
 }
 
 impl Planes {
@@ -55,68 +58,107 @@ impl Planes {
         if !usual || longer / 4 < least.longer || shorter / 4 < least.shorter {
             return None;
         }
-        let mcus_across = frame.sides[0].div_ceil(8 * luma.factors[0]);
         let planes = [luma, blue, red].map(|component| {
-            let factors = component.factors;
-            let samples = vec![0; 4 * frame.mcus * factors[0] * factors[1]];
-            Plane { factors, stride: 2 * mcus_across * factors[0], samples }
+            let times = [0, 1].map(|axis| luma.factors[axis] / component.factors[axis]);
+            Plane { times, stride: frame.mcus_across * component.factors[0], wide: Vec::new() }
         });
-        Some(Self { planes, sides, mcus_across, at: [0; 2] })
+        let [width, height] = frame.sides.map(|side| side / 4);
+        Some(Self { sides, planes, rows: 2 * luma.factors[1], pixels: Vec::with_capacity(3 * width * height) })
     }
 
-    #[inline]
-    pub(super) fn begin(&mut self, mcu: usize) {
-        self.at = [mcu % self.mcus_across, mcu / self.mcus_across];
-    }
-
-    /// Takes the `block`th block of a component in the MCU at hand: its first five coefficients,
-    /// dequantised, in zigzag order.
-    #[inline]
-    pub(super) fn put(&mut self, component: usize, block: usize, low: [i32; 5]) {
-        let [column, row] = self.at;
-        let Some(Plane { factors: [across, down], stride, samples }) = self.planes.get_mut(component) else { return };
-        let left = 2 * (column * *across + block % *across);
-        let top = 2 * (row * *down + block / *across);
-        // In zigzag order the fourth lies on the diagonal's other end, beyond what is kept.
-        let [mean, across, down, _, both] = low;
-        let sample = |sum: i32| (((sum + 4) >> 3) + 128).clamp(0, 255) as u8;
-        let rows = [
-            [mean + across + down + both, mean - across + down - both],
-            [mean + across - down - both, mean - across - down + both],
-        ];
-        for (place, row) in rows.into_iter().enumerate() {
-            let start = (top + place) * *stride + left;
-            if let Some(target) = samples.get_mut(start..start + 2) {
-                target.copy_from_slice(&row.map(sample));
+    /// Takes the samples of a row of MCUs as their blocks fill it: what lies beyond the pixels is
+    /// left out.
+    pub(super) fn take(&mut self, samples: [&[[u8; 2]]; 3]) -> Option<()> {
+        let [width, height] = self.sides.map(|side| side as usize / 4);
+        for y in 0..self.rows {
+            let start = self.pixels.len();
+            if start >= 3 * width * height {
+                break;
             }
+            let mut rows: [&[u8]; 3] = [&[]; 3];
+            for ((row, samples), plane) in rows.iter_mut().zip(samples).zip(&mut self.planes) {
+                let samples = samples.get(y / plane.times[1] * plane.stride..)?.as_flattened();
+                *row = plane.widened(samples, width)?;
+            }
+            self.pixels.resize(start + 3 * width, 0);
+            convert(rows, self.pixels.get_mut(start..)?);
         }
+        Some(())
     }
 
     /// The whole pixels of the quarter; `None` where there are none.
     pub(super) fn finish(self) -> Option<Quarter> {
         let [width, height] = self.sides.map(|side| side / 4);
-        let [luma, blue, red] = &self.planes;
-        let mut pixels = Vec::with_capacity(3 * width as usize * height as usize);
-        let times = |plane: &Plane| [0, 1].map(|axis| luma.factors[axis] / plane.factors[axis]);
-        let (blue_times, red_times) = (times(blue), times(red));
-        for y in 0..height as usize {
-            let row = |plane: &'_ Plane, times: [usize; 2]| y / times[1] * plane.stride;
-            let luma_row = luma.samples.get(row(luma, [1, 1])..)?;
-            let blue_row = blue.samples.get(row(blue, blue_times)..)?;
-            let red_row = red.samples.get(row(red, red_times)..)?;
-            for (x, luma) in luma_row.iter().enumerate().take(width as usize) {
-                pixels.extend(rgb(*luma, *blue_row.get(x / blue_times[0])?, *red_row.get(x / red_times[0])?));
-            }
-        }
-        let pixels = RgbImage::from_raw(width, height, pixels)?;
+        let pixels = RgbImage::from_raw(width, height, self.pixels)?;
         Some(Quarter { pixels, side_px: self.sides[0].min(self.sides[1]) })
     }
 }
 
-/// ITU-T T.871 (JFIF), section 7, its factors times 2¹⁶.
-#[inline]
+impl Plane {
+    /// The first samples of a row, one for each of `width` pixels.
+    fn widened<'a>(&'a mut self, samples: &'a [u8], width: usize) -> Option<&'a [u8]> {
+        match self.times[0] {
+            1 => samples.get(..width),
+            times => {
+                self.wide.clear();
+                let samples = samples.get(..width.div_ceil(times))?;
+                match times {
+                    2 => self.wide.extend(samples.iter().flat_map(|sample| [*sample; 2])),
+                    _ => self.wide.extend(samples.iter().flat_map(|sample| std::iter::repeat_n(*sample, times))),
+                }
+                self.wide.get(..width)
+            }
+        }
+    }
+}
+
+/// The inverse transform of a block's lowest coefficients: 2×2 samples, by rows.
+#[inline(always)]
+pub(super) fn samples(low: [i32; 5]) -> [[u8; 2]; 2] {
+    // In zigzag order the fourth lies on the diagonal's other end, beyond what is kept.
+    let [mean, across, down, _, both] = low;
+    let sample = |sum: i32| (((sum + 4) >> 3) + 128).clamp(0, 255) as u8;
+    [
+        [sample(mean + across + down + both), sample(mean - across + down - both)],
+        [sample(mean + across - down - both), sample(mean - across - down + both)],
+    ]
+}
+
+/// A row of luma and the differences of blue and red as pixels.
+fn convert(rows: [&[u8]; 3], pixels: &mut [u8]) {
+    const AT_ONCE: usize = 16;
+    let [(luma, luma_rest), (blue, blue_rest), (red, red_rest)] = rows.map(<[u8]>::as_chunks::<AT_ONCE>);
+    let (many, rest) = pixels.as_chunks_mut::<{ 3 * AT_ONCE }>();
+    for (((pixels, luma), blue), red) in many.iter_mut().zip(luma).zip(blue).zip(red) {
+        // In three passes, each over sixteen at once.
+        let mut colours = [[0; AT_ONCE]; 3];
+        for at in 0..AT_ONCE {
+            let [red, green, blue] = rgb(luma[at], blue[at], red[at]);
+            colours[0][at] = red;
+            colours[1][at] = green;
+            colours[2][at] = blue;
+        }
+        for (at, pixel) in pixels.as_chunks_mut::<3>().0.iter_mut().enumerate() {
+            *pixel = [colours[0][at], colours[1][at], colours[2][at]];
+        }
+    }
+    let rest = rest.as_chunks_mut::<3>().0;
+    for (((pixel, luma), blue), red) in rest.iter_mut().zip(luma_rest).zip(blue_rest).zip(red_rest) {
+        *pixel = rgb(*luma, *blue, *red);
+    }
+}
+
+/// ITU-T T.871 (JFIF), section 7, its factors times 2¹⁶. Whole parts of the factors stand outside:
+/// what is left fits sixteen bits, as the processor multiplies many at once.
+#[inline(always)]
 fn rgb(luma: u8, blue: u8, red: u8) -> [u8; 3] {
-    let [luma, blue, red] = [i32::from(luma) << 16, i32::from(blue) - 128, i32::from(red) - 128];
-    let sums = [luma + 91_881 * red, luma - 22_554 * blue - 46_802 * red, luma + 116_130 * blue];
-    sums.map(|sum| ((sum + (1 << 15)) >> 16).clamp(0, 255) as u8)
+    let [luma, blue, red] = [i16::from(luma), i16::from(blue) - 128, i16::from(red) - 128];
+    let part = |sum: i32| ((sum + (1 << 15)) >> 16) as i16;
+    let times = |value: i16, factor: i32| i32::from(value) * factor;
+    let sums = [
+        luma + red + part(times(red, 26_345)),
+        luma - red + part(times(red, 18_734) - times(blue, 22_554)),
+        luma + 2 * blue + part(times(blue, -14_942)),
+    ];
+    sums.map(|sum| sum.clamp(0, 255) as u8)
 }

@@ -1,7 +1,6 @@
 //! The walk over one scan, sequential or progressive (ITU-T T.81, annexes F and G).
 
-use super::huffman::{Bits, Huffman};
-use super::quarter::Planes;
+use super::huffman::{Bits, Huffman, MAX_AC_SIZE, MAX_DC_SIZE};
 use super::{
     CUT_SHORT, Component, Damaged, Frame, MAX_AC, MAX_DC, NO_TABLE, NOT_YET, Result, SEGMENT, TOO_FAR, TOO_LARGE,
     Tables, take, take_marker,
@@ -22,7 +21,8 @@ pub(super) struct Scan<'a> {
 /// A component's part in a scan.
 pub(super) struct Part<'a> {
     pub(super) component: usize,
-    pub(super) blocks_per_mcu: usize,
+    /// Blocks in an MCU of a scan with several components, across and down.
+    pub(super) factors: [usize; 2],
     pub(super) dc: Option<&'a Huffman>,
     pub(super) ac: Option<&'a Huffman>,
     pub(super) quantiser: &'a [u16; 64],
@@ -31,8 +31,6 @@ pub(super) struct Part<'a> {
     pub(super) max_dc: i32,
     /// Of the squares of a block's AC coefficients.
     pub(super) max_energy: u64,
-    /// The block's first coefficients, dequantised; sequential scans only.
-    pub(super) low: [i32; 5],
 }
 
 impl<'a> Scan<'a> {
@@ -88,94 +86,68 @@ impl<'a> Scan<'a> {
         let rounding = quantiser.iter().map(|step| f64::from(*step).powi(2)).sum::<f64>().sqrt() / 2.0;
         let part = Part {
             component: index,
-            blocks_per_mcu: component.factors[0] * component.factors[1],
+            factors: component.factors,
             dc: tables.dc.get(usize::from(slots >> 4)).and_then(Option::as_ref),
             ac: tables.ac.get(usize::from(slots & 15)).and_then(Option::as_ref),
             quantiser,
             predicted: 0,
             max_dc: (MAX_DC / step) as i32 + 1,
             max_energy: (MAX_AC + rounding).powi(2) as u64,
-            low: [0; 5],
         };
         let no_dc = self.first == 0 && self.high == 0 && part.dc.is_none();
         if no_dc || (self.last > 0 && part.ac.is_none()) { Err(NO_TABLE) } else { Ok(part) }
     }
 
-    /// Walks all MCUs, and tells `planes` of each block; gives what follows on the scan.
-    pub(super) fn walk<'b>(
+    /// Walks all MCUs of a progressive scan; gives what follows on it.
+    pub(super) fn walk_progressive<'b>(
         mut self,
         bytes: &'b [u8],
         frame: &mut Frame,
         restart: usize,
-        mut planes: Option<&mut Planes>,
     ) -> Result<&'b [u8]> {
-        let mut bits = Bits { rest: bytes, buffer: 0, count: 0 };
+        let mut bits = Bits::of(bytes);
         let mut parts = std::mem::take(&mut self.parts);
         let mut mcus = frame.mcus;
         let mut nonzero: &mut [u64] = &mut [];
         if let [part] = parts.as_mut_slice() {
             // Alone, a component has no blocks that only fill up an MCU (A.2.2).
             let component = frame.components.get_mut(part.component).ok_or(SEGMENT)?;
-            (part.blocks_per_mcu, mcus, nonzero) = (1, component.blocks, &mut component.nonzero);
+            (part.factors, mcus, nonzero) = ([1, 1], component.blocks, &mut component.nonzero);
         }
         for mcu in 0..mcus {
             if restart > 0 && mcu > 0 && mcu.is_multiple_of(restart) {
-                self.restart(&mut bits, mcu / restart)?;
+                self.all_ended()?;
+                restart_at(&mut bits, mcu / restart)?;
                 parts.iter_mut().for_each(|part| part.predicted = 0);
             }
             let mut unused = 0;
             let block_bits = nonzero.get_mut(mcu).unwrap_or(&mut unused);
-            if let Some(planes) = &mut planes {
-                planes.begin(mcu);
-            }
             for part in &mut parts {
-                for block in 0..part.blocks_per_mcu {
+                for _ in 0..part.factors[0] * part.factors[1] {
                     self.block(&mut bits, part, block_bits)?;
-                    if let Some(planes) = &mut planes {
-                        planes.put(part.component, block, part.low);
-                    }
                 }
             }
         }
-        self.end(&mut bits)?;
-        if restart > 0 && mcus.is_multiple_of(restart) {
-            // Some encoders write a marker behind the last interval too (image-rs/jpeg-decoder#53).
-            let mut ahead = bits.rest;
-            if take_marker(&mut ahead)? == restart_marker(mcus / restart) {
-                return Ok(ahead);
-            }
-        }
-        Ok(bits.rest)
+        self.all_ended()?;
+        bits.end()?;
+        behind(bits.rest, restart, mcus)
     }
 
-    pub(super) fn restart(&mut self, bits: &mut Bits, interval: usize) -> Result<()> {
-        self.end(bits)?;
-        if take_marker(&mut bits.rest)? == restart_marker(interval) {
-            Ok(())
-        } else {
-            Err(Damaged("a restart marker is missing or out of order"))
-        }
-    }
-
-    pub(super) fn end(&mut self, bits: &mut Bits) -> Result<()> {
-        if self.ended > 0 {
-            return Err(Damaged("more blocks are ended than there are"));
-        }
-        bits.end()
+    fn all_ended(&self) -> Result<()> {
+        if self.ended > 0 { Err(Damaged("more blocks are ended than there are")) } else { Ok(()) }
     }
 
     #[inline]
     pub(super) fn block(&mut self, bits: &mut Bits, part: &mut Part, nonzero: &mut u64) -> Result<()> {
         if self.first == 0 && self.high == 0 {
             let size = bits.symbol(part.dc.ok_or(NO_TABLE)?)?;
-            if size > 11 {
+            if size > MAX_DC_SIZE {
                 return Err(TOO_LARGE);
             }
             part.predicted += bits.value(size)?;
             if part.predicted.abs() > part.max_dc {
                 return Err(TOO_LARGE);
             }
-            part.low = [part.predicted * i32::from(part.quantiser[0]), 0, 0, 0, 0];
         } else if self.first == 0 {
             bits.take(1)?;
         }
@@ -206,14 +178,11 @@ impl<'a> Scan<'a> {
             }
             at += usize::from(run);
             let step = part.quantiser.get(at).filter(|_| at <= last).ok_or(TOO_FAR)?;
-            if size > 10 {
+            if size > MAX_AC_SIZE {
                 return Err(TOO_LARGE);
             }
             if size > 0 {
                 let value = bits.value(size)?;
-                if let Some(low) = part.low.get_mut(at) {
-                    *low = value * i32::from(*step);
-                }
                 let value = u64::from(value.unsigned_abs() << self.low) * u64::from(*step);
                 energy += value.min(1 << 20).pow(2);
                 *nonzero |= 1 << at;
@@ -230,7 +199,6 @@ impl<'a> Scan<'a> {
     pub(super) fn end_run(&self, bits: &mut Bits, run: u8) -> Result<u32> {
         match run {
             0 => Ok(1),
-            _ if !self.progressive => Err(Damaged("a code that sequential scans do not have")),
             _ => Ok((1 << run) + bits.take(run)?),
         }
     }
@@ -276,6 +244,28 @@ impl<'a> Scan<'a> {
     }
 }
 
-pub(super) fn restart_marker(interval: usize) -> u8 {
+/// Reads the marker between two restart intervals.
+pub(super) fn restart_at(bits: &mut Bits, interval: usize) -> Result<()> {
+    bits.end()?;
+    if take_marker(&mut bits.rest)? == restart_marker(interval) {
+        Ok(())
+    } else {
+        Err(Damaged("a restart marker is missing or out of order"))
+    }
+}
+
+/// What follows on a scan of that many MCUs.
+pub(super) fn behind(rest: &[u8], restart: usize, mcus: usize) -> Result<&[u8]> {
+    if restart > 0 && mcus.is_multiple_of(restart) {
+        // Some encoders write a marker behind the last interval too (image-rs/jpeg-decoder#53).
+        let mut ahead = rest;
+        if take_marker(&mut ahead)? == restart_marker(mcus / restart) {
+            return Ok(ahead);
+        }
+    }
+    Ok(rest)
+}
+
+fn restart_marker(interval: usize) -> u8 {
     0xD0 | (interval.wrapping_sub(1) & 7) as u8
 }

@@ -212,6 +212,7 @@ fn codes_that_no_encoder_writes_there_are_refused() {
     const SEQUENTIAL: [u8; 3] = [0, 63, 0];
     for (what, dc, ac, bits, expected) in [
         ("DC of twelve bits", 12, [0, 0], "0 100000000000 0   0 011111111111 0", TOO_LARGE),
+        ("DC with zeros before it", 0x11, [0, 0], "0 1 0   0 0 0", TOO_LARGE),
         ("AC of eleven bits", 0, [0x00, 0x0B], "0 1 10000000000 0   0 0", TOO_LARGE),
         ("65th coefficient", 0, [0x00, 0xF1], "0 1 0 1 0 1 0 1 0 0   0 0", TOO_FAR),
         ("zeros up to the end", 0, [0xF0, 0xE1], "0 0 0 1 0 0   0 0", TOO_FAR),
