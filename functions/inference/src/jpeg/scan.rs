@@ -13,7 +13,6 @@ pub(super) struct Scan<'a> {
     pub(super) last: u8,
     pub(super) high: u8,
     pub(super) low: u8,
-    pub(super) progressive: bool,
     /// Blocks to come that have no further coefficients (EOBRUN, G.1.2.2).
     pub(super) ended: u32,
 }
@@ -50,7 +49,7 @@ impl<'a> Scan<'a> {
         if usize::from(count) != selectors.len() || selectors.is_empty() || !legal || low > 13 {
             return Err(SEGMENT);
         }
-        let mut scan = Self { parts: Vec::new(), first, last, high, low, progressive: frame.progressive, ended: 0 };
+        let mut scan = Self { parts: Vec::new(), first, last, high, low, ended: 0 };
         for &[id, slots] in selectors {
             let index = frame.components.iter().position(|component| component.id == id).ok_or(SEGMENT)?;
             let component = frame.components.get_mut(index).ok_or(SEGMENT)?;
