@@ -114,11 +114,13 @@ impl Host {
         let secret = data::secret(data_dir)?;
         let blobs = DirBlobStore::open(&data_dir.join("blobs"), &secret)?;
 
+        let starting = inference::model::start(config.ort_library.clone());
         let digest =
             Bundle::publish(&config.model_dir, config.model_digest.as_deref(), &blobs).await.context("MODEL_DIR")?;
         let bundle = Bundle::fetch(&blobs, &digest, &data::model_folder(&config.temporary_dir)?).await?;
         let (library, sessions) = (config.ort_library.clone(), config.inference_workers);
         let model = Arc::new(tokio::task::spawn_blocking(move || Model::load(bundle, &library, sessions)).await??);
+        drop(starting);
 
         let llm = Arc::new(llm(env).await?);
         let submit = Submit {

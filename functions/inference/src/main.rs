@@ -8,7 +8,7 @@ use aws_lambda_events::event::sqs::SqsEvent;
 use inference::Inference;
 use inference::bundle::Bundle;
 use inference::config::{self, beside_executable};
-use inference::model::Model;
+use inference::model::{self, Model};
 use inference::room::Room;
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use secrecy::ExposeSecret;
@@ -23,6 +23,7 @@ const AT_ONCE: usize = 1;
 #[tokio::main]
 async fn main() -> Result<(), Error> {
     let stage = Stage::open(env!("CARGO_PKG_NAME")).await?;
+    let starting = model::start(config::ort_library(&stage.env)?);
     let cache = stage.cache()?;
     let cache_secret = match cache {
         // What it keys is then written nowhere but into records, where it must tell nothing.
@@ -40,6 +41,7 @@ async fn main() -> Result<(), Error> {
         clock: stage.clock.clone(),
         policy: stage.policy,
     };
+    drop(starting);
     let (inference, metrics) = (&inference, &stage.metrics);
     lambda_runtime::run(service_fn(async move |event: LambdaEvent<SqsEvent>| {
         let deadline = clock::from_millis(i64::try_from(event.context.deadline)?);
