@@ -13,17 +13,18 @@ import torch
 from torch.nn import functional as F
 
 import strangers
+from augment import as_input, augment
 from draw import draw_lesions
-from network import FROZEN, LesionNet, Strangeness, strangeness_features
+from network import EARLY, LesionNet, Strangeness, normalise, strangeness_features
 from prepare import CODES, FOLDS, SEED, Photos, resize
+from score import figures
 from train import CALIBRATION_FOLDS
-from views import as_input, frozen_session
 
 # Share of real photos that may be refused as strange.
 REFUSED_AS_STRANGE = 0.015
 # How far the logits are put back from the sampled to the true frequencies: 1 fully. What is left out leans towards
 # the rare classes.
-PRIOR = 0.4
+PRIOR = 0.25
 # What melanoma's logit gets on top.
 MELANOMA_LEAN = 0.6
 # Share of melanomas that may be answered with a benign class, and what that may cost in photos answered.
@@ -39,22 +40,18 @@ def load_network(work: Path, job: str) -> LesionNet:
     with torch.no_grad():
         network.head.bias -= PRIOR * torch.log(saved["excess"])
         network.head.bias[MELANOMA] += MELANOMA_LEAN
-    return network.eval()
+    return network.eval().to(memory_format=torch.channels_last)
 
 
-def maps_of(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2)
+def batches(photos: np.ndarray, count: int = 64):
+    return (photos[i : i + count] for i in range(0, len(photos), count))
 
 
-def features_of(maps: np.ndarray) -> torch.Tensor:
-    parts = [strangeness_features(maps_of(maps[i : i + 256])) for i in range(0, len(maps), 256)]
+def early_features(network: LesionNet, photos: np.ndarray, change=as_input) -> torch.Tensor:
+    """What the out-of-distribution score sees of photos, uint8 [N, H, W, 3], as they are or changed."""
+    with torch.no_grad():
+        parts = [strangeness_features(network(normalise(change(batch)), 0, EARLY)) for batch in batches(photos)]
     return torch.cat(parts).double()
-
-
-def drawn_features(pictures: list) -> torch.Tensor:
-    session, photos = frozen_session(), np.stack([resize(picture) for picture in pictures])
-    parts = [session.run(None, {"pixels": as_input(photos[i : i + 32]).numpy()})[0] for i in range(0, len(photos), 32)]
-    return features_of(np.concatenate(parts))
 
 
 def fit_strangeness(plain: torch.Tensor, changed: torch.Tensor, drawn: torch.Tensor, strange: torch.Tensor) -> Strangeness:
@@ -85,30 +82,34 @@ def fit_strangeness(plain: torch.Tensor, changed: torch.Tensor, drawn: torch.Ten
     return score
 
 
-def strangeness(work: Path, photos: Photos) -> tuple[Strangeness, float]:
+def strangeness(network: LesionNet, photos: Photos) -> tuple[Strangeness, float]:
     """The score fitted on all train photos, and the threshold from scores of folds that it was not fitted on."""
-    plain, changed = (features_of(np.load(work / f"view-{view}.npy", mmap_mode="r")) for view in (0, 1))
+    def drawn_features(pictures: list) -> torch.Tensor:
+        return early_features(network, np.stack([resize(picture) for picture in pictures]))
+
+    pixels, fold = photos.pixels[photos.train], photos.fold[photos.train]
+    plain, changed = early_features(network, pixels), early_features(network, pixels, augment)
     drawn = drawn_features(draw_lesions(SEED, 160))
     strange = drawn_features(strangers.draw(strangers.FITTED, SEED))
-    fold, scores = photos.fold[photos.train], torch.zeros(len(plain), dtype=torch.double)
+    scores, changed_scores = torch.zeros(2, len(plain), dtype=torch.double)
     for left_out in range(FOLDS):
-        score = fit_strangeness(plain[fold != left_out], changed[fold != left_out], drawn, strange)
-        scores[fold == left_out] = score(plain[fold == left_out])
+        rows = torch.from_numpy(fold == left_out)
+        score = fit_strangeness(plain[~rows], changed[~rows], drawn, strange)
+        scores[rows], changed_scores[rows] = score(plain[rows]), score(changed[rows])
     limit = torch.quantile(scores, 1 - REFUSED_AS_STRANGE).item()
+    print(f"refused of the changed views: {(changed_scores > limit).double().mean():.3f}")
     return fit_strangeness(plain, changed, drawn, strange).float(), round(limit, 3)
 
 
 def unseen_logits(work: Path, photos: Photos) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels of the photos of each calibration fold, from the network that was trained without it."""
-    views, fold = np.load(work / "view-0.npy", mmap_mode="r"), photos.fold[photos.train]
     logits, labels = [], []
     for left_out in CALIBRATION_FOLDS:
-        network, rows = load_network(work, str(left_out)), np.flatnonzero(fold == left_out)
+        network, rows = load_network(work, str(left_out)), np.flatnonzero(photos.fold == left_out)
         with torch.no_grad():
-            for i in range(0, len(rows), 64):
-                chosen = rows[i : i + 64]
-                logits.append(network.head(network(maps_of(views[chosen]), FROZEN).mean((2, 3))))
-                labels.append(torch.from_numpy(photos.labels[photos.train][chosen]))
+            for batch in batches(photos.pixels[rows]):
+                logits.append(network.head(network(normalise(as_input(batch))).mean((2, 3))))
+        labels.append(torch.from_numpy(photos.labels[rows]))
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -132,8 +133,9 @@ def fit_min_probability(probabilities: torch.Tensor, labels: torch.Tensor) -> fl
 
 
 def main(work: Path) -> None:
+    torch.manual_seed(SEED)
     photos = Photos(work)
-    score, max_ood = strangeness(work, photos)
+    score, max_ood = strangeness(load_network(work, "all"), photos)
     logits, labels = unseen_logits(work, photos)
     temperature = fit_temperature(logits, labels)
     probabilities = torch.softmax(logits / temperature, 1)
@@ -142,10 +144,9 @@ def main(work: Path) -> None:
         "min_probability": fit_min_probability(probabilities, labels),
         "max_ood": max_ood,
     }
-    right = probabilities.argmax(1) == labels
-    recalls = [right[labels == c].float().mean().item() for c in range(len(CODES))]
-    print(calibration)
-    print(f"on {len(labels)} photos not trained on: accuracy {right.float().mean():.3f}, balanced {np.mean(recalls):.3f}")
+    print(calibration, f"on {len(labels)} photos not trained on, out of distribution left aside:", sep="\n")
+    for name, value in figures(probabilities.numpy(), np.full(len(labels), -np.inf), labels.numpy(), calibration).items():
+        print(f"{name} {value:.3f}")
     torch.save({"strangeness": score.state_dict(), "calibration": calibration}, work / "calibration.pt")
 
 

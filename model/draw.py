@@ -109,8 +109,8 @@ def main(work: Path) -> None:
     for folder in (samples, golden):
         folder.mkdir(parents=True, exist_ok=True)
     large, middle, small = (600, 450), (256, 192), (128, 96)
-    mole = add_grain(draw_lesion(50, large, Spot(DARK, BROWN, 0.25, 0.05)), 500)
-    hairy = add_hairs(draw_lesion(5, large, Spot(BROWN, BROWN + 35, 0.3, 0.08)), 4, 9)
+    mole = add_grain(draw_lesion(162, large, Spot(BROWN - 30, BROWN + 10, 0.26, 0.03)), 500)
+    hairy = add_hairs(draw_lesion(8, large, Spot(BROWN, BROWN + 35, 0.3, 0.08)), 4, 9)
     pale = add_hairs(draw_lesion(13, middle, Spot(BROWN + 35, BROWN + 60, 0.34, 0.1)), 14, 40)
     pictures = {
         samples / "mole-drawn.png": mole,

@@ -32,7 +32,6 @@ install() {
 python=$work/venv/bin/python
 step install install
 step prepare "$python" prepare.py "$data" "$work"
-step views "$python" views.py "$work"
 step train "$python" train.py "$work"
 step draw "$python" draw.py "$work"
 step calibrate "$python" calibrate.py "$work"

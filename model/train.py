@@ -1,10 +1,12 @@
-"""Fits everything behind the frozen blocks: once on all train photos, and for each calibration fold without it.
+"""Fine-tunes the network: once on all train photos, and for each calibration fold without it.
 
 usage: train.py WORK_DIR [JOB ...]      a job is `all` or the number of the fold that is left out
 
-Writes weights-JOB.pt. The class weights of the sampling go into it, since they shift the logits.
+Writes weights-JOB.pt. How much more often than it occurs each class was drawn goes into it, since it shifts the logits.
+state-JOB.pt is written on the way; a run that was cut off goes on from there.
 """
 
+import copy
 import math
 import sys
 import time
@@ -15,34 +17,41 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from network import FROZEN, Convolution, LesionNet
-from prepare import CODES, SEED, Photos
-from views import VIEWS, WORKERS
+from augment import augment
+from network import LesionNet, normalise
+from prepare import CODES, HEIGHT, SEED, WIDTH, Photos
 
+WORKERS = 2
 BATCH = 32
-# Steps over all train photos; a fold takes its share of them. The rate rises over WARM_UP steps, stays, and falls
-# to nothing over the last share of FALL.
-STEPS, WARM_UP, FALL = 800, 50, 0.4
-RATE, HEAD_RATE = 8e-4, 3e-3
+# Steps over all train photos; a fold takes its share. The rate rises over WARM_UP steps and falls along a cosine to
+# nothing.
+STEPS, WARM_UP = 1900, 100
+SMALL, FULL = (HEIGHT * 3 // 4, WIDTH * 3 // 4), (HEIGHT, WIDTH)
+# Up to which share of the steps the pictures have which size, and how many of the first blocks rest. Every layer
+# learns first, on small pictures, which cost less than half. The first blocks hold half of the work and a hundredth
+# of the weights: what they have learned by then has to do.
+PHASES = [(0.25, SMALL, 0), (0.63, SMALL, 3), (1.0, FULL, 4)]
+# The stem learns at EARLY_SHARE of the rate, the blocks behind it at more and more.
+RATE, EARLY_SHARE, HEAD_RATE = 8e-4, 0.25, 3e-3
+WEIGHT_DECAY = 0.05
 # A class is drawn by its count to this power: 1 as frequent as it is, 0 all alike.
 BALANCE = 0.5
-SMOOTHING = 0.05
-# Each fold costs two thirds of the training again; one holds 2,309 photos, which is enough for three numbers.
+SMOOTHING, DROPOUT, DROPPED_BLOCKS = 0.05, 0.25, 0.1
+# Of the running mean of the weights, which is what is kept.
+MEAN_DECAY = 0.998
+# Each fold costs two thirds of the training again; one holds 2,309 photos, which is enough for a few numbers.
 CALIBRATION_FOLDS = [0]
-DROPOUT = 0.25
 
 
-def trained_parameters(network: LesionNet) -> list[torch.nn.Parameter]:
-    """Those behind the frozen blocks. Depthwise filters stay too: nine tenths of the work for a hundredth of the weights."""
-    for parameter in network.blocks.parameters():
-        parameter.requires_grad_(False)
-    for block in network.blocks[FROZEN:]:
-        for layer in block.modules():
-            if isinstance(layer, Convolution):
-                layer[0].weight.requires_grad_(layer[0].groups == 1)
-                layer[1].requires_grad_(True)
-                layer[1].momentum = 0.03
-    return [parameter for parameter in network.blocks.parameters() if parameter.requires_grad]
+def parameter_groups(network: LesionNet) -> list[dict]:
+    groups = [{"params": network.head.parameters(), "lr": HEAD_RATE, "weight_decay": 0.0}]
+    last = len(network.blocks) - 1
+    for i, block in enumerate(network.blocks):
+        rate = RATE * EARLY_SHARE ** (1 - i / last)
+        for filters in (True, False):
+            chosen = [parameter for parameter in block.parameters() if (parameter.ndim > 1) == filters]
+            groups.append({"params": chosen, "lr": rate, "weight_decay": WEIGHT_DECAY if filters else 0.0})
+    return groups
 
 
 def sampling(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,48 +62,87 @@ def sampling(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rate(step: int, steps: int) -> float:
-    return min(step / WARM_UP, 1.0, max(steps - step, 0) / (FALL * steps))
+    return min(step / WARM_UP, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def follow(mean: LesionNet, network: LesionNet, step: int) -> None:
+    """Moves the mean of the weights and of the running statistics towards the network's."""
+    share = 1 - min(MEAN_DECAY, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for kept, now in zip(mean.state_dict().values(), network.state_dict().values()):
+            if kept.is_floating_point():
+                kept.lerp_(now, share)
+
+
+def logits_of(network: LesionNet, views: torch.Tensor, resting: int) -> torch.Tensor:
+    views = normalise(views).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.set_grad_enabled(resting == 0):
+            early = network(views, 0, resting)
+        return network.head(F.dropout(network(early, resting).mean((2, 3)), DROPOUT)).float()
 
 
 def fit(work: Path, job: str) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    rng, start = np.random.default_rng(SEED), time.monotonic()
-    photos = Photos(work)
+    photos, start = Photos(work), time.monotonic()
     labels, fold = photos.labels[photos.train], photos.fold[photos.train]
     chosen = np.flatnonzero(fold != int(job)) if job != "all" else np.arange(len(labels))
-    views = [np.load(work / f"view-{view}.npy", mmap_mode="r") for view in range(VIEWS + 1)]
     chance, excess = sampling(labels[chosen])
+    chance = torch.from_numpy(chance)
+    steps = round(STEPS * len(chosen) / len(labels))
 
     network = LesionNet(len(CODES))
     network.load_backbone()
     network = network.to(memory_format=torch.channels_last)
-    groups = [{"params": trained_parameters(network)}, {"params": network.head.parameters(), "lr": HEAD_RATE, "weight_decay": 0.0}]
-    for i, block in enumerate(network.blocks[FROZEN:-1]):
-        block.drop = 0.1 * (i + 1) / 10
-    optimizer = torch.optim.AdamW(groups, RATE, weight_decay=0.05)
-    steps = round(STEPS * len(chosen) / len(labels))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    for i, block in enumerate(network.blocks[:-1]):
+        block.drop = DROPPED_BLOCKS * i / len(network.blocks)
+        for layer in block.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.momentum = 0.03
+    mean = copy.deepcopy(network)
+    optimizer = torch.optim.AdamW(parameter_groups(network), RATE)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    torch.manual_seed(SEED)
+    first, state = 1, work / f"state-{job}.pt"
+    if state.exists():
+        saved = torch.load(state)
+        network.load_state_dict(saved["network"])
+        mean.load_state_dict(saved["mean"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        first = saved["step"] + 1
+
     network.train()
-    total = 0.0
-    for step in range(1, steps + 1):
-        picked = rng.choice(chosen, BATCH, replace=False, p=chance)
-        maps = np.stack([views[view][photo] for view, photo in zip(rng.integers(0, VIEWS + 1, BATCH), picked)])
-        x = torch.from_numpy(maps).float().permute(0, 3, 1, 2)
-        pooled = network(x, FROZEN).mean((2, 3))
-        logits = network.head(F.dropout(pooled, DROPOUT))
+    total, resting = 0.0, 0
+    for step in range(first, steps + 1):
+        size, rest = next((size, rest) for end, size, rest in PHASES if step <= end * steps)
+        if rest > resting:
+            resting = rest
+            network.load_state_dict(mean.state_dict())
+            network.blocks[:resting].eval().requires_grad_(False)
+        for group, full in zip(optimizer.param_groups, rates):
+            group["lr"] = full * rate(step, steps)
+        picked = chosen[torch.multinomial(chance, BATCH).numpy()]
+        views = augment(photos.pixels[photos.train[picked]], *size)
+        logits = logits_of(network, views, resting)
         loss = F.cross_entropy(logits, torch.from_numpy(labels[picked]), label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
-        schedule.step()
+        follow(mean, network, step)
         total += loss.item()
         if step % 50 == 0 or step == steps:
             print(f"{job}: step {step} of {steps}, loss {total / 50:.3f}, {time.monotonic() - start:.0f} s", flush=True)
             total = 0.0
             if not math.isfinite(loss.item()):
                 raise ValueError("the loss is no number")
-    torch.save({"network": network.state_dict(), "excess": torch.from_numpy(excess).float()}, work / f"weights-{job}.pt")
+        if step % 100 == 0:
+            now = {"network": network.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(now | {"random": torch.get_rng_state(), "step": step}, state.with_suffix(".part"))
+            state.with_suffix(".part").rename(state)
+    torch.save({"network": mean.state_dict(), "excess": torch.from_numpy(excess).float()}, work / f"weights-{job}.pt")
+    state.unlink(missing_ok=True)
 
 
 def main(work: Path, jobs: list[str]) -> None:
