@@ -113,9 +113,9 @@ class Bench:
             self.target(f"{what}, scores", f"{off[-1]:.4f} at most", f"<= {within}", off[-1] <= within)
 
     def settings(self, name, model):
-        print(f"\n{name}, session settings: creation (processor) and run (clock), ms", flush=True)
+        print(f"\n{name}, session settings: creation and run in ms of the processor, run on the clock", flush=True)
         for line in self.call([sys.executable, HERE / "twin.py", "settings", model]):
-            print(f"{line['setting']:<42}{line['create']:>8.1f}{line['run']:>8.2f}")
+            print(f"{line['setting']:<42}{line['create']:>8.1f}{line['run']:>8.2f}{line['clock']:>8.2f}")
 
     def int8(self, name, model):
         print(f"\n{name}, in int8 beside it", flush=True)
