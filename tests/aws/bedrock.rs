@@ -28,6 +28,7 @@ use tokio::sync::oneshot;
 
 use crate::events::Functions;
 use crate::support::{root, sdk, within};
+use crate::websocket::Socket;
 
 const AGENT: &str = "AGENT12345";
 const ALIAS: &str = "TSTALIASID";
@@ -248,7 +249,7 @@ async fn settings_that_make_no_sense_keep_a_function_from_starting() {
 }
 
 #[tokio::test]
-async fn the_embedded_host_answers_conversations_and_prompts_by_an_agent() {
+async fn the_embedded_host_answers_conversations_prompts_and_questions_over_a_websocket_by_an_agent() {
     let folder = tempfile::tempdir().unwrap();
     let (model, library) =
         (root().join("model"), Env::of_process().text("ORT_DYLIB_PATH").unwrap().unwrap().to_owned());
@@ -277,7 +278,15 @@ async fn the_embedded_host_answers_conversations_and_prompts_by_an_agent() {
         said(&result["content"])
     })
     .await;
-    drop(stop);
+    let mut socket = Socket::connect(&http, &url, "").await;
+    socket.send(json!({"action": "ask", "prompt": "Hello?"})).await;
+    let (mut text, mut frame) = (String::new(), Value::Null);
+    while frame["type"] != "result" {
+        frame = socket.next().await.unwrap();
+        text.push_str(frame["text"].as_str().unwrap_or(""));
+    }
+    assert!(said(&json!(text)) && frame["result"]["content"] == text, "{text}, {frame}");
+    drop((stop, socket));
     running.await.unwrap().unwrap();
 }
 
