@@ -2,7 +2,8 @@
 //!
 //! Triggered by the queue. Reads the record and the photo. Writes, in this order: the claim; then
 //! either the overlay of the class activation map (blob store), where there is one, the finished
-//! record and after it the raw outputs (cache), or the released record and the message's visibility. A message may come twice or late: the claim decides, not the message.
+//! record and after it the raw outputs (cache), or the released record and the message's visibility.
+//! A message may come twice or late: the claim decides, not the message.
 
 pub mod bundle;
 pub mod config;

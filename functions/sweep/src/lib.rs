@@ -1,10 +1,11 @@
 //! Sends round again whatever got stuck.
 //!
 //! Triggered by a schedule, every minute. Reads the records that are due and the blob store's
-//! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, its end), then the message;
-//! for a delivery that nobody has made in days a dead letter, then the record; for a tombstone: it erases blobs, writes the record, which stays due until
-//! inference has confirmed, then sends the order to erase the cache; for an upload: it erases what was
-//! uploaded, then writes the record; for blobs of an hour that have no record: it deletes them.
+//! listing. Writes, for a job: its record (a later `due_at`, the dispatch marker, its end), then the
+//! message; for a delivery that nobody has made in days: a dead letter, then the record; for a
+//! tombstone: it erases blobs, writes the record, which stays due until inference has confirmed, then
+//! sends the order to erase the cache; for an upload: it erases what was uploaded, then writes the
+//! record; for blobs of an hour that have no record: it deletes them.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
