@@ -21,7 +21,9 @@ const SEED: u64 = 20;
 const SAMPLE: usize = 100;
 /// Of the smallest phones' photos that are read at a quarter.
 const PHONE: (u32, u32) = (2560, 1920);
-const SAME_LABEL: f64 = 0.995;
+/// Of all photos, the ones included that get no answer: the network tells one level of noise, so that the first
+/// label of a near tie may change.
+const SAME_LABEL: f64 = 0.98;
 /// How far a probability of the shipped network may move.
 const SCORES_WITHIN: f64 = 0.06;
 
@@ -46,7 +48,7 @@ fn first(probabilities: &[f64]) -> usize {
 }
 
 #[test]
-fn real_photos_as_large_as_a_phones_get_the_label_that_every_pixel_gives() {
+fn real_photos_as_large_as_a_phones_are_answered_as_every_pixel_is() {
     let model = model();
     let photos = real_photos();
     if photos.is_empty() {
@@ -67,15 +69,23 @@ fn real_photos_as_large_as_a_phones_get_the_label_that_every_pixel_gives() {
                     assert_eq!(reduced.dimensions(), (PHONE.0 / 4, PHONE.1 / 4));
                     let reduced = probabilities(model, &reduced);
                     let off = whole.iter().zip(&reduced).map(|(one, other)| (one - other).abs()).fold(0.0, f64::max);
-                    found.lock().unwrap().push((first(&whole) == first(&reduced), off));
+                    let answered = whole[first(&whole)] >= model.manifest.abstention.min_probability;
+                    found.lock().unwrap().push((first(&whole) == first(&reduced), answered, off));
                 }
             });
         }
     });
     let found = found.into_inner().unwrap();
-    let same = found.iter().filter(|(same, _)| *same).count() as f64 / found.len() as f64;
-    let furthest = found.iter().map(|(_, off)| *off).fold(0.0, f64::max);
-    println!("{} photos: same label {:.2} %, a probability moves by {furthest:.4} at most", found.len(), 100.0 * same);
+    let same = found.iter().filter(|(same, ..)| *same).count() as f64 / found.len() as f64;
+    let answered = found.iter().filter(|(_, answered, _)| *answered).count();
+    let answered_otherwise = found.iter().filter(|(same, answered, _)| *answered && !same).count();
+    let furthest = found.iter().map(|(.., off)| *off).fold(0.0, f64::max);
+    println!(
+        "{} photos, {answered} answered: same label {:.2} %, another answer {answered_otherwise}, a probability moves by {furthest:.4} at most",
+        found.len(),
+        100.0 * same
+    );
+    assert_eq!(answered_otherwise, 0, "a photo that is answered gets another label");
     assert!(same >= SAME_LABEL, "{same}");
     assert!(furthest <= SCORES_WITHIN, "{furthest}");
 }
