@@ -309,8 +309,6 @@ fn build_session(environment: &Environment, network: &[u8]) -> Result<Session, o
         .with_optimization_level(GraphOptimizationLevel::Level3)?
         // Two threads spin against each other where cores are shared (docs: ONNX Runtime, threading).
         .with_intra_threads(1)?
-        // Room for all of a run at once, which takes 3 MB more and is no faster.
-        .with_memory_pattern(false)?
         .commit_from_memory(network)?;
     Ok(session)
 }
