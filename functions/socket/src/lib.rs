@@ -26,7 +26,7 @@ use shared::error::{Code, Error, ErrorBody};
 use shared::http::Caller;
 use shared::job::{Policy, Record};
 use shared::ports::{BlobStore, Callers, Connection, Connections, JobQueue, JobStore, Push, Pushed, Subscribed};
-use shared::push::Frame;
+use shared::push::{self, Frame, Subscriber, Told};
 use utoipa::{OpenApi, ToSchema};
 use uuid::Uuid;
 
@@ -250,10 +250,13 @@ where
         }
         crash::here(Point::SocketSubscribed);
         let record = self.own(connection, id).await?;
-        match Frame::of(&record) {
-            Some(frame) => self.answer(connection, frame).await,
-            None => Ok(()),
+        let subscriber = Subscriber { caller: connection.identity.caller.clone(), connection: connection.id.clone() };
+        for told in push::deliveries(&record, vec![subscriber]) {
+            if let Told::Frame(_, frame) = told {
+                self.answer(connection, frame).await?;
+            }
         }
+        Ok(())
     }
 
     async fn own(&self, connection: &Connection, id: Uuid) -> Result<Record, Error> {
