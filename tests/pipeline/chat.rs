@@ -88,7 +88,7 @@ async fn lasting_trouble_has_a_status_and_a_code_of_its_own() {
     for (behaviour, status, code, calls) in table {
         let llm = LlmServer::start([]).await;
         llm.behave(behaviour.clone());
-        let host = Running::asking(&llm, &[("LLM_TIMEOUT_SECONDS", "1")]).await;
+        let host = Running::asking(&llm, &[("LLM_TIMEOUT_SECONDS", "3")]).await;
         let response = ask(&host, &conversation()).await;
         let wait = response.headers().get("retry-after").map(|wait| wait.to_str().unwrap().to_owned());
         assert_eq!(wait.as_deref(), (code == "llm_rate_limited").then_some("600"), "{behaviour:?}");

@@ -58,7 +58,7 @@ async fn passing_trouble_is_tried_again_until_an_answer_comes() {
         vec![Behaviour::Status(500, None); 4],
     ] {
         let calls = script.len() + 1;
-        let (result, llm) = described(script.clone(), &[("LLM_TIMEOUT_SECONDS", "1")]).await;
+        let (result, llm) = described(script.clone(), &[("LLM_TIMEOUT_SECONDS", "3")]).await;
         assert_eq!(result["description"]["source"], "llm", "{script:?}: {result}");
         assert_eq!(llm.calls(), calls, "{script:?}");
     }

@@ -28,7 +28,7 @@ async fn host_of(models: &Value) -> Running {
 
 /// A host whose model `fast` is `tiny` of this server.
 async fn host(llm: &LlmServer) -> Running {
-    host_of(&json!({"fast": {"base_url": llm.base_url(), "model": "tiny", "api_key_name": "UPSTREAM_KEY", "timeout_seconds": 1}}))
+    host_of(&json!({"fast": {"base_url": llm.base_url(), "model": "tiny", "api_key_name": "UPSTREAM_KEY", "timeout_seconds": 3}}))
         .await
 }
 
@@ -109,7 +109,7 @@ async fn the_pieces_of_a_stream_arrive_as_they_are_made() {
     while text.len() < pieces[..2].concat().len() {
         text.push_str(str::from_utf8(&response.chunk().await.unwrap().unwrap()).unwrap());
     }
-    // The server has said nothing more for a second by then.
+    // The server has said nothing more for three seconds by then.
     assert_eq!(text, pieces[..2].concat());
     let rest = response.text().await.unwrap();
     assert!(rest.contains("llm_timeout") && !rest.contains("[DONE]"), "{rest}");
@@ -178,7 +178,7 @@ async fn the_model_that_stands_in_is_asked_after_passing_trouble_alone() {
         first.behave(trouble.clone());
         second.behave(Behaviour::Answer("A growth.".into()));
         let models = json!({
-            "fast": {"base_url": first.base_url(), "timeout_seconds": 1, "fallback": "sure"},
+            "fast": {"base_url": first.base_url(), "timeout_seconds": 3, "fallback": "sure"},
             "sure": {"base_url": second.base_url(), "model": ""},
         });
         let host = host_of(&models).await;
