@@ -1,0 +1,85 @@
+//! Deleted jobs, and what sweep finds.
+
+use chrono::{TimeDelta, Utc};
+use shared::clock::Clock;
+use shared::crash::Point;
+use shared::job::{Record, photo_key};
+use shared::ports::{BlobStore, JobStore};
+use uuid::Uuid;
+
+use super::{RESULT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, Scene};
+use crate::support::process::Process;
+use crate::support::{ended, eventually, open};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_a_delete_leaves_nothing_behind() {
+    for &point in RESULT {
+        let scene = Scene::new([]).await;
+        let host = scene.start(None).await;
+        let id = scene.submit(&host, "key").await.unwrap();
+        ended(&scene.http, &host.url, &id).await;
+        host.kill().await;
+        let mut host = scene.start(Some(point)).await;
+        // The order to erase the cache may be worked, and the host killed, after the answer.
+        let _ = scene.http.delete(format!("{}/result/{id}", host.url)).send().await;
+        host.killed().await;
+        assert_erased(&scene, &id, point).await;
+    }
+    println!("result: killed at {} points", RESULT.len());
+}
+
+/// Waits until sweep has erased a deleted job for good.
+async fn assert_erased(scene: &Scene, id: &str, point: Point) {
+    let host = scene.start(None).await;
+    let gone = scene.http.get(format!("{}/result/{id}", host.url)).send().await.unwrap();
+    assert_eq!(gone.status().as_u16(), 404, "{}", point.name());
+    eventually(&format!("{}: the tombstone is settled", point.name()), async || {
+        let jobs = rusqlite::Connection::open(scene.data().join("jobs.sqlite")).unwrap();
+        jobs.query_row("SELECT count(*) FROM jobs WHERE due_at IS NOT NULL", [], |row| row.get::<_, u32>(0)).unwrap()
+            == 0
+    })
+    .await;
+    scene.settled(host, &[], point).await;
+    let host = open(scene.data(), Clock::System, &[]).await;
+    let id: Uuid = id.parse().unwrap();
+    assert!(matches!(host.store.get(id).await.unwrap(), Some(Record::Tombstone(_))), "{}", point.name());
+    assert_eq!(host.blobs.get(&photo_key(id)).await.unwrap(), None, "{}", point.name());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_writes_of_sweep_loses_and_doubles_nothing() {
+    for &point in SWEEP {
+        let scene = Scene::new([]).await;
+        let mut host = scene.start(Some(Point::SubmitRecordWritten)).await;
+        assert!(scene.submit(&host, "key").await.is_err());
+        host.killed().await;
+        scene.start(Some(point)).await.killed().await;
+        scene.recover("key", point).await;
+        assert_eq!(scene.llm.calls(), 1, "{}", point.name());
+    }
+    for &point in SWEEP_TOMBSTONE {
+        let scene = Scene::new([]).await;
+        let host = scene.start(None).await;
+        let id = scene.submit(&host, "key").await.unwrap();
+        ended(&scene.http, &host.url, &id).await;
+        host.kill().await;
+        let mut host = scene.start(Some(point)).await;
+        let deleted = scene.http.delete(format!("{}/result/{id}", host.url)).send().await.unwrap();
+        assert_eq!(deleted.status().as_u16(), 204);
+        host.killed().await;
+        assert_erased(&scene, &id, point).await;
+    }
+    for &point in SWEEP_ORPHAN {
+        let scene = Scene::new([]).await;
+        let orphan = shared::job::new_id(Utc::now() - TimeDelta::hours(3));
+        let folder = scene.data().join("blobs/jobs").join(orphan.to_string());
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("photo"), b"x").unwrap();
+        if let Some(mut host) = Process::start(scene.data(), &[("CRASH_AT", point.name())]).await {
+            host.killed().await;
+        }
+        assert!(!folder.exists());
+        scene.recover("key", point).await;
+    }
+    println!("sweep: killed at {} points", SWEEP.len() + SWEEP_TOMBSTONE.len() + SWEEP_ORPHAN.len());
+}
