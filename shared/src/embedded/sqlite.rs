@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use tokio::sync::oneshot;
 
@@ -183,8 +184,7 @@ fn connect(path: &Path, version: u32, schema: &str, changes: &[&str]) -> rusqlit
     create_private(path)?;
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
-    // Every statement that a file's calls use, or they are parsed again and again.
-    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    keep_statements(&connection)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", Kept::OnDisk.synchronous())?;
     // Deleted health data is overwritten, not only forgotten.
@@ -210,9 +210,16 @@ fn connect(path: &Path, version: u32, schema: &str, changes: &[&str]) -> rusqlit
 fn connect_reader(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
-    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    keep_statements(&connection)?;
     connection.pragma_update(None, "query_only", "ON")?;
     Ok(connection)
+}
+
+/// Every statement that a file's calls use is parsed once. Without the "query planner stability guarantee" SQLite
+/// would parse each that has a `LIMIT ?` again whenever it is given a value.
+fn keep_statements(connection: &Connection) -> rusqlite::Result<()> {
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true).map(drop)
 }
 
 /// SQLite gives its log the permissions of the file: the owner's alone.
@@ -354,6 +361,20 @@ mod tests {
         drop(other);
         assert!(!folder.path().join("numbers.sqlite-wal").exists(), "what is left in the log");
         assert_eq!(count(&Connection::open(&path).unwrap()).unwrap(), 300);
+    }
+
+    #[test]
+    fn a_statement_is_parsed_once_whatever_limit_it_is_given() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("numbers.sqlite");
+        let schema = "CREATE TABLE numbers (number INTEGER) STRICT";
+        for connection in [connect(&path, 1, schema, &[]).unwrap(), connect_reader(&path).unwrap()] {
+            let mut statement = connection.prepare_cached("SELECT number FROM numbers LIMIT ?1").unwrap();
+            for limit in 1..4 {
+                assert!(statement.query([limit]).unwrap().next().unwrap().is_none());
+            }
+            assert_eq!(statement.get_status(rusqlite::StatementStatus::RePrepare), 0);
+        }
     }
 
     const PEOPLE: &str = "CREATE TABLE people (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT, WITHOUT ROWID";
