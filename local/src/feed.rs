@@ -35,21 +35,23 @@ const PASSED_BY: i64 = 100;
 
 /// Who may ask the LLM at the moment.
 struct Turns {
+    is_offline: bool,
     descriptions: Semaphore,
     prompts: Semaphore,
 }
 
 impl Turns {
     fn new(host: &Host) -> Self {
-        let offline = host.enrichment.llm.is_offline();
-        let descriptions = Semaphore::new(if offline { OFFLINE_DESCRIPTIONS } else { DESCRIPTIONS });
-        Self { descriptions, prompts: Semaphore::new(PROMPTS) }
+        let is_offline = host.enrichment.llm.is_offline();
+        let descriptions = Semaphore::new(if is_offline { OFFLINE_DESCRIPTIONS } else { DESCRIPTIONS });
+        Self { is_offline, descriptions, prompts: Semaphore::new(PROMPTS) }
     }
 
     /// A turn for this job; `None` where the host stops.
     async fn take(&self, host: &Host, id: Uuid, stopped: &mut Receiver<bool>) -> Option<SemaphorePermit<'_>> {
-        // What cannot be read is read again by the handler, which reports it.
-        let is_prompt = matches!(host.store.get(id).await, Ok(Some(Record::Job(job))) if job.is_prompt());
+        // Nothing takes long offline. What cannot be read is read again by the handler, which reports it.
+        let is_prompt =
+            !self.is_offline && matches!(host.store.get(id).await, Ok(Some(Record::Job(job))) if job.is_prompt());
         let turns = if is_prompt { &self.prompts } else { &self.descriptions };
         tokio::select! {
             turn = turns.acquire() => turn.ok(),

@@ -37,6 +37,8 @@ enum Kind {
     Inference,
     InferenceRetry,
     Enrichment,
+    /// By the template.
+    Offline,
     EnrichmentRetry,
     SubmitPrompt,
     Prompt,
@@ -78,6 +80,7 @@ const SCENES: &[(Kind, &[Point])] = &[
     ),
     (Kind::InferenceRetry, &[Point::InferenceReleased, Point::InferenceHidden]),
     (Kind::Enrichment, &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished]),
+    (Kind::Offline, &[Point::EnrichmentFinished]),
     (Kind::EnrichmentRetry, &[Point::EnrichmentDeferred]),
     (Kind::SubmitPrompt, &[Point::SubmitPromptStored, Point::SubmitRecordWritten]),
     (
@@ -222,7 +225,7 @@ impl<'a> Scene<'a> {
             Kind::Submit => self.while_submitting(usual).await,
             Kind::Upload => self.while_uploading(usual).await,
             Kind::Inference | Kind::InferenceRetry => self.while_inferring(usual).await,
-            Kind::Enrichment | Kind::EnrichmentRetry => self.while_describing(usual).await,
+            Kind::Enrichment | Kind::Offline | Kind::EnrichmentRetry => self.while_describing(usual).await,
             Kind::SubmitPrompt | Kind::Prompt => self.while_asking().await,
             Kind::Delete | Kind::SweepTombstone => self.while_deleting(usual).await,
             Kind::Sweep | Kind::SweepUpload | Kind::SweepOrphan => self.while_sweeping(usual).await,

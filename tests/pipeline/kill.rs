@@ -40,6 +40,8 @@ pub(super) const INFERENCE_MAP: &[Point] = &[Point::InferenceMapStored];
 pub(super) const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
 pub(super) const ENRICHMENT: &[Point] =
     &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished, Point::FeedBeforeCursor];
+/// Where the template describes.
+pub(super) const ENRICHMENT_OFFLINE: &[Point] = &[Point::EnrichmentFinished];
 pub(super) const ENRICHMENT_RETRY: &[Point] = &[Point::EnrichmentDeferred];
 pub(super) const SUBMIT_PROMPT: &[Point] = &[Point::BlobWritten, Point::SubmitPromptStored, Point::SubmitRecordWritten];
 pub(super) const PROMPT: &[Point] = &[
@@ -95,6 +97,7 @@ fn every_crash_point_is_in_a_scenario() {
         INFERENCE_MAP,
         INFERENCE_RETRY,
         ENRICHMENT,
+        ENRICHMENT_OFFLINE,
         ENRICHMENT_RETRY,
         SUBMIT_PROMPT,
         PROMPT,

@@ -4,7 +4,7 @@
 //! Triggered by the change feed where a record carries the marker `dispatch = "enrichment"`. Reads
 //! the record. Writes, in this order: the claim, which takes the marker off; then the completed
 //! record, or the record with a later `due_at`. An LLM failure is never a batch failure: sweep
-//! marks the job again.
+//! marks the job again. Where no LLM is set, the completed record at once.
 
 mod answer;
 pub mod guard;
@@ -97,6 +97,9 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
     }
 
     async fn work(&self, job: &Job, lease_until: Timestamp) -> Result<(), Error> {
+        if self.llm.is_offline() && !job.is_prompt() {
+            return self.describe_at_once(job).await;
+        }
         let now = self.clock.now();
         let claim = |job: &Job| Ok((job.claim_enrichment(now, lease_until, &self.policy)?, ()));
         let job = match transition(&self.jobs, job, claim).await {
@@ -113,11 +116,33 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         }
     }
 
+    /// By the template, in one write: nobody is asked.
+    async fn describe_at_once(&self, job: &Job) -> Result<(), Error> {
+        let (now, started) = (self.clock.now(), Instant::now());
+        let describe = |current: &Job| {
+            let reading = current.reading.as_ref().ok_or(Refused::WrongState)?;
+            let mut next = current.describe_at_once(template::describe(reading, None), now, &self.policy)?;
+            next.timings_ms.describe = Some(millis(started));
+            Ok((next, ()))
+        };
+        match transition(&self.jobs, job, describe).await {
+            Ok((done, ())) => {
+                crash::here(Point::EnrichmentFinished);
+                metrics::described(&done);
+                tracing::info!("described by the template");
+                Ok(())
+            }
+            // A second delivery, a job that has moved on, or one that sweep must end.
+            Err(NotMoved::Refused(_) | NotMoved::Gone) => Ok(()),
+            Err(NotMoved::Store(error)) => Err(error),
+        }
+    }
+
     async fn describe_reading(&self, job: &Job, reading: &Reading) -> Result<(), Error> {
         let started = Instant::now();
         let (described, call) = self.describe(job, reading).await;
         crash::here(Point::EnrichmentAnswered);
-        let millis = (started.elapsed().as_secs_f64() * 1e4).round() / 10.0;
+        let millis = millis(started);
         match described {
             Ok(description) => self.finish(job, description, call, millis).await,
             Err(error) => self.defer(job, reading, &error, call, millis).await,
@@ -126,10 +151,7 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
 
     /// A description, and the call to the LLM that it took. Errors are those that a later call may
     /// not meet.
-    async fn describe(&self, job: &Job, reading: &Reading) -> (Result<Description, LlmError>, Option<LlmCall>) {
-        if self.llm.is_offline() {
-            return (Ok(template::describe(reading, None)), None);
-        }
+    async fn describe(&self, job: &Job, reading: &Reading) -> (Result<Description, LlmError>, LlmCall) {
         let (answer, mut call) = self.ask(&prompt(reading), job).await;
         let failed = answer.is_err();
         let described = match answer {
@@ -142,7 +164,7 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
             Err(error) => Err(error),
         };
         told(&call, failed);
-        (described, Some(call))
+        (described, call)
     }
 
     /// Asks the LLM within the claim's lease. A prompt's answer may take all of it, a description's
@@ -171,17 +193,11 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         (answer, call)
     }
 
-    async fn finish(
-        &self,
-        job: &Job,
-        description: Description,
-        call: Option<LlmCall>,
-        millis: f64,
-    ) -> Result<(), Error> {
+    async fn finish(&self, job: &Job, description: Description, call: LlmCall, millis: f64) -> Result<(), Error> {
         let now = self.clock.now();
         let finish = |current: &Job| {
             let mut next = current.finish_description(job.claim, description.clone(), now, &self.policy)?;
-            next.llm_calls.extend(call.clone());
+            next.llm_calls.push(call.clone());
             next.timings_ms.describe = Some(millis);
             Ok((next, ()))
         };
@@ -198,13 +214,13 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         job: &Job,
         reading: &Reading,
         error: &LlmError,
-        call: Option<LlmCall>,
+        call: LlmCall,
         millis: f64,
     ) -> Result<(), Error> {
         let now = self.clock.now();
         let defer = |current: &Job| {
             let mut next = current.defer_description(job.claim, error.wait(), now, &self.policy)?;
-            next.llm_calls.extend(call.clone());
+            next.llm_calls.push(call.clone());
             Ok((next, ()))
         };
         let deferred = transition(&self.jobs, job, defer).await;
@@ -228,6 +244,10 @@ fn told(call: &LlmCall, failed: bool) {
         "llm called"
     );
     metrics::llm_called(call, failed);
+}
+
+fn millis(since: Instant) -> f64 {
+    (since.elapsed().as_secs_f64() * 1e4).round() / 10.0
 }
 
 fn not_described(error: &Error) {

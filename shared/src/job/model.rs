@@ -260,6 +260,8 @@ enum Action {
     ReleaseInference(u64),
     FinishDescription(u64),
     DeferDescription(u64),
+    /// Of a change as well, where nobody is asked.
+    DescribeAtOnce,
     FinishAnswer(u64),
     /// Whether the trouble passes.
     ReleaseAnswer(u64, bool),
@@ -293,6 +295,7 @@ fn step(world: &World, action: Action) -> Option<Result<Job, Refused>> {
         Action::ReleaseInference(claim) => job.release_inference(claim, now, &policy),
         Action::FinishDescription(claim) => job.finish_description(claim, description(), now, &policy),
         Action::DeferDescription(claim) => job.defer_description(claim, None, now, &policy),
+        Action::DescribeAtOnce => job.describe_at_once(description(), now, &policy),
         Action::FinishAnswer(claim) => job.finish_answer(claim, answer(), now, &policy),
         Action::ReleaseAnswer(claim, passing) => job.release_answer(claim, trouble(passing), None, now, &policy),
         Action::Sweep => job.sweep(now, &policy, |_| description()).map(|(job, _)| job),
@@ -341,7 +344,7 @@ impl Model for OneJob {
             actions.extend([Action::DeliverMessage, Action::LoseMessage]);
         }
         if world.change {
-            actions.extend([Action::DeliverChange, Action::LoseChange]);
+            actions.extend([Action::DeliverChange, Action::DescribeAtOnce, Action::LoseChange]);
         }
         for &claim in &world.inferring {
             let outcomes = [Outcome::Read, Outcome::Abstained, Outcome::Retake, Outcome::Failed];

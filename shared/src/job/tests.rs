@@ -96,6 +96,21 @@ fn a_photo_goes_from_pending_to_completed() {
 }
 
 #[test]
+fn a_description_at_once_is_a_claim_and_its_end_in_one_write() {
+    let job = awaiting();
+    let done = job.describe_at_once(description(), at(4), &policy()).unwrap();
+    let claimed = job.claim_enrichment(at(4), lease(4), &policy()).unwrap();
+    let in_two = claimed.finish_description(2, description(), at(4), &policy()).unwrap();
+    assert_eq!(done, Job { version: 4, ..in_two });
+    assert_invariants(&done);
+    let told = Job { callback: Some(Callback { url: String::new(), delivery: None }), ..awaiting() };
+    let done = told.describe_at_once(description(), at(4), &policy()).unwrap();
+    assert_eq!((done.version, done.seq()), (4, 4));
+    assert_eq!(done.describe_at_once(description(), at(5), &policy()), Err(Refused::Ended));
+    assert_eq!(describing().describe_at_once(description(), at(4), &policy()), Err(Refused::Leased));
+}
+
+#[test]
 fn no_description_and_abstention_complete_at_once() {
     for (describe, abstained) in [(false, false), (true, true), (false, true)] {
         let job = pending(describe).claim_inference(at(1), lease(1), &policy()).unwrap();

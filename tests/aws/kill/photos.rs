@@ -13,6 +13,17 @@ use crate::llm_server::{Behaviour, HONEST, explanation};
 use crate::pipeline::record;
 use crate::support::{hex_sha256, sample, within};
 
+/// What makes a stage's LLM.
+const LLM: [&str; 7] = [
+    "LLM_BASE_URL",
+    "LLM_MODEL",
+    "LLM_MAX_TOKENS",
+    "LLM_TEMPERATURE",
+    "LLM_TIMEOUT_SECONDS",
+    "LLM_PROMPT_USD_PER_MILLION",
+    "LLM_COMPLETION_USD_PER_MILLION",
+];
+
 impl Scene<'_> {
     pub(super) async fn while_submitting(&self, usual: Expected) -> (Vec<Uuid>, Expected) {
         self.kill(async || assert_eq!(self.submit().await, None)).await;
@@ -66,13 +77,16 @@ impl Scene<'_> {
             // Longer than a lease, so that the function waits no second try out.
             self.llm.behave(Behaviour::Status(503, Some(8)));
         }
-        self.kill(async || assert!(self.submit().await.is_some())).await;
+        let without_llm: &[_] = if self.kind == Kind::Offline { &LLM.map(|name| (name, "")) } else { &[] };
+        let submit = async || assert!(self.submit().await.is_some());
+        self.lambda.killed("enrichment", self.point, without_llm, submit).await;
         self.llm.behave(Behaviour::Answer(explanation(HONEST)));
         // Only an answer whose commit was cut off is asked for again, and one that never came.
         let asked_again = [Point::EnrichmentAnswered, Point::EnrichmentDeferred].contains(&self.point);
         let described = self.point == Point::EnrichmentFinished;
         let claims = (1, if described { 1 } else { 2 });
-        (self.recover().await, Expected { claims, calls: if asked_again { 2 } else { 1 }, ..usual })
+        let calls = if self.kind == Kind::Offline { 0 } else { 1 + usize::from(asked_again) };
+        (self.recover().await, Expected { claims, calls, ..usual })
     }
 
     pub(super) async fn while_deleting(&self, usual: Expected) -> (Vec<Uuid>, Expected) {

@@ -27,9 +27,10 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::kill::{
-    ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, CHAT, ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_MAP,
-    INFERENCE_RETRY, PROMPT, RESULT, SOCKET, START, SUBMIT, SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE,
-    SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, WEBHOOK_SWEPT, ask, long_answer,
+    ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, CHAT, ENRICHMENT, ENRICHMENT_OFFLINE, ENRICHMENT_RETRY,
+    INFERENCE, INFERENCE_MAP, INFERENCE_RETRY, PROMPT, RESULT, SOCKET, START, SUBMIT, SUBMIT_PROMPT, SWEEP,
+    SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, WEBHOOK_SWEPT, ask,
+    long_answer,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
@@ -63,6 +64,8 @@ enum Kind {
     Queued,
     /// Queued, their photos out of reach until after the kills.
     Unreadable,
+    /// Queued, and there is no LLM.
+    Offline,
     /// Queued, and the LLM refuses until after the kills.
     Refused,
     /// Accepted, their messages lost.
@@ -90,6 +93,7 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Queued, INFERENCE_MAP),
     (Kind::Unreadable, INFERENCE_RETRY),
     (Kind::Queued, ENRICHMENT),
+    (Kind::Offline, ENRICHMENT_OFFLINE),
     (Kind::Refused, ENRICHMENT_RETRY),
     (Kind::Lost, SWEEP),
     (Kind::Orphaned, SWEEP_ORPHAN),
@@ -231,6 +235,7 @@ impl Scene {
             | Kind::Uploaded
             | Kind::Told
             | Kind::Queued
+            | Kind::Offline
             | Kind::Failed
             | Kind::Deleted
             | Kind::Buried => {}
@@ -249,7 +254,10 @@ impl Scene {
     async fn start(&self, crash_at: Option<&str>) -> Option<Process> {
         let base_url = self.llm.base_url();
         let times = if matches!(self.kind, Kind::Deleted | Kind::Buried) { ERASING } else { UNHURRIED };
-        let mut extra = [&[("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")], times].concat();
+        let mut extra = times.to_vec();
+        if self.kind != Kind::Offline {
+            extra.extend([("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")]);
+        }
         extra.extend(crash_at.map(|at| ("CRASH_AT", at)));
         let receiver = self.receiver.host();
         extra.extend(variables(&receiver));
@@ -303,7 +311,7 @@ impl Scene {
         let described = |job: &&Job| job.status == Status::AwaitingDescription && job.lease_until.is_some();
         self.cut_off += backlog::jobs(self.data()).await.iter().filter(described).count();
         let whose = match self.kind {
-            Kind::Queued | Kind::Orphaned => Whose::Leased,
+            Kind::Queued | Kind::Offline | Kind::Orphaned => Whose::Leased,
             Kind::Uploaded => Whose::Jobs,
             _ => Whose::Open,
         };
@@ -366,7 +374,8 @@ impl Scene {
         }
         let refused = jobs.iter().flat_map(|job| &job.llm_calls).filter(|call| call.outcome != "ok").count();
         let calls = self.llm.calls();
-        let (least, most) = (kept.len() + refused, kept.len() + refused + self.cut_off);
+        let asked = if self.kind == Kind::Offline { 0 } else { kept.len() + refused };
+        let (least, most) = (asked, asked + self.cut_off);
         assert!((least..=most).contains(&calls), "{what}: {calls} calls, expected {least} to {most}");
         format!(
             "{:<28} {:<10} {:>4} + {:<4} {:>4} {:>6} {:>8} {:>8}",

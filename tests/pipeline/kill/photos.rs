@@ -8,8 +8,8 @@ use shared::job::Record;
 use shared::ports::JobStore;
 
 use super::{
-    ENRICHMENT, ENRICHMENT_RETRY, INFERENCE, INFERENCE_MAP, INFERENCE_RETRY, START, SUBMIT, SWEEP_UPLOAD, Scene,
-    UPLOAD, hurry,
+    ENRICHMENT, ENRICHMENT_OFFLINE, ENRICHMENT_RETRY, INFERENCE, INFERENCE_MAP, INFERENCE_RETRY, START, SUBMIT,
+    SWEEP_UPLOAD, Scene, UPLOAD, hurry,
 };
 use crate::support::llm_server::Behaviour;
 use crate::support::network::Network;
@@ -178,6 +178,15 @@ async fn a_kill_between_any_two_writes_of_enrichment_loses_and_doubles_nothing()
         let expected = if point == Point::EnrichmentAnswered { 2 } else { 1 };
         assert_eq!(scene.llm.calls(), expected, "{}", point.name());
     }
+    for &point in ENRICHMENT_OFFLINE {
+        let scene = Scene::new([]).await;
+        let mut host = Process::start(scene.data(), &[("CRASH_AT", point.name())]).await.unwrap();
+        let _ = scene.submit(&host, "key").await;
+        host.killed().await;
+        // A host with an LLM finds nothing to ask.
+        scene.recover("key", point).await;
+        assert_eq!(scene.llm.calls(), 0, "{}", point.name());
+    }
     for &point in ENRICHMENT_RETRY {
         let scene = Scene::new([const { Behaviour::Status(503, Some(30)) }]).await;
         let mut host = scene.start(Some(point)).await;
@@ -188,5 +197,6 @@ async fn a_kill_between_any_two_writes_of_enrichment_loses_and_doubles_nothing()
         scene.recover("key", point).await;
         assert_eq!(scene.llm.calls(), 2, "{}", point.name());
     }
-    println!("enrichment: killed at {} points", ENRICHMENT.len() + ENRICHMENT_RETRY.len());
+    let points = [ENRICHMENT, ENRICHMENT_OFFLINE, ENRICHMENT_RETRY].concat();
+    println!("enrichment: killed at {} points", points.len());
 }

@@ -59,6 +59,17 @@ impl Job {
         Ok(next)
     }
 
+    /// Claims and completes in one write, for a description that takes no time: there is nothing that a second
+    /// worker could do meanwhile, and nothing to begin anew after a kill.
+    ///
+    /// # Errors
+    /// As [`Job::claim_enrichment`]; [`Refused::WrongState`] for a prompt.
+    pub fn describe_at_once(&self, description: Description, now: Timestamp, policy: &Policy) -> Result<Self, Refused> {
+        // As many versions as writes.
+        let claimed = Self { version: self.version, ..self.claim_enrichment(now, now, policy)? };
+        claimed.finish_description(claimed.claim, description, now, policy)
+    }
+
     /// Gives an enrichment claim back after an LLM failure: sweep marks the job again after
     /// `wait`, or after the backoff where that is longer.
     ///
