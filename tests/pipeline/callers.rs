@@ -9,11 +9,10 @@ use reqwest::{Method, Response};
 use serde_json::{Value, json};
 use shared::clock::Clock;
 use shared::config::Env;
-use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
 use crate::support::keyed::{Keyed, init};
-use crate::support::process::binary;
+use crate::support::process::{Process, binary};
 use crate::support::{Running, client, mole, ort_library, root, settings};
 
 async fn id_of(response: Response) -> String {
@@ -351,26 +350,8 @@ fn everything(folder: &Path, found: &mut Vec<u8>) {
 async fn keys_are_in_no_file_and_in_no_line_of_the_log() {
     let folder = tempfile::tempdir().unwrap();
     let admin = init(folder.path(), false).await.unwrap();
-    let (library, model) = (ort_library(), root().join("model"));
-    let mut variables = settings(folder.path().to_str().unwrap(), library.to_str().unwrap(), model.to_str().unwrap());
-    variables.push(("LOG_LEVEL", "trace"));
-    let mut child = Command::new(binary("local"))
-        .env_clear()
-        .envs(variables)
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let mut greeting = [0; 256];
-    let length = child.stdout.as_mut().unwrap().read(&mut greeting).await.unwrap();
-    let url = String::from_utf8_lossy(&greeting[..length]).split_whitespace().nth(2).unwrap().to_owned();
-    let mut stderr = child.stderr.take().unwrap();
-    let log = tokio::spawn(async move {
-        let mut log = Vec::new();
-        stderr.read_to_end(&mut log).await.unwrap();
-        log
-    });
+    let host = Process::start(folder.path(), &[("LOG_LEVEL", "trace")]).await.unwrap();
+    let url = host.url.clone();
     let http = client();
     let made = http.post(format!("{url}/admin/keys")).bearer_auth(&admin).json(&json!({"caller": "ward"}));
     let made: Value = made.send().await.unwrap().json().await.unwrap();
@@ -388,18 +369,16 @@ async fn keys_are_in_no_file_and_in_no_line_of_the_log() {
         let answer = http.delete(format!("{url}/{path}")).bearer_auth(&admin).send().await.unwrap();
         assert_eq!(answer.status().as_u16(), status);
     }
-    child.kill().await.unwrap();
-    let log = log.await.unwrap();
-    let text = String::from_utf8_lossy(&log);
+    let log = host.whole_log().await;
     let admin_id = admin.split('_').nth(1).unwrap();
     for action in ["key_created", "key_revoked"] {
-        let line = text.lines().find(|line| line.contains(action)).expect(action);
+        let line = log.lines().find(|line| line.contains(action)).expect(action);
         assert!(line.contains(id) && line.contains(admin_id) && line.contains("\"local\""), "{line}");
     }
     let mut files = Vec::new();
     everything(folder.path(), &mut files);
     for secret in [&admin, &ward, &wrong].map(|key| &key.rsplit('_').next().unwrap()[..32]) {
-        for (place, bytes) in [("log", &log), ("files", &files)] {
+        for (place, bytes) in [("log", log.as_bytes()), ("files", &files)] {
             assert!(!bytes.windows(secret.len()).any(|part| part == secret.as_bytes()), "{place}");
         }
     }

@@ -12,6 +12,7 @@ use shared::job::{Job, Record, Status, blob_prefix, photo_key};
 use shared::message::Message;
 use shared::ports::{BlobStore, JobStore};
 use submit::Submission;
+use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::{Running, eventually, mole, open, sample};
@@ -125,6 +126,13 @@ async fn the_same_photo_of_the_same_caller_is_run_once() {
     assert_eq!(first["predictions"], second["predictions"]);
 }
 
+/// A host without workers, by a clock that stands; its folder must live as long.
+async fn standing() -> (TempDir, Clock, local::Host) {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), Clock::manual(Utc::now()));
+    let host = open(folder.path(), clock.clone(), &[]).await;
+    (folder, clock, host)
+}
+
 async fn make_job(host: &local::Host, photo: Vec<u8>) -> Uuid {
     let submission = Submission { image: photo, describe: true, callback_url: None };
     host.submit.accept(&Caller("local".into()), None, submission).await.unwrap()
@@ -140,9 +148,7 @@ fn schedule() -> EventBridgeEvent {
 
 #[tokio::test]
 async fn a_message_that_was_never_sent_is_sent_by_sweep() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing().await;
     let id = make_job(&host, mole()).await;
     let lost = host.queue.receive(TimeDelta::seconds(1)).await.unwrap().unwrap();
     host.queue.acknowledge(&lost.receipt).await.unwrap();
@@ -176,9 +182,7 @@ async fn a_photo_that_cannot_be_read_for_now_is_tried_again_and_then_given_up() 
 
 #[tokio::test]
 async fn a_photo_that_is_gone_fails_the_job() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing().await;
     let id = make_job(&host, mole()).await;
     host.blobs.delete_prefix(&blob_prefix(id)).await.unwrap();
     host.inference.process(Message::Infer { id }, clock.now() + TimeDelta::seconds(60)).await;
@@ -188,9 +192,7 @@ async fn a_photo_that_is_gone_fails_the_job() {
 
 #[tokio::test]
 async fn a_second_delivery_and_a_late_worker_change_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing().await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline).await;
@@ -207,9 +209,7 @@ async fn a_second_delivery_and_a_late_worker_change_nothing() {
 
 #[tokio::test]
 async fn a_delete_while_a_worker_holds_the_job_wins() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing().await;
     let id = make_job(&host, mole()).await;
     let caller = Caller("local".into());
     let pending = job(&host, id).await;
@@ -232,9 +232,7 @@ async fn a_delete_while_a_worker_holds_the_job_wins() {
 
 #[tokio::test]
 async fn a_deleted_photos_words_are_in_no_file_and_its_key_may_come_again() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (folder, clock, host) = standing().await;
     let caller = Caller("local".into());
     let submission = || Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&caller, Some("key".into()), submission()).await.unwrap();
@@ -256,9 +254,7 @@ async fn a_deleted_photos_words_are_in_no_file_and_its_key_may_come_again() {
 
 #[tokio::test]
 async fn a_record_that_cannot_be_read_holds_up_no_other() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (folder, clock, host) = standing().await;
     let spoilt = make_job(&host, mole()).await;
     let other = make_job(&host, mole()).await;
     let jobs = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
@@ -324,9 +320,7 @@ async fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_holds_nothing_u
 
 #[tokio::test]
 async fn blobs_without_a_record_are_erased_after_an_hour_and_not_before() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing().await;
     let kept = make_job(&host, mole()).await;
     let orphan = shared::job::new_id(clock.now());
     host.blobs.put(&photo_key(orphan), mole()).await.unwrap();
@@ -341,9 +335,7 @@ async fn blobs_without_a_record_are_erased_after_an_hour_and_not_before() {
 
 #[tokio::test]
 async fn photos_expire_before_results_and_results_expire() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing().await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline).await;

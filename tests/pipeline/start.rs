@@ -3,11 +3,10 @@
 use std::process::Output;
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
 use crate::support::llm_server::{HONEST, LlmServer};
-use crate::support::process::binary;
+use crate::support::process::{Process, binary};
 use crate::support::{client, ended, mole, ort_library, root, settings, submit};
 
 async fn start(extra: &[(&str, &str)]) -> Output {
@@ -87,39 +86,21 @@ async fn the_log_holds_neither_photo_prompt_completion_nor_key() {
     const KEY: &str = "sk-test-9876543210";
     let folder = tempfile::tempdir().unwrap();
     let llm = LlmServer::start([]).await;
-    let (library, model, base_url) = (ort_library(), root().join("model"), llm.base_url());
-    let mut variables = settings(folder.path().to_str().unwrap(), library.to_str().unwrap(), model.to_str().unwrap());
-    variables.extend([
-        ("LLM_BASE_URL", base_url.as_str()),
-        ("LLM_MODEL", "m"),
-        ("LLM_API_KEY", KEY),
-        ("LOG_LEVEL", "trace"),
-    ]);
-    let mut child = Command::new(binary("local"))
-        .env_clear()
-        .envs(variables)
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let mut greeting = [0; 256];
-    let length = child.stdout.as_mut().unwrap().read(&mut greeting).await.unwrap();
-    let url = String::from_utf8_lossy(&greeting[..length]).split_whitespace().nth(2).unwrap().to_owned();
-    let mut stderr = child.stderr.take().unwrap();
-    let log = tokio::spawn(async move {
-        let mut log = String::new();
-        stderr.read_to_string(&mut log).await.unwrap();
-        log
-    });
-    let id = submit(&client(), &url, &mole(), Some("my-idempotency-key")).await.unwrap();
-    let result = ended(&client(), &url, &id).await;
+    let base_url = llm.base_url();
+    let settings =
+        [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m"), ("LLM_API_KEY", KEY), ("LOG_LEVEL", "trace")];
+    let host = Process::start(folder.path(), &settings).await.unwrap();
+    let id = submit(&client(), &host.url, &mole(), Some("my-idempotency-key")).await.unwrap();
+    let result = ended(&client(), &host.url, &id).await;
     assert_eq!(result["description"]["source"], "llm");
-    let refused =
-        client().post(format!("{url}/submit")).json(&serde_json::json!({"image": "SECRET!"})).send().await.unwrap();
+    let refused = client()
+        .post(format!("{}/submit", host.url))
+        .json(&serde_json::json!({"image": "SECRET!"}))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(refused.status().as_u16(), 400);
-    child.kill().await.unwrap();
-    let log = log.await.unwrap();
+    let log = host.whole_log().await;
     assert!(log.contains(&id), "the log tells of the job");
     let prompt = &llm.requests()[0].1["messages"];
     let secrets = [

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 
 use super::{ort_library, root, settings};
 
@@ -28,6 +29,8 @@ pub struct Process {
     pub url: String,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    /// Ends with the log.
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Process {
@@ -73,16 +76,16 @@ impl Process {
         // Keeps the pipe open: the host prints some more lines.
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
         let log = Arc::new(Mutex::new(Vec::new()));
-        if let Some(stderr) = child.stderr.take() {
+        let reader = child.stderr.take().map(|stderr| {
             let (mut written, kept) = (BufReader::new(stderr).lines(), Arc::clone(&log));
             tokio::spawn(async move {
                 while let Ok(Some(line)) = written.next_line().await {
                     kept.lock().unwrap().push(line);
                 }
-            });
-        }
+            })
+        });
         let url = line.strip_prefix("listening on ").unwrap().to_owned();
-        Some(Self { url, child, log })
+        Some(Self { url, child, log, reader })
     }
 
     /// The lines that it has logged so far.
@@ -111,6 +114,13 @@ impl Process {
     /// Kills the process now.
     pub async fn kill(mut self) {
         self.child.kill().await.unwrap();
+    }
+
+    /// Kills the process now and returns all that it has logged.
+    pub async fn whole_log(mut self) -> String {
+        self.child.kill().await.unwrap();
+        self.reader.take().unwrap().await.unwrap();
+        self.log().join("\n")
     }
 
     /// Ends the process by SIGTERM and returns its exit status.
