@@ -4,9 +4,15 @@ use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use shared::embedded::SqliteCallers;
+
+/// How long a lock is waited for: a host that ends still has it for a moment, and so has a process that another
+/// host was just starting, until that begins its own program.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Held until it is dropped, also by `kill -9`.
 pub(crate) struct Lock {
@@ -26,13 +32,17 @@ pub(crate) fn open(data_dir: &Path) -> anyhow::Result<Lock> {
         .mode(0o600)
         .open(data_dir.join("lock"))
         .with_context(place)?;
-    match file.try_lock() {
-        Ok(()) => Ok(Lock { _file: file }),
-        Err(TryLockError::WouldBlock) => bail!(
-            "DATA_DIR: another host is running on {}. Stop it, or set DATA_DIR to another folder.",
-            data_dir.display()
-        ),
-        Err(TryLockError::Error(error)) => Err(error).with_context(place),
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Lock { _file: file }),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => sleep(Duration::from_millis(20)),
+            Err(TryLockError::WouldBlock) => bail!(
+                "DATA_DIR: another host is running on {}. Stop it, or set DATA_DIR to another folder.",
+                data_dir.display()
+            ),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(place),
+        }
     }
 }
 

@@ -367,6 +367,20 @@ async fn two_hosts_never_share_a_data_folder() {
 }
 
 #[tokio::test]
+async fn a_lock_that_is_let_go_in_a_moment_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(open(folder.path(), Clock::System, &[]).await);
+    // As a child process has it between fork and exec.
+    let held = std::fs::File::open(folder.path().join("lock")).unwrap();
+    held.lock().unwrap();
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        drop(held);
+    });
+    open(folder.path(), Clock::System, &[]).await;
+}
+
+#[tokio::test]
 async fn a_stop_finishes_what_is_in_flight_and_a_start_takes_up_the_rest() {
     let host = Running::start(&[("INFERENCE_WORKERS", "1")]).await;
     let mut ids = Vec::new();
