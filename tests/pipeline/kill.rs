@@ -170,6 +170,15 @@ impl Scene {
         ask(&self.http, &host.url, key).await
     }
 
+    /// A job that has ended, and whose host is gone.
+    async fn one_that_ended(&self) -> String {
+        let host = self.start(None).await;
+        let id = self.submit(&host, "key").await.unwrap();
+        ended(&self.http, &host.url, &id).await;
+        host.kill().await;
+        id
+    }
+
     /// As [`Scene::recover`], with a prompt whose answer is too large for the record.
     async fn recover_prompt(&self, key: &str, point: Point) {
         let host = self.start(None).await;

@@ -9,16 +9,13 @@ use uuid::Uuid;
 
 use super::{RESULT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, Scene};
 use crate::support::process::Process;
-use crate::support::{ended, eventually, open};
+use crate::support::{eventually, open};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_between_any_two_writes_of_a_delete_leaves_nothing_behind() {
     for &point in RESULT {
         let scene = Scene::new([]).await;
-        let host = scene.start(None).await;
-        let id = scene.submit(&host, "key").await.unwrap();
-        ended(&scene.http, &host.url, &id).await;
-        host.kill().await;
+        let id = scene.one_that_ended().await;
         let mut host = scene.start(Some(point)).await;
         // The order to erase the cache may be worked, and the host killed, after the answer.
         let _ = scene.http.delete(format!("{}/result/{id}", host.url)).send().await;
@@ -59,10 +56,7 @@ async fn a_kill_between_any_two_writes_of_sweep_loses_and_doubles_nothing() {
     }
     for &point in SWEEP_TOMBSTONE {
         let scene = Scene::new([]).await;
-        let host = scene.start(None).await;
-        let id = scene.submit(&host, "key").await.unwrap();
-        ended(&scene.http, &host.url, &id).await;
-        host.kill().await;
+        let id = scene.one_that_ended().await;
         let mut host = scene.start(Some(point)).await;
         let deleted = scene.http.delete(format!("{}/result/{id}", host.url)).send().await.unwrap();
         assert_eq!(deleted.status().as_u16(), 204);

@@ -32,6 +32,13 @@ fn hurry_webhook(data: &Path, tries: u32) {
     assert_eq!(queue.execute(&sql, []).unwrap(), 1, "the message was not there any more");
 }
 
+/// Sends all dead letters round again, and says how many they were.
+async fn redrive(scene: &Scene, host: &Process) -> u64 {
+    let request = scene.http.post(format!("{}/admin/dead-letters/redrive", host.url));
+    let answer = request.json(&serde_json::json!({})).send().await.unwrap();
+    answer.json::<serde_json::Value>().await.unwrap()["redriven"].as_u64().unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_between_any_two_steps_of_a_webhook_tells_the_receiver_under_one_id() {
     for &point in [WEBHOOK, WEBHOOK_RETRY, WEBHOOK_LAST].iter().copied().flatten() {
@@ -61,13 +68,8 @@ async fn a_kill_between_any_two_steps_of_a_webhook_tells_the_receiver_under_one_
         assert_eq!(ended(&scene.http, &host.url, &id).await["status"], "completed", "{}", point.name());
         if WEBHOOK_LAST.contains(&point) {
             // What was cut off was the last try: its dead letter is there.
-            let redrive = format!("{}/admin/dead-letters/redrive", host.url);
-            eventually("an operator finds the dead letter", async || {
-                let answer = scene.http.post(&redrive).json(&serde_json::json!({})).send().await.unwrap();
-                // Two, where sweep has sent a second message meanwhile, and that one has failed as well.
-                answer.json::<serde_json::Value>().await.unwrap()["redriven"].as_u64().unwrap() > 0
-            })
-            .await;
+            // Two, where sweep has sent a second message meanwhile, and that one has failed as well.
+            eventually("an operator finds the dead letter", async || redrive(&scene, &host).await > 0).await;
         }
         eventually(&format!("{}: the receiver is told", point.name()), async || is_delivered(scene.data())).await;
         let received = receiver.received();
@@ -116,15 +118,10 @@ async fn a_kill_while_sweep_gives_a_delivery_up_leaves_a_dead_letter_of_it() {
         }
         receiver.answer(200);
         let host = scene.start_with(None, &told).await.unwrap();
-        let redrive = format!("{}/admin/dead-letters/redrive", host.url);
-        eventually("an operator finds the dead letter", async || {
-            let answer = scene.http.post(&redrive).json(&serde_json::json!({})).send().await.unwrap();
-            answer.json::<serde_json::Value>().await.unwrap()["redriven"].as_u64().unwrap() > 0
-        })
-        .await;
+        eventually("an operator finds the dead letter", async || redrive(&scene, &host).await > 0).await;
         eventually(&format!("{}: the receiver is told", point.name()), async || is_delivered(scene.data())).await;
         // The second of it, where there is one, does nothing.
-        scene.http.post(&redrive).json(&serde_json::json!({})).send().await.unwrap();
+        redrive(&scene, &host).await;
         scene.settled(host, &[id], point).await;
     }
     println!("given up by sweep: killed at {} points", WEBHOOK_SWEPT.len());
