@@ -8,6 +8,7 @@
 
 mod answer;
 pub(crate) mod cache;
+mod carried;
 pub(crate) mod meter;
 mod relay;
 mod request;
@@ -37,6 +38,7 @@ use shared::ports::Callers;
 use tokio::sync::oneshot;
 use tracing::Instrument;
 
+use self::carried::Carried;
 use self::meter::{Closed, Meter};
 use self::relay::{Answer, End, Head, Outcome, Relay};
 use self::request::{Asked, CACHE, Wish};
@@ -102,16 +104,16 @@ pub(crate) async fn completions<C: Callers>(
         request_id: http::request_id(),
     };
     let ((entry, entered), (head, answer)) = (oneshot::channel(), oneshot::channel());
-    // Whoever leaves at whatever moment, what was reserved is settled.
-    tokio::spawn(work(Arc::clone(&chat.meter), identity, ask, relay, entry, head).in_current_span());
-    let ended = |_| Error::internal("the task of a completion has ended without an answer");
-    let (mut response, lefts) = match entered.await.map_err(ended)? {
+    let work = work(Arc::clone(&chat.meter), identity, ask, relay, entry, head).in_current_span();
+    let mut carried = Carried::new(work);
+    let ended = |_| Error::internal("a completion has ended without an answer");
+    let (mut response, lefts) = match carried.until(entered).await.map_err(ended)? {
         Ok(lefts) => {
-            let answer = answer.await.map_err(ended)?;
+            let answer = carried.until(answer).await.map_err(ended)?;
             if let (Some(key), Ok(Answer::Whole(body))) = (cached, &answer) {
                 chat.cache.put(key, body, chat.meter.now());
             }
-            (answered(answer, cached.map(|_| "miss")), lefts)
+            (answered(answer, cached.map(|_| "miss"), carried), lefts)
         }
         Err(Closed::Limit(refused, lefts)) => (closed(refused), lefts),
         Err(Closed::Store(error)) => return Err(error),
@@ -143,12 +145,16 @@ async fn work<C: Callers>(
     let _ = entry.send(Ok(admitted.as_ref().map(|admitted| admitted.lefts).unwrap_or_default()));
     let (started, streamed) = (Instant::now(), relay.asked.stream);
     let mut outcome = relay.run(head).await;
-    let used = outcome.used();
-    if let Some(admitted) = admitted {
-        meter.settle(&admitted, used).await;
-    }
-    tell(&outcome, used, started, streamed);
-    outcome.release();
+    let settlement = async move {
+        let used = outcome.used();
+        if let Some(admitted) = admitted {
+            meter.settle(&admitted, used).await;
+        }
+        tell(&outcome, used, started, streamed);
+        outcome.release();
+    };
+    // A task of its own: the account that it holds while it writes must not wait for a client that reads slowly.
+    tokio::spawn(settlement.in_current_span());
 }
 
 /// The most that a request can take, with the model or with the one that stands in.
@@ -171,11 +177,19 @@ fn whole(body: Bytes, cache: Option<&'static str>) -> Response {
     response
 }
 
-fn answered(head: Head, cache: Option<&'static str>) -> Response {
+fn answered(head: Head, cache: Option<&'static str>, mut carried: Carried) -> Response {
     match head {
         Ok(Answer::Whole(body)) => whole(body, cache),
         Ok(Answer::Stream(mut pieces)) => {
-            let pieces = poll_fn(move |context| pieces.poll_recv(context)).map(Ok::<_, Infallible>);
+            let pieces = poll_fn(move |context| {
+                let piece = pieces.poll_recv(context);
+                if piece.is_ready() {
+                    return piece;
+                }
+                carried.poll(context);
+                pieces.poll_recv(context)
+            });
+            let pieces = pieces.map(Ok::<_, Infallible>);
             let headers = [
                 (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
                 (header::CACHE_CONTROL, "no-cache"),

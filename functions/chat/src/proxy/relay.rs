@@ -1,17 +1,18 @@
-//! Carries an answer from the upstream to the client, as a task of its own: what it took is settled
-//! whoever leaves.
+//! Carries an answer from the upstream to the client. What it took is settled whoever leaves.
 
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
+use futures_util::FutureExt;
 use reqwest::Response;
 use shared::account::Used;
 use shared::error::{Error, OpenAiErrorBody};
 use shared::llm::models::{Model, Models};
 use shared::llm::sse::Event;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::yield_now;
 use tokio::time::{Interval, interval_at, sleep, timeout};
 
 use super::answer::{self, Seen, Usage};
@@ -29,6 +30,8 @@ const DONE: &[u8] = b"data: [DONE]\n\n";
 const LONGEST: Duration = Duration::from_secs(870);
 /// Pieces on their way to a client that reads slowly.
 const AHEAD: usize = 32;
+/// Bytes of a stream that go out in one piece where they have come at once.
+const AT_ONCE: usize = 64 * 1024;
 /// How long a server may take to close a stream that it has ended.
 const LAST_BYTES: Duration = Duration::from_secs(1);
 /// About so many bytes of a prompt or an answer are a token, where nobody has counted.
@@ -245,14 +248,21 @@ impl Relay {
 
     async fn stream(&self, stream: Stream, deadline: Instant, client: &mut Client, outcome: &mut Outcome) {
         let Stream { mut response, mut parser, mut events } = stream;
-        let mut ended = false;
+        let (mut ended, mut out) = (false, Vec::new());
         loop {
-            let taken = self.take(&events, outcome).await;
-            ended |= taken.ended;
-            if !taken.out.is_empty() && !client.send(taken.out.into()).await {
+            let end = self.take(&events, outcome, &mut out, &mut ended).await;
+            // What has come meanwhile goes out in one piece with it.
+            let further = if end.is_none() && out.len() < AT_ONCE {
+                yield_now().await;
+                response.chunk().now_or_never()
+            } else {
+                None
+            };
+            let is_last = !matches!(further, Some(Ok(Some(_))));
+            if is_last && !out.is_empty() && !client.send(std::mem::take(&mut out).into()).await {
                 return;
             }
-            if let Some(end) = taken.end {
+            if let Some(end) = end {
                 outcome.end = end;
                 if self.on_leave == OnLeave::Cancel {
                     // Whoever reads may go.
@@ -262,7 +272,11 @@ impl Relay {
                 let _ = timeout(LAST_BYTES, response.chunk()).await;
                 return;
             }
-            let failure = match self.next(&mut response, deadline, client, outcome.model.timeout).await {
+            let piece = match further {
+                Some(piece) => Some(Ok(piece.ok().flatten())),
+                None => self.next(&mut response, deadline, client, outcome.model.timeout).await,
+            };
+            let failure = match piece {
                 None => return,
                 Some(Err(kind)) => kind,
                 Some(Ok(piece)) => match piece.and_then(|piece| parser.feed(&piece).ok()) {
@@ -273,6 +287,10 @@ impl Relay {
                     None => Kind::Unavailable,
                 },
             };
+            // A piece that is no event stream may have come right behind others.
+            if !out.is_empty() && !client.send(out.into()).await {
+                return;
+            }
             // Not every server says [DONE]; what it has ended it has ended.
             if ended || outcome.usage.is_some() {
                 outcome.end = End::Complete;
@@ -310,12 +328,13 @@ impl Relay {
         }
     }
 
-    /// Reads what there is to know of some events, and writes those that the client gets.
-    async fn take(&self, events: &[Event], outcome: &mut Outcome) -> Taken {
-        let mut taken = Taken::default();
+    /// Reads what there is to know of some events, and writes those that the client gets behind `out`. `ended` is set
+    /// where a choice is whole; returns how the stream has ended, if it has.
+    async fn take(&self, events: &[Event], outcome: &mut Outcome, out: &mut Vec<u8>, ended: &mut bool) -> Option<End> {
         for event in events {
+            let mut end = None;
             match answer::look(event) {
-                Seen::Done => taken.end = Some(End::Complete),
+                Seen::Done => end = Some(End::Complete),
                 Seen::UsageAlone(usage) => {
                     outcome.usage = Some(usage);
                     if !self.asked.wants_usage {
@@ -325,33 +344,23 @@ impl Relay {
                 Seen::Part { tokens, ends, usage } => {
                     outcome.guessed.completion_tokens += tokens;
                     outcome.usage = usage.or(outcome.usage);
-                    taken.ended |= ends;
+                    *ended |= ends;
                 }
-                Seen::Error => taken.end = Some(End::Failed(Kind::Unavailable)),
+                Seen::Error => end = Some(End::Failed(Kind::Unavailable)),
                 Seen::Other => {}
             }
-            if matches!(taken.end, Some(End::Failed(_))) && outcome.model.quotes_key(event.data.as_bytes()).await {
+            if matches!(end, Some(End::Failed(_))) && outcome.model.quotes_key(event.data.as_bytes()).await {
                 let failure = Failure::new(Kind::Unavailable, true);
-                taken.out.extend_from_slice(&error_event(&told(&failure), &self.request_id));
+                out.extend_from_slice(&error_event(&told(&failure), &self.request_id));
             } else {
-                event.write(&mut taken.out);
+                event.write(out);
             }
-            if taken.end.is_some() {
-                break;
+            if end.is_some() {
+                return end;
             }
         }
-        taken
+        None
     }
-}
-
-/// What came of some events of a stream.
-#[derive(Default)]
-struct Taken {
-    out: Vec<u8>,
-    /// A choice is whole.
-    ended: bool,
-    /// It was the last of the stream.
-    end: Option<End>,
 }
 
 fn heartbeats() -> Interval {
