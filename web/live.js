@@ -123,7 +123,7 @@ function watch() {
     for (const [id, job] of jobs) {
       if (isPolled(job)) {
         if (Date.now() > job.again) { job.again = Date.now() + paused(job.refusals); subscribe(id); }
-      } else if (Date.now() - job.told > SILENCE_MS) { job.told = Date.now(); look(id).catch(tell); }
+      } else if (Date.now() - job.told >= SILENCE_MS) { job.told = Date.now(); see(id, job); }
     }
   } else if (Date.now() > nextTry) {
     nextTry = Date.now() + paused(failures);
@@ -154,7 +154,7 @@ function receive(frame) {
     if (frame.type === "status") heard.status(frame.request_id, frame.status);
     if (frame.type === "deleted") { unfollow(frame.request_id); heard.deleted(frame.request_id); }
     // What the model says is there before the description, and the link to a map in what GET answers alone.
-    if (frame.type.startsWith("result") || frame.status === "awaiting_description") look(frame.request_id).catch(() => {});
+    if (frame.type.startsWith("result") || frame.status === "awaiting_description") see(frame.request_id, job);
   }
 }
 
@@ -200,6 +200,11 @@ async function look(id, wait = 0, signal = undefined) {
     else heard.refused(id, error);
     return false;
   }
+}
+
+// Reads a job that the socket tells of. What fails for the moment `watch` does again: no frame will say it twice.
+function see(id, job) {
+  look(id).catch(() => { job.told = Date.now() - SILENCE_MS; tell(); });
 }
 
 async function poll(id) {

@@ -68,6 +68,20 @@ export async function told_over_the_socket(visit) {
   assert.equal(visit.requests.filter((request) => request.url().includes("?wait=")).length, before);
 }
 
+// The frame says that it has ended, and what it has come to is not to be had at that moment.
+export async function an_end_that_cannot_be_read_at_once_is_read_again(visit) {
+  const page = await visit.page();
+  visit.target.gate.closed = true;
+  await send(page, sample("mole-drawn"));
+  await says(status(page), "description is being written");
+  await says(page.locator("#photo-result"), "Told as it happens");
+  let refusals = 1;
+  await page.route(/\/result\//, (route) => (refusals-- > 0 ? route.fulfill({ status: 502, body: "" }) : route.continue()));
+  visit.target.gate.release();
+  await says(status(page), "Done.");
+  assert.ok(refusals < 0, "it was not refused");
+}
+
 // As behind a proxy that opens WebSockets and carries nothing over them.
 export async function a_socket_that_closes_as_soon_as_it_is_open(visit) {
   const page = await visit.page();

@@ -1,9 +1,12 @@
 // One person's visit: a browser of its own, phone-sized, what it sent and complained of, and how the page
 // is looked at.
 import assert from "node:assert/strict";
+import { get } from "./steps.mjs";
 
 const PHONE = { width: 360, height: 740 };
 const NARROWEST = { width: 320, height: 640 };
+// On a stage a function's turn that is lost is made up for by sweep, which looks once a minute.
+const PATIENCE_MS = process.env.API_URL ? 90_000 : 30_000;
 
 export class Visit {
   constructor(how) {
@@ -32,7 +35,13 @@ export class Visit {
     return page;
   }
 
+  // A picture of the page, and what the target says of the jobs that it followed.
   async failed() {
+    const ids = new Set(this.requests.map((request) => request.url().match(/\/result\/([0-9a-f-]{36})/)?.[1]).filter(Boolean));
+    for (const id of ids) {
+      const answer = await get(this, id).catch((error) => ({ status: error.message, text: () => "" }));
+      console.log(`        ${id}: ${answer.status} ${(await answer.text()).slice(0, 200)}`);
+    }
     if (!this.last || this.last.isClosed()) return;
     await this.last.screenshot({ path: this.screenshot("FAILED"), fullPage: true }).catch(() => {});
   }
@@ -74,7 +83,7 @@ export const status = (page, tab = "photo") => page.locator(`#${tab}-status`);
 // Until the element says that; Playwright's own expectations come with its test runner alone.
 export async function says(locator, words) {
   const holds = (text) => (words instanceof RegExp ? words.test(text) : text.includes(words));
-  const until = Date.now() + 30_000;
+  const until = Date.now() + PATIENCE_MS;
   for (;;) {
     const text = await locator.innerText().catch(() => "");
     if (holds(text)) return text;
