@@ -1,15 +1,16 @@
 //! Raw outputs of the model by the key of what went in, so that the same photo of the same caller
 //! is not run twice. Losing the cache costs time and nothing else: no error leaves this module.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use axum::body::Bytes;
 use redis::AsyncCommands;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 
 #[cfg(feature = "aws")]
 use crate::aws::S3BlobStore;
+use crate::bounded::Bounded;
 use crate::config::{ConfigError, Env};
 #[cfg(feature = "aws")]
 use crate::error::Error;
@@ -18,26 +19,20 @@ use crate::ports::BlobStore;
 
 /// An outage must not slow the pipeline: a cache that takes longer than this is not there.
 const TIMEOUT: Duration = Duration::from_millis(250);
-/// Entries in memory, some hundred bytes each.
-const MEMORY_CAPACITY: usize = 10_000;
+/// All that is kept in memory. The outputs of the model in this repository take 2 KB, most of it the map.
+const MEMORY_BYTES: usize = 4 * 1024 * 1024;
 
 /// Where the outputs are kept.
 pub enum PredictionCache {
     /// Nowhere.
     Off,
     /// In this process, until it ends.
-    Memory(Mutex<HashMap<String, Entry>>),
+    Memory(Mutex<Bounded<String, Instant>>),
     /// Redis or Valkey (`REDIS_URL`).
     Redis(ConnectionManager),
     /// The stage's bucket, whose lifecycle deletes what is old.
     #[cfg(feature = "aws")]
     S3(S3BlobStore),
-}
-
-/// A value and when it ceases to be one.
-pub struct Entry {
-    value: Vec<u8>,
-    expires_at: Instant,
 }
 
 impl PredictionCache {
@@ -59,18 +54,14 @@ impl PredictionCache {
 
     #[must_use]
     pub fn memory() -> Self {
-        Self::Memory(Mutex::new(HashMap::new()))
+        Self::Memory(Mutex::new(Bounded::new(MEMORY_BYTES)))
     }
 
     /// What is kept under `key`; `None` also where the cache cannot be reached.
     pub async fn get(&self, key: &str) -> Option<Vec<u8>> {
         match self {
             Self::Off => None,
-            Self::Memory(entries) => {
-                let entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
-                let entry = entries.get(key).filter(|entry| entry.expires_at > Instant::now())?;
-                Some(entry.value.clone())
-            }
+            Self::Memory(kept) => locked(kept).get(key, Instant::now()).map(Vec::from),
             Self::Redis(manager) => logged("get", manager.clone().get(key).await.map_err(category)).flatten(),
             #[cfg(feature = "aws")]
             Self::S3(blobs) => logged("get", in_time(blobs.get(&blob_key(key))).await).flatten(),
@@ -81,16 +72,10 @@ impl PredictionCache {
     pub async fn put(&self, key: &str, value: Vec<u8>, ttl: Duration) {
         match self {
             Self::Off => {}
-            Self::Memory(entries) => {
-                let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
-                if entries.len() >= MEMORY_CAPACITY {
-                    let now = Instant::now();
-                    entries.retain(|_, entry| entry.expires_at > now);
-                }
-                // Full of live entries: keeping the old ones is as good as any other choice.
-                if entries.len() < MEMORY_CAPACITY {
-                    entries.insert(key.to_owned(), Entry { value, expires_at: Instant::now() + ttl });
-                }
+            Self::Memory(kept) => {
+                // A copy has no room to spare.
+                let value = Bytes::copy_from_slice(&value);
+                locked(kept).put(key.to_owned(), value, Instant::now() + ttl);
             }
             Self::Redis(manager) => {
                 let seconds = ttl.as_secs().max(1);
@@ -105,8 +90,8 @@ impl PredictionCache {
     pub async fn remove(&self, key: &str) -> bool {
         match self {
             Self::Off => true,
-            Self::Memory(entries) => {
-                entries.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+            Self::Memory(kept) => {
+                locked(kept).remove(key);
                 true
             }
             Self::Redis(manager) => logged::<()>("remove", manager.clone().del(key).await.map_err(category)).is_some(),
@@ -116,6 +101,10 @@ impl PredictionCache {
             }
         }
     }
+}
+
+fn locked<T>(kept: &Mutex<T>) -> MutexGuard<'_, T> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn logged<T>(operation: &str, result: Result<T, impl std::fmt::Display>) -> Option<T> {

@@ -2,12 +2,12 @@
 //!
 //! In memory, for as long as the process lives: a request is the same where each of its bytes is.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 
 use axum::body::Bytes;
 use chrono::TimeDelta;
 use sha2::{Digest, Sha256};
+use shared::bounded::Bounded;
 use shared::clock::Timestamp;
 
 /// All answers together.
@@ -32,46 +32,27 @@ impl Key {
     }
 }
 
-/// The answers, oldest out first.
-#[derive(Debug, Default)]
-pub struct Cache(Mutex<Answers>);
+/// The answers.
+#[derive(Debug)]
+pub struct Cache(Mutex<Bounded<Key, Timestamp>>);
 
-#[derive(Debug, Default)]
-struct Answers {
-    by_key: HashMap<Key, Bytes>,
-    /// In the order in which they came.
-    order: VecDeque<(Key, Timestamp)>,
-    bytes: usize,
+impl Default for Cache {
+    fn default() -> Self {
+        Self(Mutex::new(Bounded::new(MAX_BYTES)))
+    }
 }
 
 impl Cache {
     pub(crate) fn get(&self, key: Key, now: Timestamp) -> Option<Bytes> {
-        let mut answers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while answers.order.front().is_some_and(|(_, kept_at)| now - *kept_at >= KEPT_FOR) {
-            answers.drop_oldest();
-        }
-        answers.by_key.get(&key).cloned()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&key, now)
     }
 
     /// Keeps an answer; the first to a request stays.
     pub(crate) fn put(&self, key: Key, answer: &Bytes, now: Timestamp) {
         let mut answers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if answer.len() > MAX_ANSWER_BYTES || answers.by_key.contains_key(&key) {
-            return;
+        if answer.len() <= MAX_ANSWER_BYTES && answers.get(&key, now).is_none() {
+            answers.put(key, answer.clone(), now + KEPT_FOR);
         }
-        while answers.bytes + answer.len() > MAX_BYTES {
-            answers.drop_oldest();
-        }
-        answers.bytes += answer.len();
-        answers.order.push_back((key, now));
-        answers.by_key.insert(key, answer.clone());
-    }
-}
-
-impl Answers {
-    fn drop_oldest(&mut self) {
-        let oldest = self.order.pop_front().and_then(|(key, _)| self.by_key.remove(&key));
-        self.bytes -= oldest.map_or(0, |answer| answer.len());
     }
 }
 
@@ -91,20 +72,14 @@ mod tests {
             assert_eq!(cache.get(other, start), None);
         }
         assert_eq!(cache.get(key, start + KEPT_FOR), None);
-        assert_eq!(cache.0.lock().unwrap().bytes, 0);
     }
 
     #[test]
-    fn the_oldest_answers_make_room_and_a_huge_one_is_not_kept() {
+    fn a_huge_answer_is_not_kept() {
         let (cache, start) = (Cache::default(), from_millis(0));
-        let key = |number: usize| Key::of("a", &number.to_le_bytes());
-        let answer = Bytes::from(vec![0; MAX_ANSWER_BYTES]);
-        let room = MAX_BYTES / MAX_ANSWER_BYTES;
-        (0..=room).for_each(|number| cache.put(key(number), &answer, start));
-        assert_eq!(cache.get(key(0), start), None);
-        assert!((1..=room).all(|number| cache.get(key(number), start).is_some()));
-        cache.put(key(room + 1), &Bytes::from(vec![0; MAX_ANSWER_BYTES + 1]), start);
-        assert_eq!(cache.get(key(room + 1), start), None);
-        assert_eq!(cache.0.lock().unwrap().bytes, MAX_BYTES);
+        let (kept, huge) = (Key::of("a", b"kept"), Key::of("a", b"huge"));
+        cache.put(kept, &Bytes::from(vec![0; MAX_ANSWER_BYTES]), start);
+        cache.put(huge, &Bytes::from(vec![0; MAX_ANSWER_BYTES + 1]), start);
+        assert!(cache.get(kept, start).is_some() && cache.get(huge, start).is_none());
     }
 }
