@@ -36,7 +36,9 @@ impl DirBlobStore {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::unavailable(WHAT, error)),
             _ => {}
         }
-        std::fs::create_dir_all(&incoming).map_err(|error| Error::unavailable(WHAT, error))?;
+        std::fs::create_dir_all(&incoming)
+            .and_then(|()| sync_folders(root))
+            .map_err(|error| Error::unavailable(WHAT, error))?;
         Ok(Self { root: root.to_owned(), signer: Signer::new(secret)? })
     }
 
@@ -151,15 +153,28 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> +
 
 fn persist(file: NamedTempFile, path: &Path) -> std::io::Result<()> {
     let directory = path.parent().unwrap_or(path);
+    let new = directory.ancestors().take_while(|directory| !directory.is_dir()).count();
     std::fs::create_dir_all(directory)?;
     file.as_file().sync_all()?;
     crash::here(crash::Point::BlobWritten);
     file.persist(path).map_err(|error| error.error)?;
-    // Without this the rename itself may be lost; the parent's entry is new as well.
-    for directory in directory.ancestors().take(2) {
-        std::fs::File::open(directory)?.sync_all()?;
+    // Without this the rename itself may be lost, and a new folder with all that is in it.
+    directory.ancestors().take(new + 1).try_for_each(sync)
+}
+
+/// Whoever was killed may have made folders that a power cut would undo: they are taken for old from here on.
+fn sync_folders(root: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(root)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync(&entry.path())?;
+        }
     }
-    Ok(())
+    sync(root)
+}
+
+fn sync(directory: &Path) -> std::io::Result<()> {
+    std::fs::File::open(directory)?.sync_all()
 }
 
 fn remove_older(directory: &Path, limit: SystemTime) -> std::io::Result<usize> {
