@@ -1,5 +1,5 @@
-//! Agents of Bedrock: a stand-in whose frames AWS's own library writes, for what an agent may do
-//! wrong; and the emulator's, which answers in one piece.
+//! Agents of Bedrock: a stand-in whose frames AWS's own library writes, held against what AWS has sent, for what
+//! an agent may do wrong; and the emulator's, which answers in one piece.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -37,6 +37,16 @@ const SETTINGS: [(&str, &str); 4] = [
     ("BEDROCK_AGENT_ALIAS_ID", ALIAS),
     ("LLM_PROMPT_USD_PER_MILLION", "1"),
     ("LLM_COMPLETION_USD_PER_MILLION", "4"),
+];
+
+/// Where the frames of AWS itself begin: lengths, their checksum, and headers. Of a chunk whose payload has 1,552
+/// bytes, and of a trace's with 562. Recorded on 2025-05-30 by the tests of DataDog/dd-trace-py
+/// (`tests/contrib/botocore/bedrock_cassettes/agent_invoke_trace_disabled.yaml` and `agent_invoke.yaml`).
+const RECORDED: [&[u8]; 2] = [
+    b"\x00\x00\x06\x6b\x00\x00\x00\x4b\xbc\x97\xe2\x30\x0b:event-type\x07\x00\x05chunk\
+      \x0d:content-type\x07\x00\x10application/json\x0d:message-type\x07\x00\x05event",
+    b"\x00\x00\x02\x8d\x00\x00\x00\x4b\x80\x92\x92\x59\x0b:event-type\x07\x00\x05trace\
+      \x0d:content-type\x07\x00\x10application/json\x0d:message-type\x07\x00\x05event",
 ];
 
 /// What the stand-in does with one call.
@@ -92,7 +102,11 @@ async fn invoke(
     let body = serde_json::from_slice(&body).unwrap();
     state.asked.lock().unwrap().push(Asked { agent, alias, session, body });
     let next = state.script.lock().unwrap().pop_front();
-    let stream = [("content-type", "application/vnd.amazon.eventstream")];
+    let stream = [
+        ("content-type", "application/vnd.amazon.eventstream"),
+        ("x-amzn-bedrock-agent-content-type", "application/json"),
+        ("x-amz-bedrock-agent-session-id", "s"),
+    ];
     match next.unwrap() {
         Behaviour::Frames(frames) => (stream, frames.concat()).into_response(),
         Behaviour::CutOff(frames) => {
@@ -107,11 +121,11 @@ async fn invoke(
     }
 }
 
-fn frame(headers: [(&'static str, &'static str); 2], payload: &Value) -> Vec<u8> {
-    let header = |(name, value): (&'static str, &'static str)| Header::new(name, HeaderValue::String(value.into()));
+/// A frame of a `kind` (`event` or `exception`), its headers in AWS's order.
+fn frame(kind: &'static str, [type_header, name]: [&'static str; 2], payload: &Value) -> Vec<u8> {
     let mut message = Frame::new(payload.to_string().into_bytes());
-    for named in headers.into_iter().chain([(":content-type", "application/json")]) {
-        message = message.add_header(header(named));
+    for (header, value) in [(type_header, name), (":content-type", "application/json"), (":message-type", kind)] {
+        message = message.add_header(Header::new(header, HeaderValue::String(value.into())));
     }
     let mut bytes = Vec::new();
     write_message_to(&message, &mut bytes).unwrap();
@@ -119,7 +133,7 @@ fn frame(headers: [(&'static str, &'static str); 2], payload: &Value) -> Vec<u8>
 }
 
 fn event(name: &'static str, payload: &Value) -> Vec<u8> {
-    frame([(":message-type", "event"), (":event-type", name)], payload)
+    frame("event", [":event-type", name], payload)
 }
 
 fn chunk(bytes: &[u8]) -> Vec<u8> {
@@ -127,14 +141,28 @@ fn chunk(bytes: &[u8]) -> Vec<u8> {
 }
 
 fn exception(name: &'static str) -> Vec<u8> {
-    frame([(":message-type", "exception"), (":exception-type", name)], &json!({"message": "secret"}))
+    frame("exception", [":exception-type", name], &json!({"message": "secret"}))
 }
 
-/// A trace as an agent sends it of each model that it asks.
+/// A trace with the fields of those that were recorded, whose `trace` is this.
+fn trace(trace: &Value) -> Vec<u8> {
+    let caller = json!({"agentAliasArn": "arn:aws:bedrock:us-east-1:000000000000:agent-alias/AGENT12345/TSTALIASID"});
+    let payload = json!({"agentAliasId": ALIAS, "agentId": AGENT, "agentVersion": "1", "callerChain": [caller],
+        "eventTime": "2026-11-29T09:00:00.251741423Z", "sessionId": "s", "trace": trace});
+    event("trace", &payload)
+}
+
+fn metadata() -> Value {
+    let (start, end) = ("2026-11-29T08:59:59.886678481Z", "2026-11-29T09:00:00.251482518Z");
+    json!({"clientRequestId": "c", "startTime": start, "endTime": end, "totalTimeMs": 365})
+}
+
+/// What an agent sends of each model that it has asked.
 fn usage(stage: &str, prompt: u64, completion: u64) -> Vec<u8> {
-    let usage = json!({"inputTokens": prompt, "outputTokens": completion});
-    let output = json!({"traceId": "t", "metadata": {"usage": usage}});
-    event("trace", &json!({"sessionId": "s", "trace": {stage: {"modelInvocationOutput": output}}}))
+    let mut metadata = metadata();
+    metadata["usage"] = json!({"inputTokens": prompt, "outputTokens": completion});
+    let raw = json!({"content": "{\"secret\":null}"});
+    trace(&json!({stage: {"modelInvocationOutput": {"metadata": metadata, "rawResponse": raw, "traceId": "t"}}}))
 }
 
 fn prompt(text: &str, session: Option<String>) -> Prompt {
@@ -148,14 +176,29 @@ async fn ask(llm: &Llm) -> (Result<Answer, LlmError>, u32) {
     llm.complete(&prompt("Hello?", Some(session_of("ward"))), Instant::now() + Duration::from_secs(30)).await
 }
 
+#[test]
+fn the_stand_ins_frames_begin_as_those_that_aws_has_sent() {
+    let padding = |length: usize| json!({"p": "x".repeat(length - r#"{"p":""}"#.len())});
+    for (frame, recorded) in [chunk(&[b'x'; 1153]), event("trace", &padding(562))].iter().zip(RECORDED) {
+        assert!(frame.starts_with(recorded), "{}", frame.escape_ascii());
+    }
+}
+
 #[tokio::test]
 async fn chunks_are_one_answer_and_traces_say_what_it_took() {
     let whole = "A naevus \u{2013} a mole.".as_bytes();
     // The dash is three bytes, and comes in two pieces.
+    let guardrail = json!({"action": "NONE", "inputAssessments": [{}], "metadata": metadata(), "traceId": "t"});
+    let limits = json!({"__type": "com.amazon.bedrock.agent.common.types#InferenceConfiguration", "maximumLength": 2048,
+        "stopSequences": ["</answer>"], "temperature": 0.0, "topK": 250, "topP": 1.0});
+    let input = json!({"foundationModel": "m", "inferenceConfiguration": limits, "text": "secret", "traceId": "t",
+        "type": "ORCHESTRATION"});
     let frames = vec![
+        trace(&json!({"guardrailTrace": guardrail})),
         usage("preProcessingTrace", 100, 10),
         chunk(&whole[..10]),
-        event("trace", &json!({"sessionId": "s", "trace": {"orchestrationTrace": {"rationale": {"text": "secret"}}}})),
+        trace(&json!({"orchestrationTrace": {"modelInvocationInput": input}})),
+        trace(&json!({"orchestrationTrace": {"rationale": {"text": "secret", "traceId": "t"}}})),
         chunk(&whole[10..]),
         usage("orchestrationTrace", 20, 5),
     ];
