@@ -31,9 +31,7 @@ export async function offline_and_back(visit) {
 export async function long_poll_where_there_is_no_socket(visit) {
   const page = await visit.page();
   await page.route("**/socket-tickets", (route) => (route.request().method() === "POST" ? route.abort() : route.continue()));
-  visit.target.gate.closed = true;
-  await send(page, sample("mole-drawn"));
-  await says(status(page), "description is being written");
+  await sendHeldBack(visit, page);
   await says(page.locator("#photo-result"), "No live connection");
   visit.target.gate.release();
   await says(status(page), "Done.");
@@ -58,9 +56,7 @@ export async function a_gateway_in_trouble_is_waited_for(visit) {
 // The socket alone tells: nothing is polled while it is there.
 export async function told_over_the_socket(visit) {
   const page = await visit.page();
-  visit.target.gate.closed = true;
-  await send(page, sample("mole-drawn"));
-  await says(status(page), "description is being written");
+  await sendHeldBack(visit, page);
   await says(page.locator("#photo-result"), "Told as it happens");
   const before = visit.requests.filter((request) => request.url().includes("?wait=")).length;
   visit.target.gate.release();
@@ -71,9 +67,7 @@ export async function told_over_the_socket(visit) {
 // The frame says that it has ended, and what it has come to is not to be had at that moment.
 export async function an_end_that_cannot_be_read_at_once_is_read_again(visit) {
   const page = await visit.page();
-  visit.target.gate.closed = true;
-  await send(page, sample("mole-drawn"));
-  await says(status(page), "description is being written");
+  await sendHeldBack(visit, page);
   await says(page.locator("#photo-result"), "Told as it happens");
   let refusals = 1;
   await page.route(/\/result\//, (route) => (refusals-- > 0 ? route.fulfill({ status: 502, body: "" }) : route.continue()));
@@ -86,9 +80,7 @@ export async function an_end_that_cannot_be_read_at_once_is_read_again(visit) {
 export async function a_socket_that_closes_as_soon_as_it_is_open(visit) {
   const page = await visit.page();
   await page.routeWebSocket(/ticket=/, (socket) => { setTimeout(() => socket.close(), 50); });
-  visit.target.gate.closed = true;
-  await send(page, sample("mole-drawn"));
-  await says(status(page), "description is being written");
+  await sendHeldBack(visit, page);
   await page.waitForTimeout(12_000);
   const tickets = visit.requests.filter((request) => request.url().endsWith("/socket-tickets") && request.method() === "POST");
   assert.ok(tickets.length <= 5, `${tickets.length} tickets in twelve seconds`);
@@ -142,9 +134,7 @@ export async function two_tabs(visit) {
 // What was under way when the page was closed is there when it is opened again.
 export async function reloading_goes_on_with_what_is_under_way(visit) {
   const page = await visit.page();
-  visit.target.gate.closed = true;
-  const id = await send(page, sample("mole-drawn"));
-  await says(status(page), "description is being written");
+  const id = await sendHeldBack(visit, page);
   await page.reload();
   await says(status(page), "description is being written");
   visit.target.gate.release();
@@ -267,9 +257,7 @@ a_guest.only = "embedded";
 export async function the_host_dies_and_comes_back(visit) {
   const { host } = visit.target;
   const page = await visit.page();
-  visit.target.gate.closed = true;
-  const id = await send(page, sample("mole-drawn"));
-  await says(status(page), "description is being written");
+  const id = await sendHeldBack(visit, page);
   await host.kill();
   try {
     await says(page.locator("#photo-result"), "No live connection");
@@ -281,3 +269,11 @@ export async function the_host_dies_and_comes_back(visit) {
   assert.deepEqual((await history(page)).map((entry) => [entry.id, entry.open]), [[id, false]]);
 }
 the_host_dies_and_comes_back.only = "embedded";
+
+// Sends a photo whose description is not written before the gate is released.
+async function sendHeldBack(visit, page) {
+  visit.target.gate.closed = true;
+  const id = await send(page, sample("mole-drawn"));
+  await says(status(page), "description is being written");
+  return id;
+}
