@@ -28,7 +28,9 @@ const SETTINGS: [(&str, &str); 4] = [
 const FILLERS: usize = 32;
 const MB: f64 = 1e6;
 
-/// An empty folder on the disk that holds `target`.
+/// An empty folder on the disk that holds `target`. A run's folder is kept with its result until all are done:
+/// ext4 without a journal makes a file more slowly for minutes after thousands were deleted, since it looks
+/// through their inodes first (Linux: `find_inode_bit` in fs/ext4/ialloc.c).
 pub fn scratch() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
@@ -63,6 +65,14 @@ pub struct Drain {
     pub stages: BTreeMap<String, f64>,
     /// Jobs, by how they ended.
     pub ends: BTreeMap<String, usize>,
+    _folder: TempDir,
+}
+
+/// What came of submitting, one photo after the other.
+pub struct Latency {
+    /// Median milliseconds.
+    pub millis: f64,
+    _folder: TempDir,
 }
 
 /// Starts the host with the bundle in `model` on a copy of `filled` and waits until every job has
@@ -100,12 +110,13 @@ pub async fn drain(filled: &Path, model: &Path) -> Drain {
         writes_per_job: jobs.iter().map(|job| job["version"].as_f64().unwrap()).sum::<f64>() / count,
         stages: stages(&jobs),
         ends,
+        _folder: folder,
     }
 }
 
-/// Median submit latencies in milliseconds with `filled` in the queue and at work, or with nothing
-/// queued: then each job ends before the next comes. `first` numbers the photos.
-pub async fn submit_latency(filled: Option<&Path>, photos: &Photos, first: usize, count: usize) -> f64 {
+/// Submits with `filled` in the queue and at work, or with nothing queued: then each job ends before the
+/// next comes. `first` numbers the photos.
+pub async fn submit_latency(filled: Option<&Path>, photos: &Photos, first: usize, count: usize) -> Latency {
     let folder = filled.map_or_else(scratch, copy);
     let process = Process::start(folder.path(), &SETTINGS).await.unwrap();
     let http = client();
@@ -122,7 +133,7 @@ pub async fn submit_latency(filled: Option<&Path>, photos: &Photos, first: usize
     }
     process.kill().await;
     // The first ones find connections and caches cold.
-    median(latencies.split_off(count / 10))
+    Latency { millis: median(latencies.split_off(count / 10)), _folder: folder }
 }
 
 pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use host::{Drain, drain, fill, median, submit_latency};
+use host::{Drain, Latency, drain, fill, median, submit_latency};
 use photos::{Photos, Size};
 use support::reference::Reference;
 
@@ -146,6 +146,8 @@ async fn measure(extent: &Extent) {
         busy.push(submit_latency(Some(full.path()), &small, first, extent.submits).await);
     }
     print_table(&series);
+    let millis = |latencies: &[Latency]| latencies.iter().map(|latency| latency.millis).collect::<Vec<_>>();
+    let (idle, busy) = (millis(&idle), millis(&busy));
     print_latency(extent, &idle, &busy);
     print_targets(extent, &series, median(idle), median(busy));
 }
