@@ -8,6 +8,7 @@ pub mod bedrock;
 mod key;
 pub mod models;
 pub mod openai;
+pub mod parts;
 pub mod sse;
 pub mod template;
 mod terms;

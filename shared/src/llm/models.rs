@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::{Client, RequestBuilder, Response, StatusCode, Url, header};
+use reqwest::{Body, Client, RequestBuilder, Response, StatusCode, Url, header};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use super::key::Key;
+use super::parts::Parts;
 use super::terms::{self, Prices};
 #[cfg(feature = "aws")]
 use crate::aws::Secrets;
@@ -222,9 +223,8 @@ impl Model {
     ///
     /// # Errors
     /// Where there is no way to the server, or the key cannot be read.
-    pub async fn send(&self, body: Vec<u8>) -> Result<Response, SendError> {
+    pub async fn send(&self, body: Parts) -> Result<Response, SendError> {
         let key = self.key.current().await?;
-        let body = axum::body::Bytes::from(body);
         let response = self.request(body.clone(), key.as_ref()).send().await?;
         if response.status() == StatusCode::UNAUTHORIZED
             && let Some(renewed) = self.key.renewed(key.as_ref()).await?
@@ -234,7 +234,8 @@ impl Model {
         Ok(response)
     }
 
-    fn request(&self, body: axum::body::Bytes, key: Option<&SecretString>) -> RequestBuilder {
+    fn request(&self, body: Parts, key: Option<&SecretString>) -> RequestBuilder {
+        let body = Body::wrap(body);
         let request = self.client.post(self.url.clone()).header(header::CONTENT_TYPE, "application/json").body(body);
         match key {
             Some(key) => request.bearer_auth(key.expose_secret()),

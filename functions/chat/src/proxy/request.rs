@@ -6,10 +6,12 @@ use std::ops::Range;
 
 use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderName, header};
+use memchr::{memchr, memmem};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use shared::error::Error;
 use shared::http::body::invalid;
+use shared::llm::parts::Parts;
 
 use super::cache::Key;
 
@@ -145,24 +147,23 @@ impl Asked {
     }
 
     /// The body for the upstream, which calls the model `name`.
-    pub(crate) fn body_for(&self, name: &str) -> Vec<u8> {
-        let name = serde_json::Value::from(name).to_string();
-        let mut edits = vec![(self.name.clone(), name.as_str())];
+    pub(crate) fn body_for(&self, name: &str) -> Parts {
+        let name = Bytes::from(serde_json::Value::from(name).to_string());
+        let mut edits = vec![(self.name.clone(), name)];
         match &self.usage {
             Edit::None => {}
-            Edit::Replace(range, text) => edits.push((range.clone(), text)),
-            Edit::Insert(at, text) => edits.push((*at..*at, text)),
+            Edit::Replace(range, text) => edits.push((range.clone(), Bytes::from_static(text.as_bytes()))),
+            Edit::Insert(at, text) => edits.push((*at..*at, Bytes::from_static(text.as_bytes()))),
         }
         edits.sort_by_key(|(range, _)| range.start);
-        let mut out = Vec::with_capacity(self.body.len() + name.len() + 64);
+        let mut parts = Vec::with_capacity(2 * edits.len() + 1);
         let mut from = 0;
         for (range, text) in edits {
-            out.extend_from_slice(&self.body[from..range.start]);
-            out.extend_from_slice(text.as_bytes());
+            parts.extend([self.body.slice(from..range.start), text]);
             from = range.end;
         }
-        out.extend_from_slice(&self.body[from..]);
-        out
+        parts.push(self.body.slice(from..));
+        parts.into_iter().collect()
     }
 }
 
@@ -198,15 +199,19 @@ fn place(text: &str, value: &RawValue) -> Range<usize> {
 /// No tokenizer makes more tokens than there are bytes. The bytes of pictures that are sent along are
 /// none of the prompt's; nobody's pictures cost what their base64 is long.
 fn most_tokens(text: &str) -> u64 {
-    let end = |start: usize| text[start..].find('"').unwrap_or(text.len() - start);
-    let of = |pattern: &str| text.match_indices(pattern).map(|(at, _)| end(at + pattern.len())).sum::<usize>();
+    let text = text.as_bytes();
+    let end = |start: usize| memchr(b'"', &text[start..]).unwrap_or(text.len() - start);
+    let of = |pattern: &str| memmem::find_iter(text, pattern).map(|at| end(at + pattern.len())).sum::<usize>();
     let data = of(r#""url":"data:"#) + of(r#""url": "data:"#);
-    let pictures = text.matches("\"image_url\"").count();
+    let pictures = memmem::find_iter(text, "\"image_url\"").count();
     (text.len() - data) as u64 + pictures as u64 * PICTURE_TOKENS
 }
 
 #[cfg(test)]
 mod tests {
+    use axum::body::{Body, HttpBody, to_bytes};
+    use futures_util::FutureExt;
+
     use super::*;
 
     fn read(body: &str) -> Asked {
@@ -215,7 +220,10 @@ mod tests {
 
     #[track_caller]
     fn check(body: &str, name: &str, expected: &str) {
-        assert_eq!(String::from_utf8(read(body).body_for(name)).unwrap(), expected);
+        let parts = read(body).body_for(name);
+        assert_eq!(parts.size_hint().exact(), Some(expected.len() as u64));
+        let sent = to_bytes(Body::new(parts), usize::MAX).now_or_never().unwrap().unwrap();
+        assert_eq!(std::str::from_utf8(&sent).unwrap(), expected);
     }
 
     #[test]
