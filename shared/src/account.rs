@@ -29,7 +29,7 @@ pub struct Account {
     tokens: Bucket,
     /// By their names, such as `2026-11`, in UTC.
     pub months: BTreeMap<String, Month>,
-    reservations: BTreeMap<Uuid, Reservation>,
+    pub(crate) reservations: BTreeMap<Uuid, Reservation>,
 }
 
 /// What was taken and has not come back yet; it comes back evenly, a limit's worth a minute.
@@ -66,7 +66,7 @@ pub struct Ask {
 /// What was asked, in fields of its own: serde reads a flattened struct several times as slowly, and an
 /// account is read with every write.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Reservation {
+pub(crate) struct Reservation {
     prompt_tokens: u64,
     completion_tokens: u64,
     cost_pico: u64,
@@ -189,6 +189,12 @@ impl Account {
             requests: limits.requests_per_minute.map(|limit| self.requests.left(limit)),
             tokens: limits.tokens_per_minute.map(|limit| self.tokens.left(limit)),
         }
+    }
+
+    /// What is written with every request, beside the reservations that come and go.
+    pub(crate) fn without_reservations(&self) -> Self {
+        let &Self { version, requests, tokens, ref months, .. } = self;
+        Self { version, requests, tokens, months: months.clone(), reservations: BTreeMap::new() }
     }
 
     /// Requests under way, or whose function died.
