@@ -1,15 +1,14 @@
 //! API keys and their accounts in SQLite, and the count of requests in memory: a restart begins a new window.
 
+mod accounts;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, params};
-use serde::de::DeserializeOwned;
-use uuid::Uuid;
 
-use super::sqlite::{Kept, Sqlite};
+use super::sqlite::{Kept, Sqlite, json};
 use crate::account::Account;
 use crate::api::admin::{KeyInfo, Scope};
 use crate::auth::keys::ApiKey;
@@ -165,26 +164,13 @@ impl Callers for SqliteCallers {
         if let Some(account) = self.known().accounts.get(key_id) {
             return Ok(account.clone());
         }
-        self.sqlite.read(|db| {
-            // Both as of one write.
-            let snapshot = db.unchecked_transaction()?;
-            let sql = "SELECT account FROM accounts WHERE key_id = ?1";
-            let found = snapshot.prepare_cached(sql)?.query_row([key_id], json::<0, Account>).optional()?;
-            let mut account = found.unwrap_or_default();
-            let sql = "SELECT id, reservation FROM reservations WHERE key_id = ?1";
-            let mut statement = snapshot.prepare_cached(sql)?;
-            for row in statement.query_map([key_id], |row| Ok((uuid(row)?, json::<1, _>(row)?)))? {
-                let (id, reservation) = row?;
-                account.reservations.insert(id, reservation);
-            }
-            Ok(account)
-        })
+        self.sqlite.read(|db| accounts::find(db, key_id))
     }
 
     async fn replace_account(&self, key_id: &str, version: u64, after: &Account) -> Result<bool, Error> {
         // Where it is not known what the file has, all of it is written anew.
         let before = self.known().accounts.remove(key_id).filter(|account| account.version == version);
-        let change = AccountChange::of(before.as_ref(), after).map_err(Error::internal)?;
+        let change = accounts::Change::of(before.as_ref(), after).map_err(Error::internal)?;
         let key = key_id.to_owned();
         // Each request of a model waits for two of these. What a power cut may undo are the last ones.
         let is_written = self.sqlite.call_kept(Kept::InFile, move |db| change.write(db, &key, version)).await?;
@@ -210,67 +196,6 @@ impl Callers for SqliteCallers {
     }
 }
 
-/// What is written of an account: all that changes with every request, and the reservations that came or went.
-struct AccountChange {
-    version: u64,
-    account: String,
-    /// Whether all reservations go first.
-    anew: bool,
-    gone: Vec<Uuid>,
-    new: Vec<(Uuid, String)>,
-}
-
-impl AccountChange {
-    fn of(before: Option<&Account>, after: &Account) -> serde_json::Result<Self> {
-        let has = |account: Option<&Account>, id| account.is_some_and(|account| account.reservations.contains_key(id));
-        let new = after.reservations.iter().filter(|(id, _)| !has(before, id));
-        let gone = before.iter().flat_map(|account| account.reservations.keys()).filter(|id| !has(Some(after), id));
-        Ok(Self {
-            version: after.version,
-            account: serde_json::to_string(&after.without_reservations())?,
-            anew: before.is_none(),
-            gone: gone.copied().collect(),
-            new: new
-                .map(|(id, reservation)| Ok((*id, serde_json::to_string(reservation)?)))
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    /// `false` where the account does not stand at `version`.
-    fn write(&self, db: &Connection, key_id: &str, version: u64) -> rusqlite::Result<bool> {
-        let written = match version {
-            0 => db
-                .prepare_cached(
-                    "INSERT INTO accounts (key_id, account, version) VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING",
-                )?
-                .execute(params![key_id, self.account, self.version])?,
-            version => db
-                .prepare_cached("UPDATE accounts SET account = ?2, version = ?3 WHERE key_id = ?1 AND version = ?4")?
-                .execute(params![key_id, self.account, self.version, version])?,
-        };
-        if written == 0 {
-            return Ok(false);
-        }
-        if self.anew {
-            db.prepare_cached("DELETE FROM reservations WHERE key_id = ?1")?.execute([key_id])?;
-        }
-        let mut delete = db.prepare_cached("DELETE FROM reservations WHERE key_id = ?1 AND id = ?2")?;
-        for id in &self.gone {
-            delete.execute(params![key_id, id.to_string()])?;
-        }
-        let mut insert = db.prepare_cached("INSERT INTO reservations VALUES (?1, ?2, ?3)")?;
-        for (id, reservation) in &self.new {
-            insert.execute(params![key_id, id.to_string(), reservation])?;
-        }
-        Ok(true)
-    }
-}
-
-fn uuid(row: &Row<'_>) -> rusqlite::Result<Uuid> {
-    let text: String = row.get(0)?;
-    text.parse().map_err(|error: uuid::Error| rusqlite::Error::FromSqlConversionFailure(0, Type::Text, error.into()))
-}
-
 fn key(row: &Row<'_>) -> rusqlite::Result<ApiKey> {
     let moment = |column: usize| row.get::<_, Option<i64>>(column).map(|millis| millis.map(from_millis));
     let info = KeyInfo {
@@ -286,19 +211,11 @@ fn key(row: &Row<'_>) -> rusqlite::Result<ApiKey> {
     Ok(ApiKey { info, secret_sha256: row.get(4)? })
 }
 
-/// What a column holds as JSON.
-fn json<const COLUMN: usize, T: DeserializeOwned>(row: &Row<'_>) -> rusqlite::Result<T> {
-    let text: String = row.get(COLUMN)?;
-    serde_json::from_str(&text)
-        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(COLUMN, Type::Text, error.into()))
-}
-
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::account::{Ask, Used};
     use crate::api::admin::KeyLimits;
 
     #[tokio::test]
@@ -318,21 +235,6 @@ mod tests {
             assert_eq!((key.info.caller.as_str(), key.info.limits), ("ward", Default::default()));
             assert_eq!(callers.find_account("0123456789ab").await.unwrap(), Account::default());
         }
-    }
-
-    const ASK: Ask = Ask { prompt_tokens: 1, completion_tokens: 2, cost_pico: 3 };
-    const USED: Used = Used { prompt_tokens: 1, completion_tokens: 1, cost_pico: 2, estimated: false };
-
-    fn admit(account: &Account, number: u128) -> Account {
-        let mut after = account.clone();
-        after.admit(Uuid::from_u128(number), &KeyLimits::default(), ASK, from_millis(7)).unwrap();
-        after
-    }
-
-    fn settle(account: &Account, number: u128) -> Account {
-        let mut after = account.clone();
-        assert!(after.settle(Uuid::from_u128(number), USED, &KeyLimits::default(), from_millis(8)));
-        after
     }
 
     fn key(id: &str) -> ApiKey {
@@ -360,66 +262,6 @@ mod tests {
         // The writes are done in turn.
         callers.create_key(&key("two")).await.unwrap();
         assert_eq!(callers.find_key("one").await.unwrap().unwrap().info.revoked_at, Some(from_millis(5)));
-    }
-
-    #[tokio::test]
-    async fn an_account_is_in_the_file_as_it_was_written() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("callers.sqlite");
-        let (callers, mut account) = (SqliteCallers::open(&path).unwrap(), Account::default());
-        for number in 0..8 {
-            let mut next = vec![admit(&account, number)];
-            if number % 3 == 2 {
-                next.push(settle(&next[0], number - 1));
-            }
-            for after in next {
-                assert!(callers.replace_account("key", account.version, &after).await.unwrap());
-                // Whoever opens the file has nothing but the file.
-                let read = SqliteCallers::open(&path).unwrap().find_account("key").await.unwrap();
-                assert_eq!((&read, &callers.find_account("key").await.unwrap()), (&after, &after));
-                account = after;
-            }
-        }
-        assert_eq!(account.under_way(), 6);
-    }
-
-    #[tokio::test]
-    async fn an_account_that_another_has_written_is_read_again() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("callers.sqlite");
-        let (one, other) = (SqliteCallers::open(&path).unwrap(), SqliteCallers::open(&path).unwrap());
-        let first = admit(&Account::default(), 1);
-        assert!(one.replace_account("key", 0, &first).await.unwrap());
-        let second = settle(&first, 1);
-        assert!(other.replace_account("key", first.version, &second).await.unwrap());
-        // It still knows the first, and finds out when it writes.
-        assert!(!one.replace_account("key", first.version, &admit(&first, 2)).await.unwrap());
-        assert_eq!(one.find_account("key").await.unwrap(), second);
-        let third = admit(&second, 3);
-        assert!(one.replace_account("key", second.version, &third).await.unwrap());
-        assert_eq!(SqliteCallers::open(&path).unwrap().find_account("key").await.unwrap(), third);
-    }
-
-    #[tokio::test]
-    async fn an_account_from_before_reservations_had_rows_is_taken_on() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("callers.sqlite");
-        let account = admit(&admit(&Account::default(), 1), 2);
-        let old = format!(
-            "CREATE TABLE keys (id TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
-            CREATE TABLE accounts (key_id TEXT PRIMARY KEY, version INTEGER NOT NULL, account TEXT NOT NULL)
-            STRICT, WITHOUT ROWID;
-            INSERT INTO accounts VALUES ('key', {}, '{}');
-            PRAGMA user_version = 2;",
-            account.version,
-            serde_json::to_string(&account).unwrap()
-        );
-        Connection::open(&path).unwrap().execute_batch(&old).unwrap();
-        let callers = SqliteCallers::open(&path).unwrap();
-        assert_eq!(callers.find_account("key").await.unwrap(), account);
-        let after = settle(&account, 1);
-        assert!(callers.replace_account("key", account.version, &after).await.unwrap());
-        assert_eq!(SqliteCallers::open(&path).unwrap().find_account("key").await.unwrap(), after);
     }
 
     #[tokio::test]
