@@ -17,7 +17,9 @@
 
 mod callback;
 mod machine;
+mod outcome;
 mod prompt;
+mod record;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -27,7 +29,12 @@ use crate::clock::{Timestamp, from_millis};
 
 pub use callback::{Callback, Delivery, DeliveryOutcome, FailedTry, Turn};
 pub use machine::{InferenceOutcome, Policy, Refused, SweepAction};
+pub use outcome::{
+    AbstainReason, Abstention, Description, DescriptionSource, Failure, FailureCode, LlmCall, Prediction, Quality,
+    Reading, RetakeReason,
+};
 pub use prompt::{AnswerContent, LlmAnswer, LlmTrouble, StoredPrompt, answer_key, prompt_key};
+pub use record::{Fence, Record, Tombstone, Upload};
 
 /// Where a job stands. The names are part of the API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -143,175 +150,6 @@ impl Input {
     }
 }
 
-/// Why a new photo is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum RetakeReason {
-    TooSmall,
-    Blurred,
-    TooDark,
-    TooBright,
-    LowContrast,
-}
-
-/// One class and its calibrated probability.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Prediction {
-    /// The class's code in the model's manifest.
-    #[schema(example = "nv")]
-    pub label: String,
-    #[schema(example = "Melanocytic nevus")]
-    pub name: String,
-    /// Calibrated, 0–1; all classes add up to 1.
-    pub probability: f64,
-    /// Whether the manifest counts the class among the malignant or pre-malignant ones.
-    pub malignant: bool,
-}
-
-/// Why the model gives no label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum AbstainReason {
-    /// The highest calibrated probability is below the manifest's threshold.
-    LowConfidence,
-    /// The picture does not look like what the model was trained on.
-    OutOfDistribution,
-}
-
-/// The model gives no label for this photo.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Abstention {
-    pub reason: AbstainReason,
-}
-
-/// What the model said: predictions, or an abstention and none.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Reading {
-    /// SHA-256 of the bundle's manifest, in hex.
-    pub model_digest: String,
-    /// Highest first; empty where the model abstained.
-    pub predictions: Vec<Prediction>,
-    pub abstained: Option<Abstention>,
-    /// Whether an overlay of the class activation map lies under [`map_key`]; in no record of
-    /// earlier builds.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub has_map: bool,
-}
-
-/// Measures of the photo, and what is wrong with it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Quality {
-    /// Whether the photo went on to the model.
-    pub accepted: bool,
-    /// Empty where accepted.
-    pub reasons: Vec<RetakeReason>,
-    /// The measures behind the reasons, by name; units in `docs/API.md`.
-    #[schema(value_type = std::collections::BTreeMap<String, f64>)]
-    pub measures: std::collections::BTreeMap<String, f64>,
-}
-
-/// Who wrote a description.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum DescriptionSource {
-    Llm,
-    /// The offline template; `fallback` says why where an LLM had been asked.
-    Template,
-}
-
-/// A plain-language text about the predictions, disclaimer included.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Description {
-    pub text: String,
-    pub source: DescriptionSource,
-    /// Version of the prompt or of the template.
-    #[schema(example = "describe-v1")]
-    pub version: String,
-    /// The code of what kept the LLM's text out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fallback: Option<String>,
-}
-
-/// One call to the LLM, for the ledger. No prompt and no answer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct LlmCall {
-    pub claim: u64,
-    pub at: Timestamp,
-    pub latency_ms: u64,
-    /// Requests that the call took; all but the last failed.
-    pub tries: u32,
-    /// `ok`, or the code of what went wrong.
-    pub outcome: String,
-    pub finish_reason: Option<String>,
-    pub prompt_tokens: Option<u64>,
-    pub completion_tokens: Option<u64>,
-    /// By the prices that were set; absent where none are.
-    pub cost_usd: Option<f64>,
-}
-
-/// How a job ended badly.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Failure {
-    pub stage: Stage,
-    pub code: FailureCode,
-    /// Whether an operator may send the job round again.
-    pub retryable: bool,
-}
-
-/// Why a job failed. The names are part of the API.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum FailureCode {
-    /// The header was right, the pixels are damaged.
-    PhotoUnreadable,
-    /// The stored photo is gone.
-    PhotoMissing,
-    /// The network gave something that is no probability.
-    ModelError,
-    /// Workers died or were refused `MAX_ATTEMPTS` times.
-    AttemptsExhausted,
-    /// The job was open for longer than its deadline.
-    DeadlineExceeded,
-    /// The stored prompt is gone.
-    PromptMissing,
-    /// The host has no LLM any more.
-    LlmNotConfigured,
-    /// The LLM refused the request.
-    LlmRefused,
-    /// What the LLM's server answered is no completion.
-    LlmInvalidResponse,
-    /// JSON was asked for, and the answer is none.
-    LlmInvalidJson,
-    /// The LLM takes no more requests, `MAX_ATTEMPTS` times.
-    LlmRateLimited,
-    /// The LLM took too long, `MAX_ATTEMPTS` times.
-    LlmTimeout,
-    /// The LLM could not be reached or failed, `MAX_ATTEMPTS` times.
-    LlmUnavailable,
-}
-
-impl FailureCode {
-    /// A sentence for the person who reads the result.
-    #[must_use]
-    pub fn message(self) -> &'static str {
-        match self {
-            Self::PhotoUnreadable => "The photo is damaged and cannot be decoded. Send it again.",
-            Self::PhotoMissing => "The stored photo is gone. Send it again.",
-            Self::ModelError => "The model gave no usable answer for this photo.",
-            Self::AttemptsExhausted => "The request could not be processed after several attempts.",
-            Self::DeadlineExceeded => "The request could not be processed in time.",
-            Self::PromptMissing => "The stored prompt is gone. Send it again.",
-            Self::LlmNotConfigured => "This host has no LLM; its operator sets LLM_BASE_URL.",
-            Self::LlmRefused => "The LLM refused the request.",
-            Self::LlmInvalidResponse => "The LLM answered something that is no completion.",
-            Self::LlmInvalidJson => "The LLM's answer is not the JSON that was asked for.",
-            Self::LlmRateLimited => "The LLM took no more requests, several times.",
-            Self::LlmTimeout => "The LLM took too long, several times.",
-            Self::LlmUnavailable => "The LLM was not available, several times.",
-        }
-    }
-}
-
 /// Milliseconds spent in each stage; absent where the stage did not run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Timings {
@@ -391,139 +229,6 @@ pub struct Job {
     pub llm_calls: Vec<LlmCall>,
     pub failure: Option<Failure>,
     pub timings_ms: Timings,
-}
-
-/// What is left of a deleted job: enough to erase late writes and to refuse stale workers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tombstone {
-    pub id: Uuid,
-    pub caller: String,
-    /// The job's; absent in tombstones of earlier builds.
-    #[serde(default)]
-    pub trace_id: String,
-    pub version: u64,
-    /// Where the cache may still hold the outputs; absent once they are erased for good.
-    pub cache_key: Option<String>,
-    /// One lease after the delete: from then on no worker can still be writing.
-    pub erase_after: Timestamp,
-    /// How often sweep has come by.
-    pub sweeps: u32,
-    /// When sweep erases (again); absent when everything is gone.
-    pub due_at: Option<Timestamp>,
-    pub expires_at: Timestamp,
-}
-
-/// A photo that a caller may send straight to the blob store, until a job is made of it. Its size
-/// counts against the caller's queued bytes from the start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Upload {
-    pub id: Uuid,
-    pub caller: String,
-    pub version: u64,
-    /// Where the blob store puts it: `incoming/<digest of the caller>/<id>/photo`.
-    pub image_key: String,
-    /// As announced, and signed with the permission to upload.
-    pub size_bytes: u64,
-    /// Whether a job was made of it, or it was given up.
-    pub used: bool,
-    /// When sweep erases what was uploaded; absent when it is gone.
-    pub due_at: Option<Timestamp>,
-    pub expires_at: Timestamp,
-}
-
-/// What the store holds under an id.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "record", rename_all = "snake_case")]
-#[expect(clippy::large_enum_variant, reason = "the others are rare and short-lived in memory")]
-pub enum Record {
-    Job(Job),
-    Tombstone(Tombstone),
-    Upload(Upload),
-}
-
-/// The record that a write replaces. The version alone would do; naming the state and the claim
-/// as well keeps the condition readable in the store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fence {
-    pub id: Uuid,
-    pub version: u64,
-    pub claim: u64,
-    /// Absent for what is no job.
-    pub status: Option<Status>,
-    /// What the record counts against its caller; the write settles the difference.
-    pub queued_bytes: u64,
-}
-
-impl Record {
-    #[must_use]
-    pub fn id(&self) -> Uuid {
-        match self {
-            Self::Job(job) => job.id,
-            Self::Tombstone(tombstone) => tombstone.id,
-            Self::Upload(upload) => upload.id,
-        }
-    }
-
-    #[must_use]
-    pub fn caller(&self) -> &str {
-        match self {
-            Self::Job(job) => &job.caller,
-            Self::Tombstone(tombstone) => &tombstone.caller,
-            Self::Upload(upload) => &upload.caller,
-        }
-    }
-
-    #[must_use]
-    pub fn due_at(&self) -> Option<Timestamp> {
-        match self {
-            Self::Job(job) => job.due_at,
-            Self::Tombstone(tombstone) => tombstone.due_at,
-            Self::Upload(upload) => upload.due_at,
-        }
-    }
-
-    #[must_use]
-    pub fn expires_at(&self) -> Timestamp {
-        match self {
-            Self::Job(job) => job.expires_at,
-            Self::Tombstone(tombstone) => tombstone.expires_at,
-            Self::Upload(upload) => upload.expires_at,
-        }
-    }
-
-    /// What the record counts against its caller's queued bytes: the photo or prompt of an open job,
-    /// or the room kept for an upload.
-    #[must_use]
-    pub fn queued_bytes(&self) -> u64 {
-        match self {
-            Self::Job(job) => job.queued_bytes(),
-            Self::Upload(upload) if !upload.used => upload.size_bytes,
-            Self::Tombstone(_) | Self::Upload(_) => 0,
-        }
-    }
-
-    #[must_use]
-    pub fn fence(&self) -> Fence {
-        match self {
-            Self::Job(job) => job.fence(),
-            Self::Tombstone(tombstone) => {
-                Fence { id: tombstone.id, version: tombstone.version, claim: 0, status: None, queued_bytes: 0 }
-            }
-            Self::Upload(upload) => {
-                let (id, version, queued_bytes) = (upload.id, upload.version, self.queued_bytes());
-                Fence { id, version, claim: 0, status: None, queued_bytes }
-            }
-        }
-    }
-
-    /// The job, unless it was deleted.
-    #[must_use]
-    pub fn into_job(self) -> Option<Job> {
-        match self {
-            Self::Job(job) => Some(job),
-            Self::Tombstone(_) | Self::Upload(_) => None,
-        }
-    }
 }
 
 /// What a new job is made from; see [`Job::new`].

@@ -7,6 +7,8 @@
 //! or a wait would cost in time is taken off the records while the host is down: leases are as long
 //! as they are by default, so that a slow machine loses none.
 
+mod clients;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -16,29 +18,29 @@ use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::{TimeDelta, Utc};
 use futures_util::StreamExt;
 use local::Host;
-use reqwest::{Client, StatusCode};
+use reqwest::Client;
 use shared::clock::Clock;
 use shared::crash::Point;
 use shared::http::Caller;
 use shared::job::{Attempts, DeliveryOutcome, Job, Status, new_id};
 use shared::ports::BlobStore;
 use tempfile::TempDir;
-use tokio::task::JoinSet;
 use uuid::Uuid;
 
+use self::clients::{ask_all, delete_all, redrive_all, submit_all, submit_all_told, upload_all};
 use crate::kill::{
     ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, CHAT, ENRICHMENT, ENRICHMENT_OFFLINE, ENRICHMENT_RETRY,
     INFERENCE, INFERENCE_MAP, INFERENCE_RETRY, PROMPT, RESULT, SOCKET, START, SUBMIT, SUBMIT_PROMPT, SWEEP,
-    SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, WEBHOOK_SWEPT, ask,
+    SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, WEBHOOK_SWEPT,
     long_answer,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::process::Process;
 use crate::support::receiver::Receiver;
-use crate::support::{client, numbered_mole, open, report, submit, within};
+use crate::support::{client, numbered_mole, open, report, within};
 use crate::uploads;
-use crate::webhooks::{submit_told, variables};
+use crate::webhooks::variables;
 
 /// How often a point is met before each of the two kills.
 const KILLS: [u32; 2] = [200, 100];
@@ -416,117 +418,6 @@ async fn reserve(host: &Host) {
         let permit = host.submit.permit(&caller, &body).await.unwrap();
         host.blobs.put(&permit.image_key, b"x".to_vec()).await.unwrap();
     }
-}
-
-/// Makes a request for each of 500, eight at a time; `None` once the host is gone.
-async fn each<T: Send + 'static, F: Future<Output = Option<T>> + Send + 'static>(
-    request: impl Fn(usize) -> F + Clone + Send + 'static,
-) -> Option<Vec<T>> {
-    let numbers: Vec<usize> = (0..JOBS).collect();
-    let mut lanes = JoinSet::new();
-    for lane in numbers.chunks(JOBS.div_ceil(8)).map(<[usize]>::to_vec) {
-        let request = request.clone();
-        lanes.spawn(async move {
-            let mut answers = Vec::new();
-            for number in lane {
-                answers.push(request(number).await?);
-            }
-            Some(answers)
-        });
-    }
-    let lanes: Option<Vec<Vec<T>>> = lanes.join_all().await.into_iter().collect();
-    Some(lanes?.into_iter().flatten().collect())
-}
-
-/// Submits all photos, each under its key.
-async fn submit_all(http: &Client, url: &str) -> Option<Vec<Uuid>> {
-    let (http, url) = (http.clone(), url.to_owned());
-    let request = move |number| {
-        let (http, url) = (http.clone(), url.clone());
-        async move {
-            let key = format!("key-{number}");
-            submit(&http, &url, &numbered_mole(number), Some(&key)).await.ok()?.parse().ok()
-        }
-    };
-    each(request).await
-}
-
-/// As [`submit_all`], with a receiver that is to be told of the ends.
-async fn submit_all_told(http: &Client, url: &str, receiver: &Receiver) -> Option<Vec<Uuid>> {
-    let (http, url, callback_url) = (http.clone(), url.to_owned(), receiver.url());
-    let request = move |number| {
-        let (http, url, callback_url) = (http.clone(), url.clone(), callback_url.clone());
-        async move {
-            let key = format!("key-{number}");
-            let id = submit_told(&http, &url, numbered_mole(number), &callback_url, Some(&key)).await;
-            id.ok()?.parse().ok()
-        }
-    };
-    each(request).await
-}
-
-/// Submits as many prompts, each under its key.
-async fn ask_all(http: &Client, url: &str) -> Option<Vec<Uuid>> {
-    let (http, url) = (http.clone(), url.to_owned());
-    let request = move |number| {
-        let (http, url) = (http.clone(), url.clone());
-        async move { ask(&http, &url, &format!("key-{number}")).await.ok()?.parse().ok() }
-    };
-    each(request).await
-}
-
-/// Uploads and submits all photos; whatever step fails is begun again with the next host.
-async fn upload_all(http: &Client, url: &str, uploaded: &Arc<Mutex<BTreeMap<usize, String>>>) -> Option<Vec<Uuid>> {
-    let (http, url, uploaded) = (http.clone(), url.to_owned(), Arc::clone(uploaded));
-    let request = move |number| {
-        let (http, url, uploaded) = (http.clone(), url.clone(), Arc::clone(&uploaded));
-        async move {
-            let known = uploaded.lock().unwrap().get(&number).cloned();
-            let image_key = match known {
-                Some(image_key) => image_key,
-                None => {
-                    let photo = numbered_mole(number);
-                    let permit = uploads::permit(&http, &url, &photo).await.ok()?;
-                    assert_eq!(uploads::put(&http, &url, &permit, &photo).await.ok()?.status(), StatusCode::OK);
-                    let image_key = permit["image_key"].as_str().unwrap().to_owned();
-                    uploaded.lock().unwrap().insert(number, image_key.clone());
-                    image_key
-                }
-            };
-            let answer = uploads::submit_key(&http, &url, &image_key).await.ok()?;
-            assert_eq!(answer.status(), StatusCode::ACCEPTED);
-            let body: serde_json::Value = answer.json().await.ok()?;
-            body["request_id"].as_str().unwrap().parse().ok()
-        }
-    };
-    each(request).await
-}
-
-/// Redrives all jobs; one that a killed host had redriven already is no longer failed.
-async fn redrive_all(http: &Client, url: &str, ids: &[Uuid]) -> bool {
-    let (http, url, ids) = (http.clone(), url.to_owned(), ids.to_vec());
-    let request = move |number: usize| {
-        let request = http.post(format!("{url}/admin/jobs/{}/redrive", ids[number]));
-        async move {
-            let status = request.send().await.ok()?.status();
-            assert!([StatusCode::ACCEPTED, StatusCode::CONFLICT].contains(&status), "{status}");
-            Some(())
-        }
-    };
-    each(request).await.is_some()
-}
-
-/// Deletes jobs; `false` once the host is gone.
-async fn delete_all(http: &Client, url: &str, ids: &[Uuid]) -> bool {
-    let (http, url, ids) = (http.clone(), url.to_owned(), ids.to_vec());
-    let request = move |number: usize| {
-        let request = http.delete(format!("{url}/result/{}", ids[number]));
-        async move {
-            assert_eq!(request.send().await.ok()?.status(), StatusCode::NO_CONTENT);
-            Some(())
-        }
-    };
-    each(request).await.is_some()
 }
 
 #[tokio::test(flavor = "multi_thread")]
