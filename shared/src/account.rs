@@ -1,6 +1,6 @@
 //! What a key may ask of the models, and what it has had: its buckets, its months, and what is
-//! reserved for requests that are under way. Pure: who keeps it writes it whole, where the version that
-//! was read still stands.
+//! reserved for requests that are under way. Pure: who keeps it reads it as of one version, and writes where
+//! that still stands.
 //!
 //! A request is let in while there is something left, and reserves the most that it can take. So no
 //! limit is exceeded by more than one request, and a single large one is not refused for its bound.
@@ -29,7 +29,7 @@ pub struct Account {
     tokens: Bucket,
     /// By their names, such as `2026-11`, in UTC.
     pub months: BTreeMap<String, Month>,
-    pub(crate) reservations: BTreeMap<Uuid, Reservation>,
+    reservations: BTreeMap<Uuid, Reservation>,
 }
 
 /// What was taken and has not come back yet; it comes back evenly, a limit's worth a minute.
@@ -63,8 +63,8 @@ pub struct Ask {
     pub cost_pico: u64,
 }
 
-/// What was asked, in fields of its own: serde reads a flattened struct several times as slowly, and an
-/// account is read with every write.
+/// What was asked, in fields of its own: serde reads a flattened struct several times as slowly, and in
+/// DynamoDB an account is read with every write.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Reservation {
     prompt_tokens: u64,
@@ -191,7 +191,16 @@ impl Account {
         }
     }
 
-    /// What is written with every request, beside the reservations that come and go.
+    /// Those under way, for a store that keeps them apart.
+    pub(crate) fn reservations(&self) -> &BTreeMap<Uuid, Reservation> {
+        &self.reservations
+    }
+
+    pub(crate) fn with_reservations(mut self, more: impl IntoIterator<Item = (Uuid, Reservation)>) -> Self {
+        self.reservations.extend(more);
+        self
+    }
+
     pub(crate) fn without_reservations(&self) -> Self {
         let &Self { version, requests, tokens, ref months, .. } = self;
         Self { version, requests, tokens, months: months.clone(), reservations: BTreeMap::new() }

@@ -1,4 +1,5 @@
-//! API keys and their accounts in SQLite, and the count of requests in memory: a restart begins a new window.
+//! API keys and their accounts in SQLite, and in memory what a request needs of them; the count of requests in
+//! memory alone: a restart begins a new window.
 
 mod accounts;
 
@@ -59,19 +60,16 @@ const COLUMNS: &str = "id, caller, name, scopes, secret_sha256, created_at, expi
 const MAX_COUNTED: usize = 100_000;
 
 /// The key store in one SQLite file.
+///
+/// Keys and accounts that were read or written before are remembered as they stand in the file: nobody else writes
+/// there, since the folder is this process's alone. They are as many as keys were ever made.
 #[derive(Clone)]
 pub struct SqliteCallers {
     sqlite: Sqlite,
-    known: Arc<Mutex<Known>>,
+    keys: Arc<Mutex<HashMap<String, ApiKey>>>,
+    /// Shared, so that none is copied while the lock is held.
+    accounts: Arc<Mutex<HashMap<String, Arc<Account>>>>,
     counted: Arc<Mutex<Window>>,
-}
-
-/// What was read or written before, as it stands in the file: nobody else writes there, since the folder is this
-/// process's alone. What a request needs of it is not read again for each.
-#[derive(Default)]
-struct Known {
-    keys: HashMap<String, ApiKey>,
-    accounts: HashMap<String, Account>,
 }
 
 #[derive(Default)]
@@ -83,14 +81,18 @@ struct Window {
 /// A key that is looked up anew once this is dropped. It goes along with the write's result: should its caller
 /// have gone by then, it is dropped with that, behind the commit all the same.
 struct Forgotten {
-    known: Arc<Mutex<Known>>,
+    keys: Arc<Mutex<HashMap<String, ApiKey>>>,
     id: String,
 }
 
 impl Drop for Forgotten {
     fn drop(&mut self) {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).keys.remove(&self.id);
+        locked(&self.keys).remove(&self.id);
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl SqliteCallers {
@@ -98,11 +100,7 @@ impl SqliteCallers {
     /// Where the file cannot be opened or is of another version.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let sqlite = Sqlite::open_upgraded(path, "the key store", VERSION, SCHEMA, &[SINCE_1, SINCE_2])?;
-        Ok(Self { sqlite, known: Arc::default(), counted: Arc::default() })
-    }
-
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        Ok(Self { sqlite, keys: Arc::default(), accounts: Arc::default(), counted: Arc::default() })
     }
 }
 
@@ -132,14 +130,14 @@ impl Callers for SqliteCallers {
 
     async fn find_key(&self, id: &str) -> Result<Option<ApiKey>, Error> {
         // Held while it is read: what is forgotten must not come in behind it.
-        let mut known = self.known();
-        if let Some(key) = known.keys.get(id) {
+        let mut known = locked(&self.keys);
+        if let Some(key) = known.get(id) {
             return Ok(Some(key.clone()));
         }
         let sql = format!("SELECT {COLUMNS} FROM keys WHERE id = ?1");
         let found = self.sqlite.read(|db| db.prepare_cached(&sql)?.query_row([id], key).optional())?;
         if let Some(key) = &found {
-            known.keys.insert(id.to_owned(), key.clone());
+            known.insert(id.to_owned(), key.clone());
         }
         Ok(found)
     }
@@ -150,7 +148,7 @@ impl Callers for SqliteCallers {
     }
 
     async fn revoke_key(&self, id: &str, now: Timestamp) -> Result<bool, Error> {
-        let revoked = Forgotten { known: Arc::clone(&self.known), id: id.to_owned() };
+        let revoked = Forgotten { keys: Arc::clone(&self.keys), id: id.to_owned() };
         let sql = "UPDATE keys SET revoked_at = coalesce(revoked_at, ?1) WHERE id = ?2";
         let update = move |db: &Connection| {
             let found = db.prepare_cached(sql)?.execute(params![now.timestamp_millis(), revoked.id])?;
@@ -161,31 +159,33 @@ impl Callers for SqliteCallers {
     }
 
     async fn find_account(&self, key_id: &str) -> Result<Account, Error> {
-        if let Some(account) = self.known().accounts.get(key_id) {
-            return Ok(account.clone());
+        let known = locked(&self.accounts).get(key_id).cloned();
+        if let Some(account) = known {
+            return Ok(Account::clone(&account));
         }
         self.sqlite.read(|db| accounts::find(db, key_id))
     }
 
     async fn replace_account(&self, key_id: &str, version: u64, after: &Account) -> Result<bool, Error> {
         // Where it is not known what the file has, all of it is written anew.
-        let before = self.known().accounts.remove(key_id).filter(|account| account.version == version);
-        let change = accounts::Change::of(before.as_ref(), after).map_err(Error::internal)?;
+        let before = locked(&self.accounts).remove(key_id).filter(|account| account.version == version);
+        let change = accounts::Change::of(before.as_deref(), after).map_err(Error::internal)?;
         let key = key_id.to_owned();
         // Each request of a model waits for two of these. What a power cut may undo are the last ones.
         let is_written = self.sqlite.call_kept(Kept::InFile, move |db| change.write(db, &key, version)).await?;
         if is_written {
-            let mut known = self.known();
+            let after = Arc::new(after.clone());
+            let mut known = locked(&self.accounts);
             // Another write may be known by now.
-            if known.accounts.get(key_id).is_none_or(|account| account.version < after.version) {
-                known.accounts.insert(key_id.to_owned(), after.clone());
+            if known.get(key_id).is_none_or(|account| account.version < after.version) {
+                known.insert(key_id.to_owned(), after);
             }
         }
         Ok(is_written)
     }
 
     async fn count_request(&self, caller: &str, window: i64) -> Result<u32, Error> {
-        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counted = locked(&self.counted);
         if counted.number != window {
             *counted = Window { number: window, requests: HashMap::new() };
         }
@@ -255,13 +255,19 @@ mod tests {
     async fn a_key_is_revoked_though_nobody_waits_for_it() {
         let folder = tempfile::tempdir().unwrap();
         let callers = SqliteCallers::open(&folder.path().join("callers.sqlite")).unwrap();
+        let revoked_at = async || callers.find_key("one").await.unwrap().unwrap().info.revoked_at;
         callers.create_key(&key("one")).await.unwrap();
-        assert_eq!(callers.find_key("one").await.unwrap().unwrap().info.revoked_at, None);
-        // Begun, and left alone.
+        assert_eq!(revoked_at().await, None);
+        // No write is done before the word is given.
+        let (go, word) = std::sync::mpsc::channel();
+        assert!(callers.sqlite.call(move |_| Ok(word.recv().unwrap())).now_or_never().is_none());
+        // Begun, and left alone; the key is good until it is written.
         assert!(callers.revoke_key("one", from_millis(5)).now_or_never().is_none());
+        assert_eq!(revoked_at().await, None);
+        go.send(()).unwrap();
         // The writes are done in turn.
         callers.create_key(&key("two")).await.unwrap();
-        assert_eq!(callers.find_key("one").await.unwrap().unwrap().info.revoked_at, Some(from_millis(5)));
+        assert_eq!(revoked_at().await, Some(from_millis(5)));
     }
 
     #[tokio::test]

@@ -1,5 +1,5 @@
-//! Accounts in SQLite: a row with all that changes with every request, and a row for each reservation, so that a
-//! write takes as long however many requests are under way.
+//! Accounts in SQLite: a row with all that changes with every request, and a row for each reservation, so that as
+//! much is written however many requests are under way.
 
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
@@ -13,14 +13,10 @@ pub(super) fn find(db: &Connection, key_id: &str) -> rusqlite::Result<Account> {
     let snapshot = db.unchecked_transaction()?;
     let sql = "SELECT account FROM accounts WHERE key_id = ?1";
     let found = snapshot.prepare_cached(sql)?.query_row([key_id], json::<0, Account>).optional()?;
-    let mut account = found.unwrap_or_default();
     let sql = "SELECT id, reservation FROM reservations WHERE key_id = ?1";
     let mut statement = snapshot.prepare_cached(sql)?;
-    for row in statement.query_map([key_id], |row| Ok((uuid(row, 0)?, json::<1, _>(row)?)))? {
-        let (id, reservation) = row?;
-        account.reservations.insert(id, reservation);
-    }
-    Ok(account)
+    let rows = statement.query_map([key_id], |row| Ok((uuid(row, 0)?, json::<1, _>(row)?)))?;
+    Ok(found.unwrap_or_default().with_reservations(rows.collect::<Result<Vec<_>, _>>()?))
 }
 
 /// What is written of an account: all that changes with every request, and the reservations that came or went.
@@ -35,9 +31,10 @@ pub(super) struct Change {
 
 impl Change {
     pub(super) fn of(before: Option<&Account>, after: &Account) -> serde_json::Result<Self> {
-        let has = |account: Option<&Account>, id| account.is_some_and(|account| account.reservations.contains_key(id));
-        let new = after.reservations.iter().filter(|(id, _)| !has(before, id));
-        let gone = before.iter().flat_map(|account| account.reservations.keys()).filter(|id| !has(Some(after), id));
+        let has =
+            |account: Option<&Account>, id| account.is_some_and(|account| account.reservations().contains_key(id));
+        let new = after.reservations().iter().filter(|(id, _)| !has(before, id));
+        let gone = before.iter().flat_map(|account| account.reservations().keys()).filter(|id| !has(Some(after), id));
         Ok(Self {
             version: after.version,
             account: serde_json::to_string(&after.without_reservations())?,
@@ -141,19 +138,42 @@ mod tests {
         assert_eq!(SqliteCallers::open(&path).unwrap().find_account("key").await.unwrap(), third);
     }
 
+    #[test]
+    fn a_write_takes_along_what_came_and_what_went() {
+        let nine = (0..9).fold(Account::default(), |account, number| admit(&account, number));
+        let change = Change::of(Some(&nine), &admit(&settle(&nine, 4), 9)).unwrap();
+        let new: Vec<_> = change.new.iter().map(|(id, _)| *id).collect();
+        assert_eq!((change.anew, change.gone, new), (false, vec![Uuid::from_u128(4)], vec![Uuid::from_u128(9)]));
+        assert!(!change.account.contains("due_at"), "{}", change.account);
+    }
+
+    #[tokio::test]
+    async fn what_it_knows_of_an_earlier_version_is_no_part_of_a_write() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("callers.sqlite");
+        let (one, other) = (SqliteCallers::open(&path).unwrap(), SqliteCallers::open(&path).unwrap());
+        let first = admit(&Account::default(), 1);
+        assert!(one.replace_account("key", 0, &first).await.unwrap());
+        let second = admit(&first, 2);
+        assert!(other.replace_account("key", first.version, &second).await.unwrap());
+        let third = admit(&second, 3);
+        assert!(one.replace_account("key", second.version, &third).await.unwrap());
+        assert_eq!(SqliteCallers::open(&path).unwrap().find_account("key").await.unwrap(), third);
+    }
+
     #[tokio::test]
     async fn an_account_from_before_reservations_had_rows_is_taken_on() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("callers.sqlite");
+        // As version 2 has written it.
+        let json = r#"{"version":2,"requests":{"taken":2.0,"at":"1970-01-01T00:00:00.007Z"},"tokens":{"taken":6.0,"at":"1970-01-01T00:00:00.007Z"},"months":{},"reservations":{"00000000-0000-0000-0000-000000000001":{"prompt_tokens":1,"completion_tokens":2,"cost_pico":3,"month":"1970-01","due_at":"1970-01-01T00:20:00.007Z"},"00000000-0000-0000-0000-000000000002":{"prompt_tokens":1,"completion_tokens":2,"cost_pico":3,"month":"1970-01","due_at":"1970-01-01T00:20:00.007Z"}}}"#;
         let account = admit(&admit(&Account::default(), 1), 2);
         let old = format!(
             "CREATE TABLE keys (id TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
             CREATE TABLE accounts (key_id TEXT PRIMARY KEY, version INTEGER NOT NULL, account TEXT NOT NULL)
             STRICT, WITHOUT ROWID;
-            INSERT INTO accounts VALUES ('key', {}, '{}');
-            PRAGMA user_version = 2;",
-            account.version,
-            serde_json::to_string(&account).unwrap()
+            INSERT INTO accounts VALUES ('key', 2, '{json}');
+            PRAGMA user_version = 2;"
         );
         Connection::open(&path).unwrap().execute_batch(&old).unwrap();
         let callers = SqliteCallers::open(&path).unwrap();

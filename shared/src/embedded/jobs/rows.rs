@@ -1,4 +1,4 @@
-//! What the store reads and writes, inside a transaction that somebody else has begun.
+//! What the store reads, and writes inside a transaction that somebody else has begun.
 
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 use uuid::Uuid;

@@ -1,5 +1,4 @@
-//! A record as the model keeps it, and back: what decides its future, and nothing else, so that equal futures are
-//! one state.
+//! A record as the model keeps it, and back.
 
 use std::collections::BTreeMap;
 
