@@ -59,7 +59,9 @@ pub(crate) async fn take_over(host: &Host) -> Result<(), Error> {
         }
     };
     join_all(leased.iter().map(lapse)).await.into_iter().collect::<Result<(), _>>()?;
-    let shown = host.queue.show_received().await? + host.webhooks.show_received().await?;
+    let photos = host.queue.show_received().await?;
+    crash::here(Point::StartPhotosShown);
+    let shown = photos + host.webhooks.show_received().await?;
     crash::here(Point::StartMessagesShown);
     if !leased.is_empty() || shown > 0 {
         tracing::warn!(jobs = leased.len(), messages = shown, "work was cut off at the last end; it is taken up now");
@@ -105,6 +107,7 @@ async fn consume<F: Future<Output = bool> + Send>(
     while !*stopped.borrow() {
         match queue.receive(visibility).await {
             Ok(Some(delivery)) => {
+                crash::here(Point::QueueReceived);
                 if work(delivery.clone()).await
                     && let Err(error) = acknowledge(queue, &delivery).await
                 {

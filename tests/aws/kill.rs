@@ -120,16 +120,26 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::SweepOrphan, &[Point::SweepOrphanErased]),
     (Kind::Key, &[Point::AdminKeyWritten, Point::AdminKeyRevoked]),
     (Kind::Redrive, &[Point::AdminJobRedriven, Point::AdminMessageSent]),
-    (Kind::DeadLetters, &[Point::AdminLettersReceived, Point::AdminLetterSent, Point::AdminDeadLettersMoved]),
+    (
+        Kind::DeadLetters,
+        &[
+            Point::AdminLettersReceived,
+            Point::AdminLetterSent,
+            Point::AdminPhotoLettersMoved,
+            Point::AdminDeadLettersMoved,
+        ],
+    ),
 ];
 
 /// Between writes of the embedded adapters and of the embedded host's start, its queue and its feed:
 /// on AWS the services do that.
 const EMBEDDED_ALONE: &[Point] = &[
     Point::BlobWritten,
+    Point::QueueReceived,
     Point::QueueBeforeAck,
     Point::FeedBeforeCursor,
     Point::StartLeaseEnded,
+    Point::StartPhotosShown,
     Point::StartMessagesShown,
 ];
 

@@ -9,7 +9,7 @@ use shared::clock::Clock;
 use shared::http::Caller;
 use shared::job::{Failure, FailureCode, Job, Policy, Record, Stage, Status};
 use shared::message::Message;
-use shared::ports::JobStore;
+use shared::ports::{JobQueue, JobStore};
 use submit::Submission;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -46,6 +46,12 @@ pub async fn dead_letter(folder: &Path) -> Uuid {
     let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
     bury_all(&host, &clock).await;
     id
+}
+
+/// Leaves a dead letter of a webhook whose job is gone.
+pub async fn dead_webhook(folder: &Path) {
+    let host = open(folder, Clock::System, &[]).await;
+    host.webhooks.bury(Message::Deliver { id: Uuid::from_u128(7) }.encode()).await.unwrap();
 }
 
 /// Receives every message so often that it is given up.

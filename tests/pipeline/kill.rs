@@ -33,8 +33,13 @@ pub(super) const UPLOAD: &[Point] = &[
     Point::SubmitMessageSent,
     Point::SubmitOriginalErased,
 ];
-pub(super) const INFERENCE: &[Point] =
-    &[Point::InferenceClaimed, Point::InferenceFinished, Point::InferenceCached, Point::QueueBeforeAck];
+pub(super) const INFERENCE: &[Point] = &[
+    Point::QueueReceived,
+    Point::InferenceClaimed,
+    Point::InferenceFinished,
+    Point::InferenceCached,
+    Point::QueueBeforeAck,
+];
 /// Where the network draws maps.
 pub(super) const INFERENCE_MAP: &[Point] = &[Point::InferenceMapStored];
 pub(super) const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
@@ -58,10 +63,11 @@ pub(super) const SWEEP_TOMBSTONE: &[Point] =
     &[Point::SweepErased, Point::SweepTombstoneSettled, Point::SweepForgetSent];
 pub(super) const SWEEP_UPLOAD: &[Point] = &[Point::SweepUploadErased, Point::SweepUploadSettled];
 pub(super) const SWEEP_ORPHAN: &[Point] = &[Point::SweepOrphanErased];
-pub(super) const START: &[Point] = &[Point::StartLeaseEnded, Point::StartMessagesShown];
+pub(super) const START: &[Point] = &[Point::StartLeaseEnded, Point::StartPhotosShown, Point::StartMessagesShown];
 pub(super) const ADMIN_KEYS: &[Point] = &[Point::AdminKeyWritten, Point::AdminKeyRevoked];
 pub(super) const ADMIN_JOB: &[Point] = &[Point::AdminJobRedriven, Point::AdminMessageSent];
-pub(super) const ADMIN_DEAD_LETTERS: &[Point] = &[Point::AdminDeadLettersMoved];
+/// Between the letters of photos and those of webhooks, which lie in queues of their own, and behind both.
+pub(super) const ADMIN_DEAD_LETTERS: &[Point] = &[Point::AdminPhotoLettersMoved, Point::AdminDeadLettersMoved];
 pub(super) const CHAT: &[Point] = &[Point::ChatReserved, Point::ChatSettled];
 /// Around an `ask` over a WebSocket, from the ticket to the connection's end.
 pub(super) const SOCKET: &[Point] = &[
@@ -84,7 +90,7 @@ pub(super) const WEBHOOK_RETRY: &[Point] = &[Point::WebhookPostponed, Point::Web
 pub(super) const WEBHOOK_LAST: &[Point] = &[Point::WebhookBuried, Point::WebhookGivenUp];
 /// By sweep, days later, where no try was left.
 pub(super) const WEBHOOK_SWEPT: &[Point] = &[Point::SweepBuried];
-/// Between two requests to SQS, where the embedded queue has one transaction: `tests/aws/kill.rs`. Who is gone
+/// Between two requests to SQS, where an embedded queue has one transaction: `tests/aws/kill.rs`. Who is gone
 /// here is forgotten in one step.
 pub(super) const AWS_ALONE: &[Point] = &[Point::AdminLettersReceived, Point::AdminLetterSent, Point::NotifyClosed];
 

@@ -98,7 +98,9 @@ pub(crate) async fn redrive_dead_letters<J: JobStore, Q: JobQueue, C: Callers>(
     }
     let ids = chosen.ids.as_deref();
     // Each back into its own queue.
-    let redriven = admin.queue.redrive_dead_letters(ids).await? + admin.webhooks.redrive_dead_letters(ids).await?;
+    let photos = admin.queue.redrive_dead_letters(ids).await?;
+    crash::here(Point::AdminPhotoLettersMoved);
+    let redriven = photos + admin.webhooks.redrive_dead_letters(ids).await?;
     crash::here(Point::AdminDeadLettersMoved);
     log(&who, "dead_letters_redriven", &redriven.to_string());
     Ok(Json(RedrivenDeadLetters { redriven }))

@@ -102,7 +102,7 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Deleted, RESULT),
     (Kind::Buried, SWEEP_TOMBSTONE),
 ];
-/// Points that no job meets on its way: keys belong to none, dead letters are moved all at once, here
+/// Points that no job meets on its way: keys belong to none, dead letters are moved all of a queue at once, here
 /// as on AWS, and a start takes up what the last kill cut off, a few jobs, before anything else is done.
 /// A WebSocket's points write no job, but for those of `ask`, which are those of a prompt; what a receiver does
 /// not take is written of one job at a time, hours apart.
