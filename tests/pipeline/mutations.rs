@@ -3,21 +3,26 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::{DynamicImage, ImageFormat};
+use inference::bundle::Bundle;
 use inference::picture;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use shared::clock::Clock;
 use shared::message::Message;
+use shared::ports::JobStore;
 use submit::Submission;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
 use crate::fuzz::targets;
+use crate::support::llm_server::LlmServer;
 use crate::support::memory::{MIB, is_alone, peak};
 use crate::support::{mole, open, root};
 
 const PHOTOS: u32 = 60_000;
+/// One photo in so many is a large one.
+const LARGE_EVERY: usize = 50;
 const BODIES: u32 = 20_000;
 const MESSAGES: u32 = 20_000;
 const STREAMS: u32 = 20_000;
@@ -63,7 +68,8 @@ fn mutate(random: &mut SmallRng, seed: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Small photos of every kind: the damage is to be met, not the size.
+/// Small photos of every kind: the damage is to be met, not the size. The last one is large enough to be read at a
+/// quarter.
 fn photos() -> Vec<Vec<u8>> {
     let small = image::load_from_memory(&mole()).unwrap().thumbnail(48, 36);
     let kinds = [small.clone(), DynamicImage::ImageLuma8(small.to_luma8()), DynamicImage::ImageRgba8(small.to_rgba8())];
@@ -76,6 +82,10 @@ fn photos() -> Vec<Vec<u8>> {
             photos.push(bytes.into_inner());
         }
     }
+    let large = small.resize_exact(2304, 1728, image::imageops::FilterType::Triangle).to_rgb8();
+    let mut bytes = Vec::new();
+    image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 20).encode_image(&large).unwrap();
+    photos.push(bytes);
     photos
 }
 
@@ -85,17 +95,24 @@ fn no_damaged_photo_panics() {
         return;
     }
     let photos = photos();
+    let [small @ .., large] = &photos[..] else { panic!("no photos") };
+    let input = Bundle::from_directory(&root().join("model"), None).unwrap().manifest.input;
+    let reduced = picture::decode_for(large, 1, &input).unwrap();
+    assert_eq!((reduced.pixels.width(), reduced.side_px), (2304 / 4, 1728));
     let threads = 2;
     std::thread::scope(|scope| {
         for thread in 0..threads {
-            let photos = &photos;
+            let input = &input;
             scope.spawn(move || {
                 let mut random = SmallRng::seed_from_u64(thread);
                 for round in 0..PHOTOS / threads as u32 {
-                    let bytes = mutate(&mut random, &photos[round as usize % photos.len()]);
-                    let work = || {
-                        let Ok(accepted) = shared::photo::accept(&bytes) else { return };
-                        let _ = picture::decode(&accepted.bytes, accepted.orientation);
+                    let round = round as usize;
+                    // It takes a hundred times as long as a small one.
+                    let seed = if round % LARGE_EVERY == 0 { large } else { &small[round % small.len()] };
+                    let bytes = mutate(&mut random, seed);
+                    let work = || match shared::photo::accept(&bytes) {
+                        Ok(accepted) => drop(picture::decode_for(&accepted.bytes, accepted.orientation, input)),
+                        Err(error) => assert!(error.http_status() < 500, "{error}"),
                     };
                     if catch_unwind(AssertUnwindSafe(work)).is_err() {
                         let file = std::env::temp_dir().join(format!("panics-{thread}-{round}"));
@@ -114,19 +131,41 @@ async fn no_damaged_body_is_answered_500() {
     if !is_alone("mutations::no_damaged_body_is_answered_500") {
         return;
     }
-    let host = crate::support::Running::start(&[("LOG_LEVEL", "warn")]).await;
-    let address = host.url.strip_prefix("http://").unwrap().to_owned();
+    let llm = LlmServer::start([]).await;
+    let base_url = llm.base_url();
+    let settings = [("LOG_LEVEL", "warn"), ("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
+    let host = crate::support::Running::start(&settings).await;
     let json = br#"{"image": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg==", "describe": true}"#;
-    let form = b"--b\r\nContent-Disposition: form-data; name=\"image\"; filename=\"a.png\"\r\nContent-Type: image/png\r\n\r\n\x89PNG\r\n\r\n--b\r\nContent-Disposition: form-data; name=\"describe\"\r\n\r\nfalse\r\n--b--\r\n";
-    let seeds: [(&str, &[u8]); 2] = [("application/json", json), ("multipart/form-data; boundary=b", form)];
+    let mut png = std::io::Cursor::new(Vec::new());
+    DynamicImage::new_rgb8(8, 8).write_to(&mut png, ImageFormat::Png).unwrap();
+    let form = [
+        b"--b\r\nContent-Disposition: form-data; name=\"image\"; filename=\"a.png\"\r\nContent-Type: image/png\r\n\r\n",
+        &png.into_inner()[..],
+        b"\r\n--b\r\nContent-Disposition: form-data; name=\"describe\"\r\n\r\nfalse\r\n--b--\r\n",
+    ]
+    .concat();
+    let prompt = br#"{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a naevus?"}], "max_tokens": 5, "temperature": 0.5, "format": "json"}"#;
+    let key = br#"{"image_key": "incoming/0123456789abcdef/00000000-0000-7000-8000-000000000000/photo", "describe": false, "callback_url": "https://receiver.example/"}"#;
+    let upload = br#"{"content_type": "image/jpeg", "size_bytes": 5, "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"}"#;
+    let chat =
+        br#"{"messages": [{"role": "user", "content": "What is a naevus?"}], "temperature": 0, "max_tokens": 5}"#;
+    let seeds: [(&str, &str, &[u8]); 7] = [
+        ("/submit", "application/json", json),
+        ("/submit", "multipart/form-data; boundary=b", &form),
+        ("/submit", "application/json", prompt),
+        ("/submit", "application/json", key),
+        ("/uploads", "application/json", upload),
+        ("/chat", "application/json", chat),
+        ("/admin/dead-letters/redrive", "application/json", br#"{"ids": ["0123456789abcdef"]}"#),
+    ];
     let mut random = SmallRng::seed_from_u64(7);
     let mut statuses = std::collections::BTreeMap::new();
     for round in 0..BODIES {
-        let (content_type, seed) = seeds[round as usize % 2];
-        let request = host.http.post(format!("http://{address}/submit")).header("content-type", content_type);
+        let (path, content_type, seed) = seeds[round as usize % seeds.len()];
+        let request = host.http.post(format!("{}{path}", host.url)).header("content-type", content_type);
         let response = request.body(mutate(&mut random, seed)).send().await.unwrap();
         *statuses.entry(response.status().as_u16()).or_insert(0) += 1;
-        assert!(response.status().as_u16() < 500, "round {round}: {}", response.status());
+        assert!(response.status().as_u16() < 500, "{path}, round {round}: {}", response.status());
     }
     println!("{statuses:?}");
     assert_peak();
@@ -169,6 +208,11 @@ async fn no_damaged_address_or_header_is_answered_500() {
     assert_peak();
 }
 
+/// What else comes is left in the queue, until it is a dead letter.
+fn is_for_inference(message: Option<Message>) -> bool {
+    matches!(message, Some(Message::Infer { .. } | Message::Forget { .. }))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_damaged_message_stops_the_queue_or_touches_a_job() {
     if !is_alone("mutations::no_damaged_message_stops_the_queue_or_touches_a_job") {
@@ -183,11 +227,17 @@ async fn no_damaged_message_stops_the_queue_or_touches_a_job() {
         .accept(&caller, None, Submission { image: mole(), describe: true, callback_url: None })
         .await
         .unwrap();
-    let seed = Message::Infer { id }.encode();
+    let seeds = [Message::Infer { id }, Message::Forget { id }, Message::Deliver { id }].map(Message::encode);
+    let version = async || match host.store.get(id).await.unwrap() {
+        Some(record) => record.fence().version,
+        None => panic!("the job is gone"),
+    };
     let mut random = SmallRng::seed_from_u64(11);
     let mut readable = 0;
-    for _ in 0..MESSAGES {
+    for round in 0..MESSAGES {
+        let seed = &seeds[round as usize % seeds.len()];
         let body = String::from_utf8_lossy(&mutate(&mut random, seed.as_bytes())).into_owned();
+        let before = version().await;
         let mut message = aws_lambda_events::event::sqs::SqsMessage::default();
         message.message_id = Some("m".to_owned());
         message.receipt_handle = Some("r".to_owned());
@@ -195,9 +245,10 @@ async fn no_damaged_message_stops_the_queue_or_touches_a_job() {
         let mut event = aws_lambda_events::event::sqs::SqsEvent::default();
         event.records.push(message);
         let response = host.inference.handle(event, clock.now() + chrono::TimeDelta::seconds(60)).await;
-        let is_readable = Message::decode(&body).is_ok();
-        readable += u32::from(is_readable);
-        assert_eq!(response.batch_item_failures.len(), usize::from(!is_readable), "{body}");
+        let about = Message::decode(&body).ok();
+        readable += u32::from(about.is_some());
+        assert_eq!(response.batch_item_failures.len(), usize::from(!is_for_inference(about)), "{body}");
+        assert!(about == Some(Message::Infer { id }) || version().await == before, "{body}");
     }
     println!("{readable} of {MESSAGES} were still readable");
     assert_peak();

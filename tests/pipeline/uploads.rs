@@ -25,12 +25,24 @@ const SECRET_PLACE: &str = "48.8584N-2.2945E-where-she-lives";
 
 /// A JPEG of more than [`MAX_PHOTO_BYTES`], most of it comments that name a place.
 pub fn large_photo() -> Vec<u8> {
+    padded(MAX_PHOTO_BYTES + 60_000)
+}
+
+/// A JPEG of so many bytes, most of them comments that name a place.
+fn padded(size: usize) -> Vec<u8> {
     let mut jpeg = std::io::Cursor::new(Vec::new());
     image::load_from_memory(&mole()).unwrap().to_rgb8().write_to(&mut jpeg, ImageFormat::Jpeg).unwrap();
     let jpeg = jpeg.into_inner();
     let text = SECRET_PLACE.repeat(60_000 / SECRET_PLACE.len());
-    let comment = [&[0xFF, 0xFE], &u16::try_from(text.len() + 2).unwrap().to_be_bytes()[..], text.as_bytes()].concat();
-    let comments = comment.repeat(MAX_PHOTO_BYTES / comment.len() + 1);
+    let comment =
+        |text: &[u8]| [&[0xFF, 0xFE], &u16::try_from(text.len() + 2).unwrap().to_be_bytes()[..], text].concat();
+    let whole = comment(text.as_bytes());
+    let mut comments = whole.repeat((size - jpeg.len()) / whole.len() - 1);
+    // The rest in two, neither of which is too short or too long to be one.
+    let rest = size - jpeg.len() - comments.len();
+    for part in [rest / 2, rest - rest / 2] {
+        comments.extend(comment(&text.as_bytes()[..part - 4]));
+    }
     [&jpeg[..2], &comments, &jpeg[2..]].concat()
 }
 
@@ -68,6 +80,22 @@ fn files(folder: &Path, found: &mut Vec<std::path::PathBuf>) {
         let path = entry.unwrap().path();
         if path.is_dir() { files(&path, found) } else { found.push(path) }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_photo_as_large_as_may_be_is_taken() {
+    let host = Running::start(&[]).await;
+    let photo = padded(MAX_UPLOAD_BYTES as usize);
+    assert_eq!(photo.len() as u64, MAX_UPLOAD_BYTES);
+    let before = Utc::now();
+    let permit = permit(&host.http, &host.url, &photo).await.unwrap();
+    let expires_at: chrono::DateTime<Utc> = permit["expires_at"].as_str().unwrap().parse().unwrap();
+    let minutes = (expires_at - before).num_minutes();
+    assert!((1..=15).contains(&minutes), "it holds for {minutes} minutes");
+    assert_eq!(put(&host.http, &host.url, &permit, &photo).await.unwrap().status().as_u16(), 200);
+    let image_key = permit["image_key"].as_str().unwrap();
+    let body: Value = submit_key(&host.http, &host.url, image_key).await.unwrap().json().await.unwrap();
+    assert_eq!(host.ended(body["request_id"].as_str().unwrap()).await["status"], "completed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -80,6 +80,8 @@ struct World {
     reopened: bool,
     /// What was made was due again.
     retold: bool,
+    /// A prediction, a description or an answer that a record had was not in the next.
+    dropped: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -158,6 +160,7 @@ impl Model for OneJob {
             redrives: 0,
             reopened: false,
             retold: false,
+            dropped: false,
         };
         let ended = |job: Job| World {
             now: END,
@@ -263,6 +266,11 @@ impl Model for OneJob {
                     next.reopened |= !was_open && job.status.is_open() && action != Action::Redrive;
                     let was_made = delivery_of(world).is_some_and(|delivery| delivery.made == Some(true));
                     next.retold |= was_made && job.due_at.is_some() && action != Action::Redrive;
+                    next.dropped |= world.record.as_ref().is_some_and(|record| {
+                        record.read && job.reading.is_none()
+                            || record.described && job.description.is_none()
+                            || record.answered && job.answer.is_none()
+                    });
                     if was_open && !job.status.is_open() {
                         job = numbered(job, world.redrives);
                     }
@@ -317,7 +325,8 @@ impl Model for OneJob {
                 stale.flat_map(|&seq| [Action::Told(seq), Action::Refused(seq), Action::GivenUp(seq)]).all(refused)
             }),
             Property::always("a job ends once", |_, world: &World| !world.reopened),
-            Property::always("a prediction that was made is never lost", |_, world: &World| {
+            Property::always("what was made is never lost", |_, world: &World| !world.dropped),
+            Property::always("a photo waits for words about a prediction", |_, world: &World| {
                 let Some(record) = &world.record else { return true };
                 record.status != "awaiting_description" || record.read || record.prompt
             }),

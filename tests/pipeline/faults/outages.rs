@@ -20,11 +20,13 @@ use crate::support::{client, numbered_mole, open, submit, within};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_gone_and_hanging_and_back_holds_up_none_of_500_jobs() {
-    let (folder, http) = (tempfile::tempdir().unwrap(), client());
+    let (folder, http, llm) = (tempfile::tempdir().unwrap(), client(), LlmServer::start([]).await);
     let data = folder.path();
     let mut redis = Redis::start(None);
-    let (url, port) = (redis.url(), redis.port);
-    let host = Process::start(data, &[("REDIS_URL", &url), ("LEASE_SECONDS", "30")]).await.unwrap();
+    let (url, port, base_url) = (redis.url(), redis.port, llm.base_url());
+    let settings =
+        [("REDIS_URL", url.as_str()), ("LEASE_SECONDS", "30"), ("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
+    let host = Process::start(data, &settings).await.unwrap();
     let mut ids: Vec<Uuid> = Vec::new();
     let completed = async |at_least: usize| {
         let enough = async || backlog::in_state(data, Status::Completed) >= at_least;
@@ -56,7 +58,12 @@ async fn redis_gone_and_hanging_and_back_holds_up_none_of_500_jobs() {
     }
     within(PATIENCE, "nothing is left to do", async || backlog::is_quiet(data)).await;
     assert!(redis.keys().len() > 100, "Redis was not used again: {} keys", redis.keys().len());
+    assert!(host.log().len() < 5_000, "{} lines logged", host.log().len());
+    assert!(host.terminate().await.success());
+    backlog::ended_once(data, ids.clone(), "Redis").await;
+    assert_eq!(llm.calls(), JOBS);
 
+    let host = Process::start(data, &settings).await.unwrap();
     // Deleted while Redis hangs: its entries go when it answers again.
     redis.hang();
     for id in &ids {
