@@ -108,7 +108,7 @@ fn no_damaged_photo_panics() {
                 for round in 0..PHOTOS / threads as u32 {
                     let round = round as usize;
                     // It takes a hundred times as long as a small one.
-                    let seed = if round % LARGE_EVERY == 0 { large } else { &small[round % small.len()] };
+                    let seed = if round.is_multiple_of(LARGE_EVERY) { large } else { &small[round % small.len()] };
                     let bytes = mutate(&mut random, seed);
                     let work = || match shared::photo::accept(&bytes) {
                         Ok(accepted) => drop(picture::decode_for(&accepted.bytes, accepted.orientation, input)),

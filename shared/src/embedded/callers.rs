@@ -259,8 +259,9 @@ mod tests {
         callers.create_key(&key("one")).await.unwrap();
         assert_eq!(revoked_at().await, None);
         // No write is done before the word is given.
-        let (go, word) = std::sync::mpsc::channel();
-        assert!(callers.sqlite.call(move |_| Ok(word.recv().unwrap())).now_or_never().is_none());
+        let (go, word) = std::sync::mpsc::channel::<()>();
+        let hold = move |_: &Connection| Ok(word.recv().is_ok());
+        assert!(callers.sqlite.call(hold).now_or_never().is_none());
         // Begun, and left alone; the key is good until it is written.
         assert!(callers.revoke_key("one", from_millis(5)).now_or_never().is_none());
         assert_eq!(revoked_at().await, None);
