@@ -66,7 +66,11 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
     async fn commit(&self, job: &Job, answer: Answer, call: LlmCall) -> Result<(), Error> {
         let content = AnswerContent::of(&answer.text, job.id, job.claim);
         if let AnswerContent::Blob { key } = &content {
-            if let Err(error) = self.blobs.put(key, answer.text.into_bytes()).await {
+            let stored = match job.is_leased(self.clock.now()) {
+                true => self.blobs.put(key, answer.text.into_bytes()).await,
+                false => Err(Error::unavailable("the lease", "it has ended")),
+            };
+            if let Err(error) = stored {
                 return self.store_failed(job, &error, Some(call)).await;
             }
             crash::here(Point::EnrichmentAnswerStored);

@@ -170,11 +170,9 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
     /// possible the reading goes without, as it does where the network draws none.
     async fn with_map(&self, job: &Job, mut worked: Worked) -> Worked {
         let Some(png) = worked.map.take() else { return worked };
-        // Not behind the lease's end: a delete erases once more by then, and no later.
-        let is_late = job.lease_until.is_none_or(|end| end <= self.clock.now());
-        let stored = match is_late {
-            true => Err(Error::unavailable("the lease", "it has ended")),
-            false => self.blobs.put(&job::map_key(job.id, &self.model.digest), png).await,
+        let stored = match job.is_leased(self.clock.now()) {
+            true => self.blobs.put(&job::map_key(job.id, &self.model.digest), png).await,
+            false => Err(Error::unavailable("the lease", "it has ended")),
         };
         match (stored, &mut worked.outcome) {
             (Ok(()), _) => crash::here(Point::InferenceMapStored),

@@ -21,6 +21,7 @@ use shared::http::{Caller, body};
 use shared::job::{self, Record, Upload};
 use shared::photo::Format;
 use shared::ports::{BlobStore, JobQueue, JobStore, PutTerms};
+use tokio::sync::SemaphorePermit;
 use uuid::Uuid;
 
 use crate::Submit;
@@ -116,9 +117,14 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         if let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await? {
             return same_content(&item, &earlier);
         }
-        let upload = self.own_upload(caller, &image_key).await?;
-        let _turn = self.upload_turns.acquire().await.map_err(Error::internal)?;
-        let image = self.blobs.get(&image_key).await?.ok_or_else(nothing_uploaded)?;
+        let (upload, image, _turn) = match self.uploaded(caller, &image_key).await {
+            Ok(found) => found,
+            // The same request, sent twice at once, may have used it up since the look above.
+            Err(error) => {
+                let earlier = self.jobs.idempotency(&item.caller, &item.key, now).await?;
+                return earlier.map_or(Err(error), |earlier| same_content(&item, &earlier));
+            }
+        };
         let prefix = upload.prefix().to_owned();
         let (idempotency, upload) = (Some(item), Some(upload));
         let draft = Draft { id, now, caller, describe, idempotency, upload, callback_url };
@@ -129,6 +135,18 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         }
         crash::here(Point::SubmitOriginalErased);
         Ok(id)
+    }
+
+    /// The upload, its bytes, and the turn under which they are held.
+    async fn uploaded(
+        &self,
+        caller: &Caller,
+        image_key: &str,
+    ) -> Result<(Upload, Vec<u8>, SemaphorePermit<'_>), Error> {
+        let upload = self.own_upload(caller, image_key).await?;
+        let turn = self.upload_turns.acquire().await.map_err(Error::internal)?;
+        let image = self.blobs.get(image_key).await?.ok_or_else(nothing_uploaded)?;
+        Ok((upload, image, turn))
     }
 
     async fn own_upload(&self, caller: &Caller, image_key: &str) -> Result<Upload, Error> {

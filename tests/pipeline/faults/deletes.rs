@@ -1,18 +1,22 @@
 //! A delete races every stage: afterwards nothing of the job is readable or on the disk, whatever a
 //! worker writes late, and the others end.
 
+mod hundreds;
+mod submissions;
+mod told;
+
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::{TimeDelta, Utc};
 use enrichment::Enrichment;
-use inference::Inference;
+use futures_util::future::BoxFuture;
 use inference::room::Room;
+use inference::{Inference, Outcome};
 use local::Host;
-use rand::rngs::SmallRng;
-use rand::{RngExt, SeedableRng};
 use shared::api::chat::{ChatMessage, Role};
 use shared::api::prompt::{AnswerFormat, PromptRequest};
 use shared::cache::PredictionCache;
@@ -26,24 +30,30 @@ use shared::message::Message;
 use shared::ports::JobStore;
 use submit::Submission;
 use sweep::Sweep;
-use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::kill::long_answer;
-use crate::support::backlog::{self, JOBS, PATIENCE};
+use crate::support::backlog::{self, PATIENCE};
 use crate::support::interrupt::{Interrupt, Interrupted};
 use crate::support::llm_server::{Behaviour, LlmServer};
-use crate::support::process::Process;
-use crate::support::redis_server::Redis;
-use crate::support::{client, numbered_mole, open, submit, within};
+use crate::support::{numbered_mole, open, within};
+
+type Jobs = Interrupted<SqliteJobStore>;
+type Queue = Interrupted<SqliteJobQueue>;
+type Blobs = Interrupted<DirBlobStore>;
 
 /// The handlers over interrupted ports, beside an ordinary host.
 struct Bench {
     host: Host,
     interrupt: Interrupt,
-    inference: Inference<Interrupted<SqliteJobStore>, Interrupted<SqliteJobQueue>, Interrupted<DirBlobStore>>,
-    enrichment: Enrichment<Interrupted<SqliteJobStore>, Interrupted<DirBlobStore>, Hub>,
-    sweep: Sweep<Interrupted<SqliteJobStore>, Interrupted<SqliteJobQueue>, Interrupted<DirBlobStore>>,
+    jobs: Jobs,
+    queue: Queue,
+    blobs: Blobs,
+    inference: Arc<Inference<Jobs, Queue, Blobs>>,
+    enrichment: Enrichment<Jobs, Blobs, Hub>,
+    /// Where no LLM is set.
+    offline: Enrichment<Jobs, Blobs, Hub>,
+    sweep: Sweep<Jobs, Queue, Blobs>,
     photos: usize,
 }
 
@@ -54,6 +64,8 @@ enum Stage {
     /// Inference of a photo that cannot be read: the claim is released.
     Release,
     Enrichment,
+    /// Enrichment by the template, in one write.
+    Offline,
     /// An LLM that is down: the claim is deferred.
     Defer,
     /// Enrichment of a prompt, whose answer is a blob.
@@ -66,10 +78,11 @@ enum Stage {
     SweepAwaiting,
 }
 
-const STAGES: [Stage; 8] = [
+const STAGES: [Stage; 9] = [
     Stage::Inference,
     Stage::Release,
     Stage::Enrichment,
+    Stage::Offline,
     Stage::Defer,
     Stage::Answer,
     Stage::Refuse,
@@ -79,15 +92,19 @@ const STAGES: [Stage; 8] = [
 
 impl Bench {
     async fn new(folder: &Path, llm: &LlmServer) -> Self {
+        Self::with(folder, llm, &[]).await
+    }
+
+    async fn with(folder: &Path, llm: &LlmServer, extra: &[(&str, &str)]) -> Self {
         let base_url = llm.base_url();
-        let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
-        let host = open(folder, Clock::manual(Utc::now()), &settings).await;
+        let llm_at = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
+        let host = open(folder, Clock::manual(Utc::now()), &[&llm_at[..], extra].concat()).await;
         let interrupt = Interrupt::default();
         let jobs = Interrupted(host.store.clone(), interrupt.clone());
         let queue = Interrupted(host.queue.clone(), interrupt.clone());
         let blobs = Interrupted(host.blobs.clone(), interrupt.clone());
         let (clock, policy) = (host.clock.clone(), host.config.policy);
-        let inference = Inference {
+        let inference = Arc::new(Inference {
             jobs: jobs.clone(),
             queue: queue.clone(),
             blobs: blobs.clone(),
@@ -97,23 +114,27 @@ impl Bench {
             room: Room::new(1).unwrap(),
             clock: clock.clone(),
             policy,
-        };
-        let env = Env::of(settings);
-        let llm = Llm::from_env(&env).unwrap().into();
-        let enrichment = Enrichment {
+        });
+        let asking = |variables: &[(&str, &str)]| Enrichment {
             jobs: jobs.clone(),
             blobs: blobs.clone(),
-            llm,
+            llm: Arc::new(Llm::from_env(&Env::of(variables.iter().copied())).unwrap()),
             push: Hub::default(),
             clock: clock.clone(),
             policy,
         };
-        let sweep = Sweep::new(jobs, [queue.clone(), queue], blobs, clock, policy);
-        Self { host, interrupt, inference, enrichment, sweep, photos: 0 }
+        let (enrichment, offline) = (asking(&llm_at), asking(&[]));
+        let sweep = Sweep::new(jobs.clone(), [queue.clone(), queue.clone()], blobs.clone(), clock.clone(), policy);
+        Self { host, interrupt, jobs, queue, blobs, inference, enrichment, offline, sweep, photos: 0 }
     }
 
     async fn submit(&mut self) -> Job {
-        let submission = Submission { image: numbered_mole(self.photos), describe: true, callback_url: None };
+        self.submit_told(None).await
+    }
+
+    /// A photo whose end is to be told.
+    async fn submit_told(&mut self, callback_url: Option<String>) -> Job {
+        let submission = Submission { image: numbered_mole(self.photos), describe: true, callback_url };
         let key = key_of(self.photos);
         self.photos += 1;
         let id = self.host.submit.accept(&Caller("local".into()), Some(key), submission).await.unwrap();
@@ -157,7 +178,7 @@ impl Bench {
                 std::fs::remove_file(&photo).unwrap();
                 std::fs::create_dir(&photo).unwrap();
             }
-            Stage::Enrichment | Stage::Defer => self.infer(job.id).await,
+            Stage::Enrichment | Stage::Offline | Stage::Defer => self.infer(job.id).await,
             Stage::SweepPending => self.host.clock.advance(TimeDelta::seconds(121)),
             Stage::SweepAwaiting => {
                 self.infer(job.id).await;
@@ -171,38 +192,94 @@ impl Bench {
         match stage {
             Stage::Inference | Stage::Release => self.infer(id).await,
             Stage::Enrichment | Stage::Defer | Stage::Answer | Stage::Refuse => self.describe(id).await,
+            Stage::Offline => {
+                let until = self.host.clock.now() + self.host.config.policy.lease;
+                self.offline.process(id, until).await.unwrap();
+            }
             Stage::SweepPending | Stage::SweepAwaiting => {
                 self.sweep.handle(EventBridgeEvent::default()).await.unwrap();
             }
         }
     }
 
+    fn delete(&self, id: Uuid) -> BoxFuture<'static, ()> {
+        let results = Arc::clone(&self.host.results);
+        Box::pin(async move {
+            results.delete(&Caller("local".into()), &id.to_string()).await.unwrap();
+        })
+    }
+
+    /// Works, and deletes the job at this moment of it, or behind it; and whether it was meanwhile.
+    async fn race<T>(&self, id: Uuid, moment: usize, work: impl Future<Output = T>) -> (T, bool) {
+        self.interrupt.arm(moment, self.delete(id));
+        let done = work.await;
+        let is_over = self.interrupt.disarm();
+        if is_over {
+            self.delete(id).await;
+        }
+        (done, !is_over)
+    }
+
     /// Everything that is still under way, late messages and changes included, and the sweeps behind
-    /// the delete.
-    async fn settle(&self, id: Uuid) {
+    /// the deletes.
+    async fn settle(&self, ids: &[Uuid]) {
         for _ in 0..4 {
-            self.infer(id).await;
-            self.describe(id).await;
+            for &id in ids {
+                self.infer(id).await;
+                self.describe(id).await;
+            }
             self.host.clock.advance(TimeDelta::minutes(10));
-            self.host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+            let report = self.host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+            assert_eq!(report.failed, 0, "{report:?}");
             while let Some(delivery) = self.host.queue.receive(TimeDelta::seconds(30)).await.unwrap() {
                 let until = self.host.clock.now() + self.host.config.policy.lease;
-                self.inference.process(Message::decode(&delivery.body).unwrap(), until).await;
+                let outcome = self.inference.process(Message::decode(&delivery.body).unwrap(), until).await;
+                assert_eq!(outcome, Outcome::Acknowledge, "{}", delivery.body);
                 self.host.queue.acknowledge(&delivery.receipt).await.unwrap();
             }
         }
     }
 
+    fn is_cache_empty(&self) -> bool {
+        let PredictionCache::Memory(entries) = &self.inference.cache else { panic!() };
+        entries.lock().unwrap().is_empty()
+    }
+
     /// Nothing of the job is readable, on the disk, in the cache, or still to be done.
     async fn assert_gone(&self, job: &Job, what: &str) {
-        let Some(Record::Tombstone(tombstone)) = self.host.store.get(job.id).await.unwrap() else {
+        self.assert_erased(job.id, what).await;
+        assert!(self.is_cache_empty(), "{what}: cache");
+        assert_eq!(self.host.queue.depth().await.unwrap(), (0, 0), "{what}: messages and dead letters");
+        assert_unreadable(&self.host.config.data_dir, &[job.idempotency_key.clone().unwrap()], what);
+    }
+
+    /// The job is a tombstone with nothing ahead of it, and has no blobs.
+    async fn assert_erased(&self, id: Uuid, what: &str) {
+        let Some(Record::Tombstone(tombstone)) = self.host.store.get(id).await.unwrap() else {
             panic!("{what}: the job is back")
         };
         assert_eq!((tombstone.due_at, tombstone.cache_key), (None, None), "{what}: not settled");
-        assert!(!self.host.config.data_dir.join("blobs").join(blob_prefix(job.id)).exists(), "{what}: photo");
-        let PredictionCache::Memory(entries) = &self.inference.cache else { panic!() };
-        assert!(entries.lock().unwrap().is_empty(), "{what}: cache");
-        assert_unreadable(&self.host.config.data_dir, &[job.idempotency_key.clone().unwrap()], what);
+        assert!(!self.host.config.data_dir.join("blobs").join(blob_prefix(id)).exists(), "{what}: photo");
+    }
+
+    /// Of hundreds that have settled nothing is left of those that were deleted, and the others have ended. Returns
+    /// the others.
+    async fn assert_only(self, deleted: &[Uuid], kept: Vec<Uuid>, what: &str) -> Vec<Job> {
+        for &id in deleted {
+            self.assert_erased(id, what).await;
+        }
+        for &id in &kept {
+            let job = self.job(id).await.unwrap();
+            self.inference.cache.remove(&job.cache_key.unwrap_or_default()).await;
+        }
+        assert!(self.is_cache_empty(), "{what}: the cache holds more than what was kept");
+        assert_eq!(self.host.webhooks.depth().await.unwrap(), (0, 0), "{what}: messages and dead letters of webhooks");
+        let data = self.host.config.data_dir.clone();
+        drop(self);
+        let jobs = rusqlite::Connection::open(data.join("jobs.sqlite")).unwrap();
+        let count = |sql: &str| jobs.query_row(sql, [], |row| row.get::<_, usize>(0)).unwrap();
+        assert_eq!(count("SELECT count(*) FROM idempotency"), kept.len(), "{what}: keys");
+        backlog::ended_once(&data, kept, what).await
     }
 }
 
@@ -226,7 +303,7 @@ fn assert_unreadable(data: &Path, keys: &[String], what: &str) {
 async fn a_delete_at_any_moment_of_any_stage_leaves_nothing_and_nothing_comes_back() {
     let (folder, llm) = (tempfile::tempdir().unwrap(), LlmServer::start([]).await);
     let mut bench = Bench::new(folder.path(), &llm).await;
-    let (mut races, results) = (Vec::new(), Arc::clone(&bench.host.results));
+    let mut races = Vec::new();
     for stage in STAGES {
         llm.behave(match stage {
             Stage::Defer => Behaviour::Status(503, Some(600)),
@@ -237,29 +314,22 @@ async fn a_delete_at_any_moment_of_any_stage_leaves_nothing_and_nothing_comes_ba
         for moment in 0.. {
             let what = format!("{stage:?}, moment {moment}");
             let job = bench.prepare(stage).await;
-            let (results, id) = (Arc::clone(&results), job.id);
-            bench.interrupt.arm(moment, async move {
-                results.delete(&Caller("local".into()), &id.to_string()).await.unwrap();
-            });
-            bench.work(stage, id).await;
-            if bench.interrupt.disarm() {
-                // The stage was over before: this is the delete behind it.
-                bench.host.results.delete(&Caller("local".into()), &id.to_string()).await.unwrap();
-                bench.settle(id).await;
-                bench.assert_gone(&job, &what).await;
+            let ((), meanwhile) = bench.race(job.id, moment, bench.work(stage, job.id)).await;
+            assert!(bench.job(job.id).await.is_none(), "{what}: a stale worker wrote over the tombstone");
+            bench.settle(&[job.id]).await;
+            bench.assert_gone(&job, &what).await;
+            if !meanwhile {
+                // The stage was over before: that was the delete behind it.
                 races.push((stage, moment));
                 break;
             }
-            assert!(bench.job(id).await.is_none(), "{what}: a stale worker wrote over the tombstone");
-            bench.settle(id).await;
-            bench.assert_gone(&job, &what).await;
         }
     }
-    // Two moments a call: get, claim, photo, finish; get, claim, finish; get, claim, prompt, answer,
-    // finish; due, write, send, list.
+    // Two moments a call: get, claim, photo, finish; get, claim, finish; get, finish; get, claim, prompt,
+    // answer, finish; due, write, send, list.
     let moments = |stage| races.iter().find(|(raced, _)| *raced == stage).unwrap().1;
     assert!(moments(Stage::Inference) >= 8 && moments(Stage::Enrichment) >= 6 && moments(Stage::SweepPending) >= 8);
-    assert!(moments(Stage::Answer) >= 10 && moments(Stage::Refuse) >= 8);
+    assert!(moments(Stage::Answer) >= 10 && moments(Stage::Refuse) >= 8 && moments(Stage::Offline) >= 4);
     println!("moments of a delete: {races:?}");
 }
 
@@ -271,7 +341,7 @@ async fn sweep_never_takes_the_confirmation_of_its_own_order() {
     let mut ordered = 0;
     for moment in 0.. {
         let job = bench.prepare(Stage::Enrichment).await;
-        bench.host.results.delete(&Caller("local".into()), &job.id.to_string()).await.unwrap();
+        bench.delete(job.id).await;
         let (queue, store) = (bench.host.queue.clone(), bench.host.store.clone());
         while let Some(early) = queue.receive(TimeDelta::seconds(30)).await.unwrap() {
             queue.acknowledge(&early.receipt).await.unwrap();
@@ -296,9 +366,34 @@ async fn sweep_never_takes_the_confirmation_of_its_own_order() {
             assert!(heeded, "moment {moment}: the order would have to be sent again");
             ordered += 1;
         }
-        bench.settle(job.id).await;
+        bench.settle(&[job.id]).await;
     }
     assert!(ordered > 0, "the order was never seen");
+}
+
+/// What a worker puts into the cache when the order to forget it has been carried out already.
+#[tokio::test]
+async fn an_order_to_forget_that_comes_before_the_entry_is_not_the_last() {
+    let (folder, llm) = (tempfile::tempdir().unwrap(), LlmServer::start([]).await);
+    let mut bench = Bench::new(folder.path(), &llm).await;
+    let mut late = 0;
+    for moment in 0.. {
+        let job = bench.prepare(Stage::Inference).await;
+        let (id, delete, inference) = (job.id, bench.delete(job.id), Arc::clone(&bench.inference));
+        let until = bench.host.clock.now() + bench.host.config.policy.lease;
+        bench.interrupt.arm(moment, async move {
+            delete.await;
+            assert_eq!(inference.process(Message::Forget { id }, until).await, Outcome::Acknowledge);
+        });
+        bench.infer(id).await;
+        if bench.interrupt.disarm() {
+            break;
+        }
+        late += u32::from(!bench.is_cache_empty());
+        bench.settle(&[id]).await;
+        bench.assert_gone(&job, &format!("moment {moment}")).await;
+    }
+    assert!(late > 0, "no entry was written behind the order");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -309,48 +404,32 @@ async fn a_delete_while_the_llm_answers_leaves_nothing_of_the_answer() {
     let job = bench.prepare(Stage::Enrichment).await;
     let delete = async {
         within(PATIENCE, "the LLM is asked", async || llm.calls() == 1).await;
-        bench.host.results.delete(&Caller("local".into()), &job.id.to_string()).await.unwrap();
+        bench.delete(job.id).await;
     };
     tokio::join!(bench.describe(job.id), delete);
-    bench.settle(job.id).await;
+    bench.settle(&[job.id]).await;
     bench.assert_gone(&job, "while the LLM answers").await;
     assert_eq!(llm.calls(), 1, "a deleted job is described no more");
 }
 
+/// So late that the last sweep behind the delete has been before it.
 #[tokio::test(flavor = "multi_thread")]
-async fn hundreds_deleted_at_random_moments_are_gone_and_the_others_end() {
-    let (folder, http, llm, redis) =
-        (tempfile::tempdir().unwrap(), client(), LlmServer::start([]).await, Redis::start(None));
-    llm.behave(Behaviour::After(Duration::from_millis(200)));
-    let (base_url, redis_url) = (llm.base_url(), redis.url());
-    let extra = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m"), ("REDIS_URL", &redis_url)];
-    let host = Process::start(folder.path(), &[&extra[..], &[("LEASE_SECONDS", "20")]].concat()).await.unwrap();
-    let (mut random, mut deletes) = (SmallRng::seed_from_u64(5), JoinSet::new());
-    let (mut deleted, mut kept, mut doomed) = (Vec::new(), Vec::new(), Vec::new());
-    for number in 0..JOBS {
-        let key = key_of(number);
-        let id: Uuid = submit(&http, &host.url, &numbered_mole(number), Some(&key)).await.unwrap().parse().unwrap();
-        if random.random_bool(0.4) {
-            kept.push(id);
-            continue;
-        }
-        // From at once to long after: every stage and what lies between is met.
-        let pause = Duration::from_millis(if random.random_bool(0.2) { 0 } else { random.random_range(0..15_000) });
-        let (http, url) = (http.clone(), format!("{}/result/{id}", host.url));
-        deletes.spawn(async move {
-            tokio::time::sleep(pause).await;
-            assert_eq!(http.delete(&url).send().await.unwrap().status().as_u16(), 204);
-            assert_eq!(http.get(&url).send().await.unwrap().status().as_u16(), 404, "readable after the delete");
-        });
-        deleted.push(id);
-        doomed.push(key);
-    }
-    assert!(deleted.len() > 200, "{}", deleted.len());
-    deletes.join_all().await;
-    within(PATIENCE, "nothing is left to do", async || backlog::is_quiet(folder.path())).await;
-    assert_eq!(redis.keys().len(), kept.len(), "one cache entry a job that is kept");
-    assert!(host.terminate().await.success());
-    let jobs = backlog::ended_once(folder.path(), kept, "deletes").await;
-    assert!(jobs.iter().all(|job| (job.attempts.inference, job.attempts.enrichment) == (1, 1)));
-    assert_unreadable(folder.path(), &doomed, "deletes");
+async fn an_answer_that_comes_when_its_lease_is_over_is_not_stored() {
+    let (folder, llm) = (tempfile::tempdir().unwrap(), LlmServer::start([]).await);
+    let mut bench = Bench::new(folder.path(), &llm).await;
+    llm.behave(Behaviour::Late(Duration::from_secs(3), long_answer()));
+    let job = bench.prepare(Stage::Answer).await;
+    let is_answered = AtomicBool::new(false);
+    let describe = async {
+        bench.describe(job.id).await;
+        is_answered.store(true, Ordering::SeqCst);
+    };
+    let delete = async {
+        within(PATIENCE, "the LLM is asked", async || llm.calls() == 1).await;
+        bench.delete(job.id).await;
+        bench.settle(&[]).await;
+        assert!(!is_answered.load(Ordering::SeqCst), "the answer came before the last sweep");
+    };
+    tokio::join!(describe, delete);
+    bench.assert_gone(&job, "behind the lease").await;
 }
