@@ -8,6 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use shared::crash::{self, Point};
 use shared::embedded::SqliteCallers;
 
 /// How long a lock is waited for: a host that ends still has it for a moment, and so has a process that another
@@ -83,6 +84,7 @@ pub(crate) fn secret(data_dir: &Path) -> anyhow::Result<Vec<u8>> {
             let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&unfinished)?;
             file.write_all(&secret)?;
             file.sync_all()?;
+            crash::here(Point::StartSecretWritten);
             std::fs::rename(&unfinished, &path)?;
         }
         Err(error) => return Err(error).context("DATA_DIR: cannot read secret.key"),

@@ -10,6 +10,7 @@ use shared::auth::LOCAL;
 use shared::auth::keys::ApiKey;
 use shared::clock::Clock;
 use shared::config::Env;
+use shared::crash::{self, Point};
 use shared::ports::Callers;
 
 use crate::{config, data};
@@ -36,5 +37,6 @@ pub async fn init(env: &Env, clock: &Clock, another: bool) -> anyhow::Result<Sec
     if !callers.create_key(&key).await? {
         bail!("the new key's id is taken; try again");
     }
+    crash::here(Point::InitKeyWritten);
     Ok(text)
 }

@@ -74,7 +74,10 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 #[tokio::main]
 async fn init(another: bool) -> anyhow::Result<()> {
-    let key = local::init(&Env::of_process(), &Clock::System, another).await?;
+    let env = Env::of_process();
+    #[cfg(debug_assertions)]
+    shared::crash::arm(&env)?;
+    let key = local::init(&env, &Clock::System, another).await?;
     eprintln!("The key of an admin, shown this once and kept nowhere in clear:");
     println!("{}", key.expose_secret());
     eprintln!(

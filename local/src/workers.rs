@@ -160,6 +160,7 @@ pub(crate) async fn housekeeping(host: Arc<Host>, mut stopped: Receiver<bool>) {
             Ok(count) => tracing::info!(count, "expired records deleted"),
             Err(error) => failed("expired records not deleted", &error),
         }
+        crash::here(Point::HousekeepingRecordsRemoved);
         // Uploads that came after sweep had given them up.
         for (prefix, ttl) in [("jobs/", host.config.policy.photo_ttl), ("incoming/", LATE_UPLOAD_TTL)] {
             match host.blobs.remove_older(prefix, (now - ttl).into()).await {
@@ -167,6 +168,7 @@ pub(crate) async fn housekeeping(host: Arc<Host>, mut stopped: Receiver<bool>) {
                 Ok(count) => tracing::info!(count, "expired photos deleted"),
                 Err(error) => failed("expired photos not deleted", &error),
             }
+            crash::here(Point::HousekeepingPhotosRemoved);
         }
         idle(std::future::pending(), HOUSEKEEPING_INTERVAL, &mut stopped).await;
     }

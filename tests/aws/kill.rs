@@ -56,6 +56,8 @@ enum Kind {
     Webhook,
     WebhookRetry,
     WebhookLast,
+    /// What is no message.
+    WebhookUnreadable,
     Completion,
     /// Days later, where no try was left.
     WebhookSwept,
@@ -109,6 +111,7 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Webhook, &[Point::NotifyQueued, Point::WebhookAnswered, Point::WebhookSettled]),
     (Kind::WebhookRetry, &[Point::WebhookPostponed, Point::WebhookHidden]),
     (Kind::WebhookLast, &[Point::WebhookBuried, Point::WebhookGivenUp]),
+    (Kind::WebhookUnreadable, &[Point::WebhookUnreadableBuried]),
     (Kind::WebhookSwept, &[Point::SweepBuried]),
     (
         Kind::Delete,
@@ -131,13 +134,17 @@ const SCENES: &[(Kind, &[Point])] = &[
     ),
 ];
 
-/// Between writes of the embedded adapters and of the embedded host's start, its queue and its feed:
-/// on AWS the services do that.
+/// Between writes of the embedded adapters and of the embedded host's start, its queue, its feed and its
+/// housekeeping: on AWS the services do that, and Terraform.
 const EMBEDDED_ALONE: &[Point] = &[
     Point::BlobWritten,
     Point::QueueReceived,
     Point::QueueBeforeAck,
     Point::FeedBeforeCursor,
+    Point::HousekeepingRecordsRemoved,
+    Point::HousekeepingPhotosRemoved,
+    Point::StartSecretWritten,
+    Point::InitKeyWritten,
     Point::StartLeaseEnded,
     Point::StartPhotosShown,
     Point::StartMessagesShown,
@@ -248,11 +255,13 @@ impl<'a> Scene<'a> {
             Kind::Webhook | Kind::WebhookRetry | Kind::WebhookLast | Kind::WebhookSwept => {
                 self.while_calling_back(usual).await
             }
+            Kind::WebhookUnreadable => self.while_putting_aside().await,
         };
         self.settled(&ids, &expected).await;
         let end = match self.kind {
             Kind::Delete | Kind::SweepTombstone => "gone",
             Kind::Key => "listed",
+            Kind::WebhookUnreadable => "put aside",
             Kind::Completion => "counted",
             _ => "completed",
         };

@@ -56,13 +56,23 @@ pub(super) const PROMPT: &[Point] = &[
     Point::EnrichmentFinished,
     Point::FeedBeforeCursor,
 ];
-pub(super) const RESULT: &[Point] =
-    &[Point::ResultTombstoned, Point::ResultBlobsErased, Point::ResultForgetSent, Point::InferenceForgotten];
+pub(super) const RESULT: &[Point] = &[
+    Point::ResultTombstoned,
+    Point::ResultBlobsErased,
+    Point::ResultForgetSent,
+    Point::QueueReceived,
+    Point::InferenceForgotten,
+    Point::QueueBeforeAck,
+];
 pub(super) const SWEEP: &[Point] = &[Point::SweepWritten, Point::SweepSent];
 pub(super) const SWEEP_TOMBSTONE: &[Point] =
     &[Point::SweepErased, Point::SweepTombstoneSettled, Point::SweepForgetSent];
 pub(super) const SWEEP_UPLOAD: &[Point] = &[Point::SweepUploadErased, Point::SweepUploadSettled];
 pub(super) const SWEEP_ORPHAN: &[Point] = &[Point::SweepOrphanErased];
+/// Of a folder that nobody has used before.
+pub(super) const FIRST: &[Point] = &[Point::StartSecretWritten, Point::BlobWritten, Point::InitKeyWritten];
+/// Deletes of what has expired.
+pub(super) const HOUSEKEEPING: &[Point] = &[Point::HousekeepingRecordsRemoved, Point::HousekeepingPhotosRemoved];
 pub(super) const START: &[Point] = &[Point::StartLeaseEnded, Point::StartPhotosShown, Point::StartMessagesShown];
 pub(super) const ADMIN_KEYS: &[Point] = &[Point::AdminKeyWritten, Point::AdminKeyRevoked];
 pub(super) const ADMIN_JOB: &[Point] = &[Point::AdminJobRedriven, Point::AdminMessageSent];
@@ -87,7 +97,10 @@ pub(super) const WEBHOOK: &[Point] = &[Point::NotifyQueued, Point::WebhookAnswer
 /// Where the receiver does not take it.
 pub(super) const WEBHOOK_RETRY: &[Point] = &[Point::WebhookPostponed, Point::WebhookHidden];
 /// By the last try.
-pub(super) const WEBHOOK_LAST: &[Point] = &[Point::WebhookBuried, Point::WebhookGivenUp];
+pub(super) const WEBHOOK_LAST: &[Point] =
+    &[Point::QueueReceived, Point::WebhookBuried, Point::WebhookGivenUp, Point::QueueBeforeAck];
+/// What is no message.
+pub(super) const WEBHOOK_UNREADABLE: &[Point] = &[Point::WebhookUnreadableBuried];
 /// By sweep, days later, where no try was left.
 pub(super) const WEBHOOK_SWEPT: &[Point] = &[Point::SweepBuried];
 /// Between two requests to SQS, where an embedded queue has one transaction: `tests/aws/kill.rs`. Who is gone
@@ -112,6 +125,8 @@ fn every_crash_point_is_in_a_scenario() {
         SWEEP_TOMBSTONE,
         SWEEP_UPLOAD,
         SWEEP_ORPHAN,
+        HOUSEKEEPING,
+        FIRST,
         START,
         ADMIN_KEYS,
         ADMIN_JOB,
@@ -121,6 +136,7 @@ fn every_crash_point_is_in_a_scenario() {
         WEBHOOK,
         WEBHOOK_RETRY,
         WEBHOOK_LAST,
+        WEBHOOK_UNREADABLE,
         WEBHOOK_SWEPT,
         AWS_ALONE,
     ];
@@ -251,7 +267,7 @@ impl Scene {
 /// Submits a prompt and returns its id; an error where the host is gone.
 pub(super) async fn ask(http: &Client, url: &str, key: &str) -> reqwest::Result<String> {
     let request = http.post(format!("{url}/submit")).header("idempotency-key", key);
-    let response = request.json(&serde_json::json!({"prompt": "What is a naevus?"})).send().await?;
+    let response = request.json(&serde_json::json!({"prompt": format!("What is a naevus? ({key})")})).send().await?;
     let (status, body) = (response.status(), response.json::<serde_json::Value>().await?);
     assert_eq!(status.as_u16(), 202, "{body}");
     Ok(body["request_id"].as_str().unwrap().to_owned())

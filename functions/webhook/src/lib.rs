@@ -119,7 +119,10 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
             "message not read"
         );
         match self.queue.bury(message.body.clone().unwrap_or_default()).await {
-            Ok(()) => Outcome::Acknowledge,
+            Ok(()) => {
+                crash::here(Point::WebhookUnreadableBuried);
+                Outcome::Acknowledge
+            }
             Err(error) => self.not_worked(&error, receives(message)),
         }
     }

@@ -127,6 +127,11 @@ impl Scene<'_> {
     async fn try_for_the_last_time(&self, id: &str) {
         self.once_it_has_failed(id, |_, delivery| delivery.tries = webhook::MAX_TRIES - 1).await;
         let body = Message::Deliver { id: id.parse().unwrap() }.encode();
+        assert!(!self.hand_to_webhook(&body).await, "{}: it goes on", self.caller);
+    }
+
+    /// Whether webhook has worked it.
+    async fn hand_to_webhook(&self, body: &str) -> bool {
         let message = json!({
             "messageId": "by hand",
             "receiptHandle": "by hand",
@@ -136,6 +141,27 @@ impl Scene<'_> {
             "eventSource": "aws:sqs",
             "awsRegion": "us-east-1",
         });
-        assert!(!self.lambda.invoke("webhook", &json!({"Records": [message]})).await, "{}: it goes on", self.caller);
+        self.lambda.invoke("webhook", &json!({"Records": [message]})).await
+    }
+
+    pub(super) async fn while_putting_aside(&self) -> (Vec<Uuid>, Expected) {
+        self.kill(async || assert!(!self.hand_to_webhook("no message").await)).await;
+        assert!(self.hand_to_webhook("no message").await, "it comes again, and the function goes on");
+        let sqs = aws_sdk_sqs::Client::new(&sdk().await);
+        let letters = of_stage("WEBHOOK_DEAD_LETTER_QUEUE_URL");
+        // Twice, since the first was not acknowledged: an operator sees both.
+        let mut found = 0;
+        within("both are put aside", async || {
+            let received = sqs.receive_message().queue_url(&letters).max_number_of_messages(10).send().await.unwrap();
+            for letter in received.messages() {
+                assert_eq!(letter.body(), Some("no message"));
+                let receipt = letter.receipt_handle().unwrap();
+                sqs.delete_message().queue_url(&letters).receipt_handle(receipt).send().await.unwrap();
+                found += 1;
+            }
+            found == 2
+        })
+        .await;
+        (Vec::new(), Expected { claims: (0, 0), calls: 0, orphans: 0 })
     }
 }

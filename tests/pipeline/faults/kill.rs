@@ -8,44 +8,48 @@
 //! as they are by default, so that a slow machine loses none.
 
 mod clients;
+mod folders;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::{TimeDelta, Utc};
 use futures_util::StreamExt;
-use local::Host;
 use reqwest::Client;
-use shared::clock::Clock;
 use shared::crash::Point;
-use shared::http::Caller;
 use shared::job::{Attempts, DeliveryOutcome, Job, Status, new_id};
-use shared::ports::BlobStore;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use self::clients::{ask_all, delete_all, redrive_all, submit_all, submit_all_told, upload_all};
+use self::clients::{ask_all, delete_all, redrive_all, redrive_letters, submit_all, submit_all_told, upload_all};
+use self::folders::Folders;
 use crate::kill::{
     ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, AWS_ALONE, CHAT, ENRICHMENT, ENRICHMENT_OFFLINE, ENRICHMENT_RETRY,
-    INFERENCE, INFERENCE_MAP, INFERENCE_RETRY, PROMPT, RESULT, SOCKET, START, SUBMIT, SUBMIT_PROMPT, SWEEP,
-    SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, WEBHOOK_SWEPT,
-    long_answer,
+    FIRST, HOUSEKEEPING, INFERENCE, INFERENCE_MAP, INFERENCE_RETRY, PROMPT, RESULT, SOCKET, START, SUBMIT,
+    SUBMIT_PROMPT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, SWEEP_UPLOAD, UPLOAD, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY,
+    WEBHOOK_SWEPT, WEBHOOK_UNREADABLE, long_answer,
 };
 use crate::support::backlog::{self, JOBS, PATIENCE, Whose};
 use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::process::Process;
 use crate::support::receiver::Receiver;
-use crate::support::{client, numbered_mole, open, report, within};
-use crate::uploads;
+use crate::support::{client, report, within};
 use crate::webhooks::variables;
 
-/// How often a point is met before each of the two kills.
-const KILLS: [u32; 2] = [200, 100];
-/// A batch of the feed meets its point once for up to ten jobs.
-const KILLS_IN_BATCHES: [u32; 2] = [20, 10];
+/// The two kills of a scene: where, and how often the point is met before.
+fn kills(kind: Kind, point: Point) -> [(Point, u32); 2] {
+    match (kind, point) {
+        // A start takes up what the kill before it cut off, a few jobs.
+        (Kind::CutOff, _) => [(Point::InferenceClaimed, 200), (point, 1)],
+        // All are moved at once.
+        (Kind::Dead, _) => [(point, 1), (point, 1)],
+        // A batch meets it once for up to ten jobs.
+        (_, Point::FeedBeforeCursor) => [(point, 20), (point, 10)],
+        _ => [(point, 200), (point, 100)],
+    }
+}
 /// Scenes at a time: they wait more than they work.
 const AT_ONCE: usize = 3;
 
@@ -80,6 +84,16 @@ enum Kind {
     Deleted,
     /// Deleted, and due to be erased once more.
     Buried,
+    /// Being submitted over HTTP, and who is to be told of their ends refuses until after the kills.
+    Snubbed,
+    /// Completed, and to be told for the last time; it is refused until after the kills.
+    Untold,
+    /// Completed and untold for days, their messages lost.
+    Overdue,
+    /// Queued, and cut off by a kill in the middle of inference.
+    CutOff,
+    /// Queued, their messages dead letters, and being redriven over HTTP.
+    Dead,
 }
 
 /// Every point with what its jobs are; a new point of a list of `kill.rs` is met here as well.
@@ -101,13 +115,16 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Orphaned, SWEEP_ORPHAN),
     (Kind::Deleted, RESULT),
     (Kind::Buried, SWEEP_TOMBSTONE),
+    (Kind::Snubbed, WEBHOOK_RETRY),
+    (Kind::Untold, WEBHOOK_LAST),
+    (Kind::Overdue, WEBHOOK_SWEPT),
+    (Kind::CutOff, START),
+    (Kind::Dead, ADMIN_DEAD_LETTERS),
 ];
-/// Points that no job meets on its way: keys belong to none, dead letters are moved all of a queue at once, here
-/// as on AWS, and a start takes up what the last kill cut off, a few jobs, before anything else is done.
-/// A WebSocket's points write no job, but for those of `ask`, which are those of a prompt; what a receiver does
-/// not take is written of one job at a time, hours apart.
-const NOT_ON_A_JOBS_WAY: &[&[Point]] =
-    &[START, ADMIN_KEYS, ADMIN_DEAD_LETTERS, CHAT, SOCKET, WEBHOOK_RETRY, WEBHOOK_LAST, WEBHOOK_SWEPT, AWS_ALONE];
+/// Points that no job meets on its way: keys belong to none, nor does a chat, what is no message, or a folder that
+/// nobody has used before; what has expired is deleted all at once; a WebSocket's points write no job, but for those of
+/// `ask`, which are those of a prompt.
+const NOT_ON_A_JOBS_WAY: &[&[Point]] = &[ADMIN_KEYS, CHAT, FIRST, HOUSEKEEPING, SOCKET, WEBHOOK_UNREADABLE, AWS_ALONE];
 
 #[test]
 fn every_crash_point_is_met_with_500_jobs_or_is_on_no_jobs_way() {
@@ -118,68 +135,6 @@ fn every_crash_point_is_met_with_500_jobs_or_is_on_no_jobs_way() {
     met.dedup();
     all.sort_by_key(|point| point.name());
     assert_eq!(met, all);
-}
-
-/// The folders that scenes begin with.
-struct Folders {
-    /// Nothing but the model.
-    empty: TempDir,
-    queued: TempDir,
-    reserved: TempDir,
-    failed: TempDir,
-    completed: TempDir,
-    /// Deleted a lease ago.
-    buried: TempDir,
-}
-
-impl Folders {
-    async fn fill() -> Self {
-        let [empty, queued, reserved, failed, completed, buried] =
-            std::array::from_fn(|_| tempfile::tempdir().unwrap());
-        drop(open(empty.path(), Clock::System, &[]).await);
-        backlog::closed(empty.path()).await;
-        backlog::copy(empty.path(), queued.path());
-        backlog::accept(&open(queued.path(), Clock::System, &[]).await, JOBS).await;
-        backlog::closed(queued.path()).await;
-
-        backlog::copy(queued.path(), reserved.path());
-        reserve(&open(reserved.path(), Clock::System, &[]).await).await;
-        backlog::closed(reserved.path()).await;
-
-        backlog::copy(queued.path(), failed.path());
-        let two_days_on = Clock::manual(Utc::now() + TimeDelta::days(2));
-        let host = open(failed.path(), two_days_on, &[]).await;
-        assert_eq!(host.sweep.handle(EventBridgeEvent::default()).await.unwrap().ended, JOBS as u32);
-        drop(host);
-        backlog::closed(failed.path()).await;
-        backlog::lose_messages(failed.path());
-
-        backlog::copy(queued.path(), completed.path());
-        let host = Process::start(completed.path(), UNHURRIED).await.unwrap();
-        within(PATIENCE, "all are completed", async || backlog::is_quiet(completed.path())).await;
-        host.terminate().await;
-        backlog::closed(completed.path()).await;
-
-        backlog::copy(completed.path(), buried.path());
-        let unswept = [ERASING, &[("SWEEP_INTERVAL_SECONDS", "3600")]].concat();
-        let ids = ids(buried.path()).await;
-        let host = Process::start(buried.path(), &unswept).await.unwrap();
-        assert!(delete_all(&client(), &host.url, &ids).await);
-        host.terminate().await;
-        backlog::closed(buried.path()).await;
-        Self { empty, queued, reserved, failed, completed, buried }
-    }
-
-    fn of(&self, kind: Kind) -> &Path {
-        match kind {
-            Kind::Submitted | Kind::Uploaded | Kind::Asked | Kind::Told => self.empty.path(),
-            Kind::Reserved => self.reserved.path(),
-            Kind::Failed => self.failed.path(),
-            Kind::Deleted => self.completed.path(),
-            Kind::Buried => self.buried.path(),
-            _ => self.queued.path(),
-        }
-    }
 }
 
 /// The default times.
@@ -213,7 +168,7 @@ impl Scene {
         let folder = tempfile::tempdir().unwrap();
         backlog::copy(folders.of(kind), folder.path());
         let ids = match kind {
-            Kind::Submitted | Kind::Uploaded | Kind::Asked | Kind::Told => Vec::new(),
+            Kind::Submitted | Kind::Uploaded | Kind::Asked | Kind::Told | Kind::Snubbed => Vec::new(),
             Kind::Buried => ids(folders.of(Kind::Deleted)).await,
             _ => ids(folder.path()).await,
         };
@@ -232,11 +187,23 @@ impl Scene {
             Kind::Asked if point == Point::EnrichmentAnswerStored => {
                 scene.llm.behave(Behaviour::Answer(long_answer()));
             }
-            Kind::Asked => {}
-            Kind::Submitted
+            Kind::Snubbed => scene.receiver.answer(503),
+            Kind::Untold => {
+                scene.receiver.answer(503);
+                backlog::call_back(data, &scene.receiver.url());
+            }
+            Kind::Overdue => {
+                scene.receiver.answer(503);
+                backlog::call_back(data, &scene.receiver.url());
+                backlog::overdue_deliveries(data);
+            }
+            Kind::Dead => backlog::bury_messages(data),
+            Kind::Asked
+            | Kind::Submitted
             | Kind::Uploaded
             | Kind::Told
             | Kind::Queued
+            | Kind::CutOff
             | Kind::Offline
             | Kind::Failed
             | Kind::Deleted
@@ -249,6 +216,11 @@ impl Scene {
         self.folder.path()
     }
 
+    /// Its descriptions are the template's.
+    fn is_offline(&self) -> bool {
+        [Kind::Offline, Kind::Untold, Kind::Overdue].contains(&self.kind)
+    }
+
     fn what(&self) -> String {
         format!("{} with {:?} jobs", self.point.name(), self.kind)
     }
@@ -257,7 +229,7 @@ impl Scene {
         let base_url = self.llm.base_url();
         let times = if matches!(self.kind, Kind::Deleted | Kind::Buried) { ERASING } else { UNHURRIED };
         let mut extra = times.to_vec();
-        if self.kind != Kind::Offline {
+        if !self.is_offline() {
             extra.extend([("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")]);
         }
         extra.extend(crash_at.map(|at| ("CRASH_AT", at)));
@@ -276,7 +248,7 @@ impl Scene {
                 }
                 None => false,
             },
-            Kind::Told => match submit_all_told(&self.http, url, &self.receiver).await {
+            Kind::Told | Kind::Snubbed => match submit_all_told(&self.http, url, &self.receiver).await {
                 Some(ids) => {
                     self.ids = ids;
                     true
@@ -299,20 +271,25 @@ impl Scene {
             },
             Kind::Failed => redrive_all(&self.http, url, &self.ids).await,
             Kind::Deleted => delete_all(&self.http, url, &self.ids).await,
+            Kind::Dead => redrive_letters(&self.http, url).await,
             _ => true,
         }
     }
 
     /// Starts the host and lets it die at the point. Returns how the jobs stood then.
-    async fn kill(&mut self, times: u32) -> BTreeMap<Uuid, (Status, Attempts)> {
-        let at = format!("{}:{times}", self.point.name());
-        let mut host = self.start(Some(&at)).await.expect("the host died before it listened");
-        self.requests(&host.url).await;
-        host.killed().await;
+    async fn kill(&mut self, point: Point, times: u32) -> BTreeMap<Uuid, (Status, Attempts)> {
+        let at = format!("{}:{times}", point.name());
+        // What a start does, and sweep behind it, may kill the host before it listens.
+        if let Some(mut host) = self.start(Some(&at)).await {
+            self.requests(&host.url).await;
+            host.killed().await;
+        }
         let standing = backlog::standing(self.data()).await;
         let described = |job: &&Job| job.status == Status::AwaitingDescription && job.lease_until.is_some();
         self.cut_off += backlog::jobs(self.data()).await.iter().filter(described).count();
         let whose = match self.kind {
+            // The next start takes them up itself.
+            Kind::CutOff => return standing,
             Kind::Queued | Kind::Offline | Kind::Orphaned => Whose::Leased,
             Kind::Uploaded => Whose::Jobs,
             _ => Whose::Open,
@@ -331,8 +308,14 @@ impl Scene {
             backlog::photos(&data).iter().for_each(show);
         }
         let host = self.start(None).await.unwrap();
+        self.receiver.answer(200);
         assert!(self.requests(&host.url).await, "{}: a request was not answered", self.what());
         within(PATIENCE, &self.what(), async || backlog::is_quiet(&data)).await;
+        if matches!(self.kind, Kind::Untold | Kind::Overdue) {
+            // What was given up an operator finds among the dead letters.
+            assert!(redrive_letters(&self.http, &host.url).await, "{}: a request was not answered", self.what());
+            within(PATIENCE, &self.what(), async || backlog::is_quiet(&data)).await;
+        }
         assert!(host.terminate().await.success(), "{}", self.what());
     }
 
@@ -350,12 +333,23 @@ impl Scene {
         }
     }
 
+    /// A prompt was asked for the first time, and again where a kill came before its answer was committed.
+    fn none_was_asked_too_often(&self, jobs: &[Job]) {
+        let requests = self.llm.requests();
+        let prompts: Vec<_> = requests.iter().map(|(_, body)| body["messages"].to_string()).collect();
+        for (number, id) in self.ids.iter().enumerate() {
+            let asked = prompts.iter().filter(|prompt| prompt.contains(&format!("(key-{number})"))).count();
+            let claims = jobs.iter().find(|job| job.id == *id).unwrap().attempts.enrichment as usize;
+            assert!((1..=claims).contains(&asked), "{}: {id} asked {asked} times, {claims} claims", self.what());
+        }
+    }
+
     async fn play(mut self) -> String {
         let what = self.what();
-        let kills = if self.point == Point::FeedBeforeCursor { KILLS_IN_BATCHES } else { KILLS };
+        let kills = kills(self.kind, self.point);
         let mut standing = BTreeMap::new();
-        for times in kills {
-            standing = self.kill(times).await;
+        for (point, times) in kills {
+            standing = self.kill(point, times).await;
         }
         self.recover().await;
         let kept = if matches!(self.kind, Kind::Deleted | Kind::Buried) { vec![] } else { self.ids.clone() };
@@ -371,20 +365,23 @@ impl Scene {
             };
             assert_eq!(job.attempts, expected, "{what}: {} was {status:?}", job.id);
         }
-        if self.kind == Kind::Told {
+        if matches!(self.kind, Kind::Told | Kind::Snubbed | Kind::Untold | Kind::Overdue) {
             self.all_were_told(&jobs);
+        }
+        if self.kind == Kind::Asked {
+            self.none_was_asked_too_often(&jobs);
         }
         let refused = jobs.iter().flat_map(|job| &job.llm_calls).filter(|call| call.outcome != "ok").count();
         let calls = self.llm.calls();
-        let asked = if self.kind == Kind::Offline { 0 } else { kept.len() + refused };
+        let asked = if self.is_offline() { 0 } else { kept.len() + refused };
         let (least, most) = (asked, asked + self.cut_off);
         assert!((least..=most).contains(&calls), "{what}: {calls} calls, expected {least} to {most}");
         format!(
             "{:<28} {:<10} {:>4} + {:<4} {:>4} {:>6} {:>8} {:>8}",
             self.point.name(),
             format!("{:?}", self.kind).to_lowercase(),
-            kills[0],
-            kills[1],
+            kills[0].1,
+            kills[1].1,
             JOBS,
             calls,
             self.cut_off,
@@ -408,16 +405,6 @@ fn orphan(data: &Path) {
     let folder = data.join("blobs/jobs").join(new_id(Utc::now() - TimeDelta::hours(3)).to_string());
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("photo"), b"x").unwrap();
-}
-
-/// Uploads photos of which no job is made, and lets them arrive.
-async fn reserve(host: &Host) {
-    let caller = Caller("local".into());
-    for number in 0..JOBS {
-        let body = uploads::upload_body(&numbered_mole(number));
-        let permit = host.submit.permit(&caller, &body).await.unwrap();
-        host.blobs.put(&permit.image_key, b"x".to_vec()).await.unwrap();
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

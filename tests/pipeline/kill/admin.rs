@@ -1,11 +1,12 @@
 //! What an operator does.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
 use shared::crash::Point;
 
-use super::{ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, Scene};
-use crate::support::process::Process;
+use super::{ADMIN_DEAD_LETTERS, ADMIN_JOB, ADMIN_KEYS, FIRST, Scene};
+use crate::support::process::{Process, binary};
 use crate::support::{client, ended};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -92,4 +93,38 @@ async fn a_kill_after_dead_letters_were_moved_loses_and_doubles_nothing() {
         scene.settled(host, &[id], point).await;
     }
     println!("dead letters: killed at {} points", ADMIN_DEAD_LETTERS.len());
+}
+
+/// Runs `local init`, which is killed where a point is given.
+async fn init(data: &Path, another: bool, crash_at: Option<Point>) -> std::process::Output {
+    let mut command = tokio::process::Command::new(binary("local"));
+    command.arg("init").args(another.then_some("--another")).env_clear().env("DATA_DIR", data);
+    command.envs(crash_at.map(|point| ("CRASH_AT", point.name()))).output().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_in_the_first_start_or_in_init_leaves_a_folder_that_the_next_one_takes() {
+    for point in [Point::StartSecretWritten, Point::BlobWritten] {
+        let scene = Scene::new([]).await;
+        assert!(scene.start_with(Some(point), &[]).await.is_none(), "{}", point.name());
+        assert_eq!(scene.data().join("secret.key").exists(), point == Point::BlobWritten);
+        scene.recover("key", point).await;
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let killed = init(folder.path(), false, Some(Point::InitKeyWritten)).await;
+    assert_eq!((killed.status.signal(), killed.stdout.len()), (Some(9), 0));
+    // Nobody has seen the key, and nobody is let in without one: the complaint says what to do.
+    let refused = init(folder.path(), false, None).await;
+    assert_eq!(refused.status.code(), Some(1));
+    let complaint = String::from_utf8(refused.stderr).unwrap();
+    assert!(complaint.contains("local init --another"), "{complaint}");
+    let made = init(folder.path(), true, None).await;
+    assert!(made.status.success());
+    let key = String::from_utf8(made.stdout).unwrap();
+    let host = Process::start(folder.path(), &[]).await.unwrap();
+    let answer = client().get(format!("{}/admin/keys", host.url)).bearer_auth(key.trim()).send().await.unwrap();
+    let listed: serde_json::Value = answer.json().await.unwrap();
+    assert_eq!(listed["keys"].as_array().unwrap().len(), 2, "the one that nobody has can be revoked: {listed}");
+    println!("first start: killed at {} points", FIRST.len());
 }

@@ -7,7 +7,7 @@ use shared::job::{Record, photo_key};
 use shared::ports::{BlobStore, JobStore};
 use uuid::Uuid;
 
-use super::{RESULT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, Scene};
+use super::{HOUSEKEEPING, RESULT, SWEEP, SWEEP_ORPHAN, SWEEP_TOMBSTONE, Scene};
 use crate::support::process::Process;
 use crate::support::{eventually, open};
 
@@ -76,4 +76,28 @@ async fn a_kill_between_any_two_writes_of_sweep_loses_and_doubles_nothing() {
         scene.recover("key", point).await;
     }
     println!("sweep: killed at {} points", SWEEP.len() + SWEEP_TOMBSTONE.len() + SWEEP_ORPHAN.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_between_any_two_deletes_of_what_has_expired_leaves_the_rest_to_the_next_start() {
+    for &point in HOUSEKEEPING {
+        let scene = Scene::new([]).await;
+        let id = scene.one_that_ended().await;
+        let long_ago = Utc::now() - TimeDelta::days(400);
+        let jobs = rusqlite::Connection::open(scene.data().join("jobs.sqlite")).unwrap();
+        let sql = "UPDATE jobs SET expires_at = ?1 WHERE due_at IS NULL";
+        assert_eq!(jobs.execute(sql, [long_ago.timestamp_millis()]).unwrap(), 1);
+        drop(jobs);
+        let photo = scene.data().join("blobs/jobs").join(&id).join("photo");
+        std::fs::File::options().write(true).open(&photo).unwrap().set_modified(long_ago.into()).unwrap();
+        // It is done at once; the host may be dead before it listens.
+        if let Some(mut host) = scene.start_with(Some(point), &[]).await {
+            host.killed().await;
+        }
+        assert_eq!(photo.exists(), point == Point::HousekeepingRecordsRemoved, "{}", point.name());
+        // The next host deletes the rest, and the one job that `settled` finds is that of the other key.
+        scene.recover("another key", point).await;
+        assert!(!photo.exists(), "{}", point.name());
+    }
+    println!("housekeeping: killed at {} points", HOUSEKEEPING.len());
 }

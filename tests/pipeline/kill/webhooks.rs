@@ -3,12 +3,14 @@
 use std::path::Path;
 
 use chrono::{TimeDelta, Utc};
+use shared::clock::Clock;
 use shared::crash::Point;
+use shared::ports::JobQueue;
 
-use super::{Scene, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, WEBHOOK_SWEPT, hurry};
+use super::{Scene, WEBHOOK, WEBHOOK_LAST, WEBHOOK_RETRY, WEBHOOK_SWEPT, WEBHOOK_UNREADABLE, hurry};
 use crate::support::process::Process;
 use crate::support::receiver::Receiver;
-use crate::support::{ended, eventually, mole};
+use crate::support::{ended, eventually, mole, open};
 use crate::webhooks::{submit_told, variables};
 
 /// Whether the end of the one job was told, and its record says so.
@@ -50,9 +52,10 @@ async fn a_kill_between_any_two_steps_of_a_webhook_tells_the_receiver_under_one_
         let armed = [&told[..], &[("CRASH_AT", point.name())]].concat();
         let submit =
             async |host: &Process| submit_told(&scene.http, &host.url, mole(), &receiver.url(), Some("key")).await;
-        let mut killed = scene.start_with(None, &armed).await.unwrap();
+        let last = WEBHOOK_LAST.contains(&point);
+        let mut killed = scene.start_with(None, if last { &told } else { &armed }).await.unwrap();
         let _ = submit(&killed).await;
-        if WEBHOOK_LAST.contains(&point) {
+        if last {
             eventually("it has failed once", async || !receiver.received().is_empty()).await;
             // Behind its answer the try is written down and the message hidden.
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
@@ -66,7 +69,7 @@ async fn a_kill_between_any_two_steps_of_a_webhook_tells_the_receiver_under_one_
         let host = scene.start_with(None, &told).await.unwrap();
         let id = submit(&host).await.unwrap();
         assert_eq!(ended(&scene.http, &host.url, &id).await["status"], "completed", "{}", point.name());
-        if WEBHOOK_LAST.contains(&point) {
+        if last && point != Point::QueueReceived {
             // What was cut off was the last try: its dead letter is there.
             // Two, where sweep has sent a second message meanwhile, and that one has failed as well.
             eventually("an operator finds the dead letter", async || redrive(&scene, &host).await > 0).await;
@@ -125,4 +128,29 @@ async fn a_kill_while_sweep_gives_a_delivery_up_leaves_a_dead_letter_of_it() {
         scene.settled(host, &[id], point).await;
     }
     println!("given up by sweep: killed at {} points", WEBHOOK_SWEPT.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_while_what_is_no_message_is_put_aside_loses_none() {
+    for &point in WEBHOOK_UNREADABLE {
+        let scene = Scene::new([]).await;
+        let host = open(scene.data(), Clock::System, &[]).await;
+        host.webhooks.send_body("no message".to_owned()).await.unwrap();
+        drop(host);
+        if let Some(mut host) = scene.start_with(Some(point), &[]).await {
+            host.killed().await;
+        }
+        let host = scene.start(None).await;
+        eventually(&format!("{}: it is put aside", point.name()), async || {
+            let queue = rusqlite::Connection::open(scene.data().join("webhooks.sqlite")).unwrap();
+            queue.query_row("SELECT count(*) FROM messages", [], |row| row.get::<_, u32>(0)).unwrap() == 0
+        })
+        .await;
+        host.kill().await;
+        let host = open(scene.data(), Clock::System, &[]).await;
+        let letters = host.webhooks.dead_letters(10).await.unwrap();
+        // Twice, since the first message was not acknowledged: an operator sees both.
+        assert_eq!(letters.iter().map(|letter| letter.body.as_str()).collect::<Vec<_>>(), ["no message"; 2]);
+    }
+    println!("no message: killed at {} points", WEBHOOK_UNREADABLE.len());
 }

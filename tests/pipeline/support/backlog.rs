@@ -103,6 +103,44 @@ pub enum Whose {
     Jobs,
 }
 
+/// How many ends of jobs their receiver has refused.
+pub fn refused_deliveries(data: &Path) -> usize {
+    let sql = "SELECT count(*) FROM jobs WHERE json_extract(record, '$.callback.delivery.tries') > 0";
+    count(data, "jobs.sqlite", sql)
+}
+
+/// As if all tries but the last had been made, and the last were due.
+pub fn leave_one_try(data: &Path) {
+    let sql = format!(
+        "UPDATE jobs SET record = json_replace(record, '$.callback.delivery.tries', {})",
+        webhook::MAX_TRIES - 1
+    );
+    assert_eq!(connect(data, "jobs.sqlite").execute(&sql, []).unwrap(), JOBS);
+    hurry(data, Whose::Open);
+}
+
+/// Has the ends of all jobs told at another address.
+pub fn call_back(data: &Path, url: &str) {
+    let sql = "UPDATE jobs SET record = json_replace(record, '$.callback.url', ?1)";
+    assert_eq!(connect(data, "jobs.sqlite").execute(sql, [url]).unwrap(), JOBS);
+}
+
+/// As if days had passed in which nobody tried: the messages are lost.
+pub fn overdue_deliveries(data: &Path) {
+    let past = (Utc::now() - TimeDelta::hours(1)).to_rfc3339_opts(SecondsFormat::Millis, true);
+    let sql = "UPDATE jobs SET record = json_replace(record, '$.callback.delivery.until', ?1)";
+    assert_eq!(connect(data, "jobs.sqlite").execute(sql, [past]).unwrap(), JOBS);
+    assert_eq!(connect(data, "webhooks.sqlite").execute("DELETE FROM messages", []).unwrap(), JOBS);
+}
+
+/// Makes dead letters of the queue's messages.
+pub fn bury_messages(data: &Path) {
+    let queue = connect(data, "queue.sqlite");
+    let sql = "INSERT INTO dead_letters SELECT id, body, receive_count, sent_at, visible_at FROM messages";
+    assert_eq!(queue.execute(sql, []).unwrap(), JOBS);
+    queue.execute("DELETE FROM messages", []).unwrap();
+}
+
 /// Lets an hour pass in the records and the queue of a folder whose host is gone.
 pub fn hurry(data: &Path, whose: Whose) {
     let past = Utc::now() - TimeDelta::hours(1);
@@ -114,7 +152,8 @@ pub fn hurry(data: &Path, whose: Whose) {
     };
     let lease = "CASE WHEN json_extract(record, '$.lease_until') IS NOT NULL THEN '$.lease_until' ELSE '$.due_at' END";
     let sql = format!(
-        "UPDATE jobs SET due_at = {}, record = json_replace(record, '$.due_at', '{text}', {lease}, '{text}')
+        "UPDATE jobs SET due_at = {}, record = json_replace(record, '$.due_at', '{text}', {lease}, '{text}',
+                '$.callback.delivery.not_before', '{text}')
             WHERE {condition}",
         past.timestamp_millis()
     );
@@ -154,6 +193,8 @@ pub async fn ended_once(data: &Path, ids: impl IntoIterator<Item = Uuid>, what: 
     let others = sweep::Report { orphans: 0, uploads: 0, ..report };
     assert_eq!(others, sweep::Report::default(), "{what}: something was due");
     assert_eq!(queue.depth().await.unwrap(), (0, 0), "{what}: messages and dead letters");
+    let given_up = count(data, "webhooks.sqlite", "SELECT count(*) FROM dead_letters");
+    assert_eq!(given_up, 0, "{what}: dead letters of webhooks");
     assert_eq!(count(data, "jobs.sqlite", "SELECT count(*) FROM usage"), 0, "{what}: nothing is counted as queued");
     for caller in blobs.list("incoming/", None, 100).await.unwrap() {
         let left = blobs.list(&format!("incoming/{caller}/"), None, 10).await.unwrap();

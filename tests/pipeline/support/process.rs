@@ -34,8 +34,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts the host on a folder and waits for its address. `None` where it dies before that, as
-    /// it may with a crash point that the start itself meets.
+    /// Starts the host on a folder and waits for its address. `None` where it is killed before that, as
+    /// it may be at a crash point that the start itself meets.
     pub async fn start(data_dir: &Path, extra: &[(&str, &str)]) -> Option<Self> {
         Self::start_by(Command::new(binary("local")), data_dir, extra).await
     }
@@ -72,7 +72,11 @@ impl Process {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let line = lines.next_line().await.unwrap()?;
+        let Some(line) = lines.next_line().await.unwrap() else {
+            let status = child.wait().await.unwrap();
+            assert_eq!(status.signal(), Some(9), "the host did not start: {status}");
+            return None;
+        };
         // Keeps the pipe open: the host prints some more lines.
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
         let log = Arc::new(Mutex::new(Vec::new()));

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use futures_util::future::join_all;
 use reqwest::{Client, StatusCode};
-use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::kill::ask;
@@ -14,23 +14,23 @@ use crate::support::{numbered_mole, submit};
 use crate::uploads;
 use crate::webhooks::submit_told;
 
-/// Makes a request for each of 500, eight at a time; `None` once the host is gone.
+/// Makes a request for each of 500, eight at a time, and returns the answers in this order; `None` once the host is
+/// gone.
 async fn each<T: Send + 'static, F: Future<Output = Option<T>> + Send + 'static>(
     request: impl Fn(usize) -> F + Clone + Send + 'static,
 ) -> Option<Vec<T>> {
     let numbers: Vec<usize> = (0..JOBS).collect();
-    let mut lanes = JoinSet::new();
-    for lane in numbers.chunks(JOBS.div_ceil(8)).map(<[usize]>::to_vec) {
+    let lanes = numbers.chunks(JOBS.div_ceil(8)).map(<[usize]>::to_vec).map(|lane| {
         let request = request.clone();
-        lanes.spawn(async move {
+        tokio::spawn(async move {
             let mut answers = Vec::new();
             for number in lane {
                 answers.push(request(number).await?);
             }
             Some(answers)
-        });
-    }
-    let lanes: Option<Vec<Vec<T>>> = lanes.join_all().await.into_iter().collect();
+        })
+    });
+    let lanes: Option<Vec<Vec<T>>> = join_all(lanes).await.into_iter().map(Result::unwrap).collect();
     Some(lanes?.into_iter().flatten().collect())
 }
 
@@ -127,4 +127,12 @@ pub(super) async fn delete_all(http: &Client, url: &str, ids: &[Uuid]) -> bool {
         }
     };
     each(request).await.is_some()
+}
+
+/// Sends all dead letters round again; `false` once the host is gone.
+pub(super) async fn redrive_letters(http: &Client, url: &str) -> bool {
+    let request = http.post(format!("{url}/admin/dead-letters/redrive")).json(&serde_json::json!({}));
+    let Ok(answer) = request.send().await else { return false };
+    assert_eq!(answer.status(), StatusCode::OK);
+    true
 }
