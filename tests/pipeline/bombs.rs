@@ -3,14 +3,22 @@
 use image::{DynamicImage, ImageFormat};
 use inference::bundle::Bundle;
 use inference::picture;
+use shared::api::MAX_UPLOAD_BYTES;
+use shared::clock::Clock;
+use shared::http::Caller;
 use shared::photo::{MAX_PIXELS, accept};
+use shared::ports::BlobStore;
+use submit::body::ImageKey;
 
 use crate::support::memory::{MIB, is_alone, peak_of};
-use crate::support::root;
+use crate::support::{open, root};
+use crate::uploads::upload_body;
 
 /// What taking one photo in may hold besides the received bytes: some copies of 4 MiB, and what a
 /// decoder sets up to read a header.
 const ACCEPT_CAP: u64 = 32 * MIB;
+/// As much for 25 MiB, which are read from the store first.
+const ACCEPT_UPLOAD_CAP: u64 = 64 * MIB;
 /// What one worker may hold for the largest photo that is accepted: docs/ARCHITECTURE.md names it.
 const DECODE_CAP: u64 = 640 * MIB;
 
@@ -216,6 +224,45 @@ fn a_bomb_is_refused_by_its_header_or_taken_in_without_being_unpacked() {
         println!("{name}: {status}, {:.1} MiB", peak as f64 / MIB as f64);
         assert!(allowed.contains(&status), "{name}: {status}");
         assert!(peak <= ACCEPT_CAP, "{name}: {} MiB", peak / MIB);
+    }
+}
+
+/// Beyond what may be submitted directly.
+fn uploaded_bombs() -> Vec<Bomb> {
+    let (small, dot, gib) = ([8, 8], zeros(1), zeros_of(1024 * MIB));
+    let profile = [b"p\0\0", &gib[..]].concat();
+    let text = [b"Comment\0\0", &gib[..]].concat();
+    let many: Vec<u8> = (0..900_000).flat_map(|_| chunk(b"zTXt", b"Comment\0\0\x78\x01")).collect();
+    vec![
+        ("PNG of 3,600 megapixels", png([60_000; 2], 8, 0, b"", &gib), &[413]),
+        ("PNG with far more pixels than its header says", png(small, 8, 0, b"", &gib), &[202]),
+        ("PNG with a colour profile of 1 GiB", png(small, 8, 0, &chunk(b"iCCP", &profile), &dot), &[202, 413, 422]),
+        ("PNG with a text of 1 GiB", png(small, 8, 0, &chunk(b"zTXt", &text), &dot), &[202, 413, 422]),
+        ("PNG with 900,000 texts", png(small, 8, 0, &many, &dot), &[202, 413, 422]),
+    ]
+}
+
+#[test]
+fn an_uploaded_bomb_is_refused_by_its_header_or_taken_in_without_being_unpacked() {
+    if !is_alone("bombs::an_uploaded_bomb_is_refused_by_its_header_or_taken_in_without_being_unpacked") {
+        return;
+    }
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (folder, caller) = (tempfile::tempdir().unwrap(), Caller("local".into()));
+    let host = runtime.block_on(open(folder.path(), Clock::System, &[]));
+    for (name, bytes, allowed) in uploaded_bombs() {
+        assert!((4 * MIB..=MAX_UPLOAD_BYTES).contains(&(bytes.len() as u64)), "{name}: {} bytes", bytes.len());
+        let permit = runtime.block_on(host.submit.permit(&caller, &upload_body(&bytes))).unwrap();
+        runtime.block_on(host.blobs.put(&permit.image_key, bytes)).unwrap();
+        let upload = ImageKey { image_key: permit.image_key, describe: false, callback_url: None };
+        let mut status = 202;
+        let peak = peak_of(|| {
+            let accepted = runtime.block_on(host.submit.accept_upload(&caller, None, upload));
+            status = accepted.map_or_else(|error| error.http_status(), |_| 202);
+        });
+        println!("{name}: {status}, {:.1} MiB", peak as f64 / MIB as f64);
+        assert!(allowed.contains(&status), "{name}: {status}");
+        assert!(peak <= ACCEPT_UPLOAD_CAP, "{name}: {} MiB", peak / MIB);
     }
 }
 

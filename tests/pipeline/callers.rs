@@ -33,8 +33,28 @@ async fn without_keys_no_route_answers_a_name_that_is_not_loopback() {
         let foreign = host.http.get(format!("{}{path}", host.url)).header("origin", "https://elsewhere.example");
         assert_eq!(foreign.send().await.unwrap().status().as_u16(), 403, "{path}");
     }
-    let made = host.http.post(format!("{}/admin/keys", host.url)).header("origin", "https://elsewhere.example");
-    assert_eq!(made.json(&json!({"caller": "x"})).send().await.unwrap().status().as_u16(), 403);
+    let id = host.submit(&mole()).await;
+    let writes = [
+        (Method::POST, "/submit".to_owned()),
+        (Method::POST, "/uploads".to_owned()),
+        (Method::PUT, "/uploads/incoming/local/x".to_owned()),
+        (Method::DELETE, format!("/result/{id}")),
+        (Method::POST, "/chat".to_owned()),
+        (Method::POST, "/v1/chat/completions".to_owned()),
+        (Method::POST, "/socket-tickets".to_owned()),
+        (Method::POST, "/admin/keys".to_owned()),
+        (Method::DELETE, "/admin/keys/x".to_owned()),
+        (Method::POST, "/admin/dead-letters/redrive".to_owned()),
+        (Method::POST, format!("/admin/jobs/{id}/redrive")),
+    ];
+    for (method, path) in writes {
+        for (name, value) in [("host", "rebound.example"), ("origin", "https://elsewhere.example")] {
+            let request = host.http.request(method.clone(), format!("{}{path}", host.url)).header(name, value);
+            let answer = request.json(&json!({"caller": "x"})).send().await.unwrap();
+            assert_eq!(answer.status().as_u16(), 403, "{method} {path} with {name}");
+        }
+    }
+    assert_eq!(host.ended(&id).await["status"], "completed", "nobody has deleted it");
     let keys: Value = host.get("/admin/keys").await.json().await.unwrap();
     assert_eq!(keys, json!({"keys": []}));
 }

@@ -184,12 +184,19 @@ async fn an_admin_makes_lists_and_revokes_keys() {
 async fn an_operator_sends_what_was_given_up_round_again() {
     let folder = tempfile::tempdir().unwrap();
     let dead = crate::admin::dead_letter(folder.path()).await.to_string();
+    crate::admin::dead_webhook(folder.path()).await;
     let failed = crate::admin::failed_job(folder.path()).await.to_string();
     let undescribed = crate::admin::undescribed_job(folder.path()).await.to_string();
     let store = SqliteJobStore::open(&folder.path().join("jobs.sqlite")).unwrap();
     let host = Running::on(folder, shared::clock::Clock::System, &[("REDISPATCH_SECONDS", "3600")]).await;
     let listed = lesion(&host.url, &["dead-letters", "list"]).await;
     assert!(text(&listed.stdout).contains(&format!("infer {dead}")), "{}", text(&listed.stdout));
+    let listed = lesion(&host.url, &["dead-letters", "list", "--json"]).await;
+    let mut letters = text(&listed.stdout).lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let letter = letters.find(|letter| letter["job_id"] == *dead).unwrap();
+    // By its id it goes alone; the other letter is left to a call for all.
+    let redriven = lesion(&host.url, &["dead-letters", "redrive", letter["id"].as_str().unwrap()]).await;
+    assert_eq!(text(&redriven.stdout), "1 back in the queue\n");
     let redriven = lesion(&host.url, &["dead-letters", "redrive"]).await;
     assert_eq!(text(&redriven.stdout), "1 back in the queue\n");
     assert_eq!(host.ended(&dead).await["status"], "completed");

@@ -320,6 +320,21 @@ async fn who_has_too_much_queued_waits_until_some_of_it_is_done() {
     running.await.unwrap().unwrap();
 }
 
+#[tokio::test]
+async fn who_has_no_room_left_is_told_over_http_when_to_come_again() {
+    let host = Running::start(&[("MAX_QUEUED_MB", "1")]).await;
+    // Its room is kept until it comes.
+    permit(&host.http, &host.url, &padded(1_000_000)).await.unwrap();
+    let upload = host.http.post(format!("{}/uploads", host.url)).json(&announced(&padded(100_000)));
+    let photo = host.http.post(format!("{}/submit", host.url)).header("content-type", "image/jpeg");
+    for request in [upload, photo.body(padded(100_000))] {
+        let refused = request.send().await.unwrap();
+        assert_eq!((refused.status().as_u16(), &refused.headers()["retry-after"]), (429, &"30".parse().unwrap()));
+        let body: Value = refused.json().await.unwrap();
+        assert_eq!(body["error"]["code"], "too_many_requests");
+    }
+}
+
 fn uploaded(image_key: &str) -> ImageKey {
     ImageKey { image_key: image_key.to_owned(), describe: true, callback_url: None }
 }
