@@ -1,16 +1,26 @@
-//! What the host asks of the system, seen by strace: it connects to nothing but the LLM that it was
-//! given, and writes nothing outside `DATA_DIR` and the temporary directory.
+//! Promise 6: what the host asks of the system, seen by strace. It connects to those that it was told
+//! of and to nobody else, and writes nothing outside `DATA_DIR` and the temporary directory.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
-use serde_json::Value;
+use chrono::Utc;
+use reqwest::header::{AUTHORIZATION, HeaderMap};
+use reqwest::{Client, Response};
+use serde_json::{Value, json};
 use shared::config::Env;
 use tokio::process::Command;
 
+use crate::support::issuer::{Issuer, SigningKey};
 use crate::support::llm_server::LlmServer;
 use crate::support::process::{Process, binary};
+use crate::support::receiver::{Receiver, SECRET};
+use crate::support::redis_server::Redis;
 use crate::support::{client, ended, eventually, mole, sample, submit};
+use crate::uploads::{permit, put, submit_key};
+use crate::webhooks::submit_told;
 
 /// Calls that change what they name. `open` and `openat` are judged by their flags.
 const CHANGES: &[&str] = &[
@@ -51,8 +61,8 @@ const HARMLESS: &[&str] = &["/dev/null", "/dev/tty", "/proc/self/", "/proc/threa
 struct Allowed<'a> {
     /// Folders to write below.
     folders: &'a [&'a Path],
-    /// Whom to connect to, as strace prints it: a port of this machine.
-    port: Option<u16>,
+    /// Whom to connect to, as [`address`] writes it.
+    peers: &'a BTreeSet<String>,
     /// A folder that may not even be looked at.
     home: &'a Path,
 }
@@ -74,8 +84,7 @@ fn forbidden(trace: &str, allowed: &Allowed<'_>) -> Vec<String> {
             (opens_to_write || CHANGES.contains(&call)) && (paths.is_empty() || !paths.iter().all(may_write));
         let reaches_out =
             ["connect", "sendto", "sendmsg", "sendmmsg"].contains(&call) && arguments.contains("sa_family=");
-        let port = allowed.port.map(|port| format!("sin_port=htons({port}), sin_addr=inet_addr(\"127.0.0.1\")"));
-        let is_expected = call == "connect" && port.is_some_and(|port| arguments.contains(&port));
+        let is_expected = call == "connect" && allowed.peers.contains(&address(arguments));
         // Another family than TCP's over IPv4 would be a name service or a watch on the network.
         let is_odd_socket = call == "socket" && !arguments.starts_with("AF_INET, SOCK_STREAM");
         let is_open_to_others = call == "bind" && !arguments.contains("inet_addr(\"127.0.0.1\")");
@@ -86,6 +95,21 @@ fn forbidden(trace: &str, allowed: &Allowed<'_>) -> Vec<String> {
             || paths.iter().any(|path| path.starts_with(allowed.home))
     };
     trace.lines().filter(is_forbidden).map(str::to_owned).collect()
+}
+
+/// Everybody that was connected to.
+fn connections(trace: &str) -> BTreeSet<String> {
+    let connects = trace.lines().filter_map(call).filter(|(call, _)| *call == "connect");
+    connects.map(|(_, arguments)| address(arguments)).collect()
+}
+
+/// `127.0.0.1:4242`, to which a connect goes; where that is no address of IPv4, all that strace prints.
+fn address(arguments: &str) -> String {
+    let between = |before: &str, after: &str| Some(arguments.split_once(before)?.1.split_once(after)?.0);
+    match (between("sin_port=htons(", ")"), between("sin_addr=inet_addr(\"", "\"")) {
+        (Some(port), Some(host)) => format!("{host}:{port}"),
+        _ => arguments.to_owned(),
+    }
 }
 
 /// `1234 openat(AT_FDCWD</x>, "y", O_RDONLY) = 3`: the call and what is behind its parenthesis.
@@ -124,8 +148,95 @@ async fn can_trace() -> bool {
     false
 }
 
-/// Starts, works photos, deletes one, stops; returns the trace of it all.
-async fn traced(folder: &Path, settings: &[(&str, &str)]) -> String {
+/// All that a host can be told of, on loopback.
+struct Peers {
+    llm: LlmServer,
+    receiver: Receiver,
+    redis: Redis,
+    issuer: Issuer,
+    /// A user's, for an hour.
+    token: String,
+}
+
+impl Peers {
+    async fn start() -> Self {
+        let key = SigningKey::p256("k");
+        let issuer = Issuer::start(&[&key]).await;
+        let now = Utc::now().timestamp();
+        let claims = json!({"iss": issuer.url(), "sub": "6f1c", "aud": "app", "iat": now, "exp": now + 3600});
+        let (llm, receiver) = (LlmServer::start([]).await, Receiver::start(200).await);
+        Self { llm, receiver, redis: Redis::start(None), issuer, token: key.token(&claims) }
+    }
+
+    fn settings(&self) -> [(&'static str, String); 8] {
+        [
+            ("LLM_BASE_URL", self.llm.base_url()),
+            ("LLM_MODEL", "m".to_owned()),
+            ("LLM_API_KEY", "sk-test".to_owned()),
+            ("WEBHOOK_HOSTS", self.receiver.host()),
+            ("WEBHOOK_SECRET", SECRET.to_owned()),
+            ("REDIS_URL", self.redis.url()),
+            ("JWT_ISSUER", self.issuer.url()),
+            ("JWT_AUDIENCE", "app".to_owned()),
+        ]
+    }
+
+    /// Where they are, as [`address`] writes it.
+    fn addresses(&self) -> BTreeSet<String> {
+        let urls = [self.llm.base_url(), self.receiver.url(), self.redis.url(), self.issuer.url()];
+        urls.iter().map(|url| url.split('/').nth(2).unwrap().to_owned()).collect()
+    }
+
+    /// A client that sends the token.
+    fn client(&self) -> Client {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, format!("Bearer {}", self.token).parse().unwrap());
+        Client::builder().default_headers(headers).timeout(Duration::from_secs(60)).build().unwrap()
+    }
+}
+
+/// The id of a job that was accepted.
+async fn accepted(answer: reqwest::Result<Response>) -> String {
+    let answer = answer.unwrap();
+    let (status, body) = (answer.status(), answer.json::<Value>().await.unwrap());
+    assert_eq!(status.as_u16(), 202, "{body}");
+    body["request_id"].as_str().unwrap().to_owned()
+}
+
+/// Waits for the end of a job and deletes it.
+async fn ended_and_deleted(http: &Client, url: &str, id: &str) {
+    let result = ended(http, url, id).await;
+    assert!(["completed", "needs_retake"].contains(&result["status"].as_str().unwrap()), "{result}");
+    let gone = http.delete(format!("{url}/result/{id}")).send().await.unwrap();
+    assert_eq!(gone.status().as_u16(), 204);
+}
+
+/// Photos, one of them uploaded before; with peers as a user of theirs, and then a prompt and a webhook too.
+async fn work(url: &str, peers: Option<&Peers>) {
+    let http = peers.map_or_else(client, Peers::client);
+    for photo in [mole(), sample("blurred.png"), sample("not-a-lesion.png")] {
+        let id = submit(&http, url, &photo, Some("a-key")).await.unwrap();
+        ended_and_deleted(&http, url, &id).await;
+    }
+    let permit = permit(&http, url, &mole()).await.unwrap();
+    // Its URL is its credential; it takes no other.
+    assert_eq!(put(&client(), url, &permit, &mole()).await.unwrap().status().as_u16(), 200);
+    let id = accepted(submit_key(&http, url, permit["image_key"].as_str().unwrap()).await).await;
+    ended_and_deleted(&http, url, &id).await;
+    let Some(peers) = peers else { return };
+    let prompt = http.post(format!("{url}/submit")).json(&json!({"prompt": "What is a naevus?"}));
+    let id = accepted(prompt.send().await).await;
+    ended_and_deleted(&http, url, &id).await;
+    let id = submit_told(&http, url, mole(), &peers.receiver.url(), None).await.unwrap();
+    // Nobody is told of what was deleted.
+    ended(&http, url, &id).await;
+    eventually("the end is told", async || !peers.receiver.received().is_empty()).await;
+    ended_and_deleted(&http, url, &id).await;
+}
+
+/// Starts, works, stops; returns the trace of it all.
+async fn traced(folder: &Path, peers: Option<&Peers>) -> String {
     let file = folder.join("trace");
     let mut strace = Command::new("strace");
     // -D: the host stays our child, and the tracer ends with it. -y: folders behind descriptors.
@@ -135,19 +246,13 @@ async fn traced(folder: &Path, settings: &[(&str, &str)]) -> String {
     for made in [&temporary, &home] {
         std::fs::create_dir(made).unwrap();
     }
+    let settings = peers.map(Peers::settings);
     let mut all = vec![("TMPDIR", temporary.to_str().unwrap()), ("HOME", home.to_str().unwrap())];
     all.push(("LEASE_SECONDS", "60"));
-    all.extend_from_slice(settings);
+    all.extend(settings.iter().flatten().map(|(name, value)| (*name, value.as_str())));
     let host = Process::start_as(strace, Stdio::null(), &data, &all).await.expect("strace started the host");
     let pid = host.id();
-    for photo in [mole(), sample("blurred.png"), sample("not-a-lesion.png")] {
-        let id = submit(&client(), &host.url, &photo, Some("a-key")).await;
-        let Ok(id) = id else { continue };
-        let result: Value = ended(&client(), &host.url, &id).await;
-        assert_ne!(result["status"], "failed", "{result}");
-        let gone = client().delete(format!("{}/result/{id}", host.url)).send().await.unwrap();
-        assert_eq!(gone.status().as_u16(), 204);
-    }
+    work(&host.url, peers).await;
     assert!(host.terminate().await.success());
     let mut trace = String::new();
     eventually("the tracer has written the end", async || {
@@ -159,34 +264,32 @@ async fn traced(folder: &Path, settings: &[(&str, &str)]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_connects_to_nothing_but_its_llm_and_writes_only_where_it_may() {
+async fn a_run_connects_to_all_whom_it_was_told_of_and_to_nobody_else_and_writes_only_where_it_may() {
     if !can_trace().await {
         return;
     }
-    let llm = LlmServer::start([]).await;
-    let base_url = llm.base_url();
-    let port: u16 = base_url.trim_end_matches("/v1").rsplit(':').next().unwrap().parse().unwrap();
-    let online = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m"), ("LLM_API_KEY", "sk-test")];
-    for (settings, port) in [(&online[..], Some(port)), (&[], None)] {
+    for told_of in [Some(Peers::start().await), None] {
         let folder = tempfile::tempdir().unwrap();
-        let trace = traced(folder.path(), settings).await;
+        let trace = traced(folder.path(), told_of.as_ref()).await;
         let (data, temporary, home) =
             (folder.path().join("data"), folder.path().join("tmp"), folder.path().join("home"));
-        let allowed = Allowed { folders: &[&data, &temporary], port, home: &home };
+        let peers = &told_of.as_ref().map(Peers::addresses).unwrap_or_default();
+        assert_eq!(&connections(&trace), peers);
+        let allowed = Allowed { folders: &[&data, &temporary], peers, home: &home };
         assert_eq!(forbidden(&trace, &allowed), Vec::<String>::new());
         // The trace shows what is forbidden: with less allowed, the same run breaks the rules.
-        let without_temporary = forbidden(&trace, &Allowed { folders: &[&data], port, home: &home });
+        let without_temporary = forbidden(&trace, &Allowed { folders: &[&data], peers, home: &home });
         assert!(without_temporary.iter().any(|line| line.contains("manifest.json")), "{without_temporary:?}");
-        let offline = forbidden(&trace, &Allowed { folders: &[&data, &temporary], port: None, home: &home });
-        assert_eq!(offline.is_empty(), port.is_none(), "{offline:?}");
+        let nobody = &BTreeSet::new();
+        let offline = forbidden(&trace, &Allowed { folders: &[&data, &temporary], peers: nobody, home: &home });
+        assert_eq!(connections(&offline.join("\n")), *peers);
     }
-    assert!(llm.calls() >= 1);
 }
 
 #[test]
 fn what_a_run_may_not_do_is_seen_in_a_trace() {
-    let allowed =
-        Allowed { folders: &[Path::new("/d"), Path::new("/t")], port: Some(4242), home: Path::new("/home/me") };
+    let peers = &BTreeSet::from(["127.0.0.1:4242".to_owned()]);
+    let allowed = Allowed { folders: &[Path::new("/d"), Path::new("/t")], peers, home: Path::new("/home/me") };
     let judged = |line: &str| forbidden(line, &allowed).len();
     for line in [
         r#"7 openat(AT_FDCWD</w>, "/d/jobs.sqlite", O_RDWR|O_CREAT|O_CLOEXEC, 0600) = 3</d/jobs.sqlite>"#,
@@ -202,6 +305,9 @@ fn what_a_run_may_not_do_is_seen_in_a_trace() {
     ] {
         assert_eq!(judged(line), 0, "{line}");
     }
+    let began =
+        r#"7 connect(9, {sa_family=AF_INET, sin_port=htons(4242), sin_addr=inet_addr("127.0.0.1")}, 16 <unfinished"#;
+    assert_eq!(connections(&format!("7 bind(9)\n{began}")), *peers);
     for line in [
         r#"7 openat(AT_FDCWD</w>, "note", O_WRONLY|O_CREAT, 0600) = 3"#,
         r#"7 openat(AT_FDCWD</w>, "/var/tmp/x", O_RDWR) = -1 ENOENT (No such file or directory)"#,
@@ -212,6 +318,8 @@ fn what_a_run_may_not_do_is_seen_in_a_trace() {
         r#"7 access("/home/me/.netrc", R_OK) = -1 ENOENT"#,
         r#"7 connect(9, {sa_family=AF_INET, sin_port=htons(443), sin_addr=inet_addr("192.0.2.1")}, 16) = 0"#,
         r#"7 connect(9, {sa_family=AF_INET, sin_port=htons(53), sin_addr=inet_addr("127.0.0.1")}, 16) = 0"#,
+        r#"7 connect(9, {sa_family=AF_INET, sin_port=htons(4242), sin_addr=inet_addr("192.0.2.1")}, 16) = 0"#,
+        r#"7 connect(9, {sa_family=AF_INET6, sin6_port=htons(4242), inet_pton(AF_INET6, "::1", &sin6_addr)}, 28) = 0"#,
         r#"7 connect(9, {sa_family=AF_UNIX, sun_path="/var/run/nscd/socket"}, 110) = -1 ENOENT"#,
         r#"7 sendto(9, "x", 1, 0, {sa_family=AF_INET, sin_port=htons(53), sin_addr=inet_addr("192.0.2.1")}, 16) = 1"#,
         r#"7 socket(AF_NETLINK, SOCK_RAW|SOCK_CLOEXEC, NETLINK_ROUTE) = 9"#,

@@ -1,5 +1,5 @@
-//! Looks for bytes that must be nowhere: in files, a log, answers; as they are and in the forms
-//! into which programs turn them.
+//! Looks for bytes that must be nowhere: in files, a log, all that is sent; as they are and in the
+//! forms into which programs turn them.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -56,6 +56,18 @@ impl Leaks {
         }
         found.dedup();
         found
+    }
+
+    /// Which markers are in what came to a place. What is known to have come must be there as well: in
+    /// nothing, nothing is found.
+    pub fn found_among(&self, place: &str, came: &[Vec<u8>], known: &[impl AsRef<str>]) -> Vec<String> {
+        let came = came.concat();
+        let text = String::from_utf8_lossy(&came);
+        for known in known {
+            let known: &str = known.as_ref();
+            assert!(text.contains(known), "{place} says nothing of {known}: {text:.1000}");
+        }
+        self.found_in(place, &came)
     }
 
     /// Which markers are in the files below a folder, or in their names, and how many files there are.
