@@ -234,5 +234,7 @@ pub fn queue_full() -> Error {
 /// 409: an upload makes one job.
 #[must_use]
 pub fn upload_used() -> Error {
-    Error::new(Code::IdempotencyConflict, "This upload was already submitted under another key or other settings.")
+    let message = "This upload was submitted before: under another key, with other settings, or for a job that was \
+        deleted since. Upload the photo again.";
+    Error::new(Code::IdempotencyConflict, message)
 }

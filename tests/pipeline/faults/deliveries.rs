@@ -145,7 +145,7 @@ async fn orders_to_forget_doubled_and_shuffled_erase_what_was_deleted_and_nothin
     let is_cached = async |key: &str| host.inference.cache.get(key).await.is_some();
     let sweep = async || host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
     // Two jobs on each photo, of which one in four is not read yet when the deletes come.
-    let is_read = |photo: &usize| photo % 4 != 0;
+    let is_read = |photo: &usize| !photo.is_multiple_of(4);
     let mut pairs: Vec<[Uuid; 2]> = Vec::new();
     for photo in 0..JOBS / 2 {
         pairs.push([submit(photo).await, submit(photo).await]);
