@@ -191,21 +191,6 @@ impl Account {
         }
     }
 
-    /// Those under way, for a store that keeps them apart.
-    pub(crate) fn reservations(&self) -> &BTreeMap<Uuid, Reservation> {
-        &self.reservations
-    }
-
-    pub(crate) fn with_reservations(mut self, more: impl IntoIterator<Item = (Uuid, Reservation)>) -> Self {
-        self.reservations.extend(more);
-        self
-    }
-
-    pub(crate) fn without_reservations(&self) -> Self {
-        let &Self { version, requests, tokens, ref months, .. } = self;
-        Self { version, requests, tokens, months: months.clone(), reservations: BTreeMap::new() }
-    }
-
     /// Requests under way, or whose function died.
     #[must_use]
     pub fn under_way(&self) -> usize {
@@ -246,6 +231,25 @@ impl Account {
         let spent = self.months.get(month).map_or(0, |month| month.cost_pico);
         let reserved = self.reservations.values().filter(|reservation| reservation.month == month);
         reserved.fold(spent, |sum, reservation| sum.saturating_add(reservation.cost_pico))
+    }
+}
+
+/// For a store that keeps them apart.
+#[cfg(feature = "embedded")]
+impl Account {
+    /// Those under way.
+    pub(crate) fn reservations(&self) -> &BTreeMap<Uuid, Reservation> {
+        &self.reservations
+    }
+
+    pub(crate) fn with_reservations(mut self, more: impl IntoIterator<Item = (Uuid, Reservation)>) -> Self {
+        self.reservations.extend(more);
+        self
+    }
+
+    pub(crate) fn without_reservations(&self) -> Self {
+        let &Self { version, requests, tokens, ref months, .. } = self;
+        Self { version, requests, tokens, months: months.clone(), reservations: BTreeMap::new() }
     }
 }
 
