@@ -33,7 +33,7 @@ pub(crate) struct Ask {
     max_tokens: Option<u32>,
     /// 0 (always the likeliest word) to 2; the host's setting without.
     #[arg(long)]
-    temperature: Option<f32>,
+    temperature: Option<f64>,
     /// What the answer must be; one that is not the JSON that was asked for fails the job.
     #[arg(long, value_name = "text|json", value_parser = format, default_value = "text")]
     format: AnswerFormat,

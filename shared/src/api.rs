@@ -53,7 +53,8 @@ pub struct PhotoBody {
     /// A JPEG, PNG or WebP photo of at most 4 MiB, in standard base64.
     #[schema(
         content_encoding = "base64",
-        pattern = r"^[A-Za-z0-9+/]+={0,2}$",
+        min_length = 4,
+        pattern = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)$",
         example = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
     )]
     pub image: String,
@@ -64,6 +65,21 @@ pub struct PhotoBody {
     /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(max_length = 2048, example = "https://hooks.example/lesion")]
+    pub callback_url: Option<String>,
+}
+
+/// A photo as the file of a form.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PhotoForm {
+    /// A JPEG, PNG or WebP photo of at most 4 MiB.
+    #[schema(content_media_type = "application/octet-stream", min_length = 1)]
+    pub image: String,
+    /// Whether a description is wanted: `true`, where it is absent, or `false`.
+    #[schema(nullable = false, pattern = "^(true|false)$")]
+    pub describe: Option<String>,
+    /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
+    #[schema(nullable = false, max_length = 2048, example = "https://hooks.example/lesion")]
     pub callback_url: Option<String>,
 }
 
@@ -88,7 +104,7 @@ pub struct ImageKeyBody {
 #[serde(deny_unknown_fields)]
 pub struct UploadBody {
     /// `image/jpeg`, `image/png` or `image/webp`.
-    #[schema(example = "image/jpeg")]
+    #[schema(pattern = "^image/(jpeg|png|webp)$", example = "image/jpeg")]
     pub content_type: String,
     /// The exact number of bytes, at most 25 MiB.
     #[schema(minimum = 1, maximum = 26214400)]

@@ -220,7 +220,7 @@ pub fn same_content(item: &Idempotency, earlier: &Idempotency) -> Result<Uuid, E
 /// 400 where it is none.
 pub fn checked_key(key: &str) -> Result<String, Error> {
     let is_key = (1..=MAX_KEY_BYTES).contains(&key.len()) && key.bytes().all(|byte| matches!(byte, b' '..=b'~'));
-    let wrong = || Error::new(Code::InvalidRequest, "Idempotency-Key must be 1 to 255 visible ASCII characters.");
+    let wrong = || Error::new(Code::InvalidRequest, "Idempotency-Key must be 1 to 255 printable ASCII characters.");
     is_key.then(|| key.to_owned()).ok_or_else(wrong)
 }
 

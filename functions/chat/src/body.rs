@@ -66,6 +66,9 @@ mod tests {
             (r#"{"messages": [{"role": "user", "content": " "}]}"#, "messages[0].content"),
             (r#"{"messages": [{"role": "system", "content": "secret"}]}"#, "\"user\""),
             (&format!(r#"{{"messages": [{user}], "temperature": 2.1}}"#), "temperature"),
+            // Not rounded first.
+            (&format!(r#"{{"messages": [{user}], "temperature": 2.00000001}}"#), "temperature"),
+            (&format!(r#"{{"messages": [{user}], "temperature": -1.0e-235}}"#), "temperature"),
             (&format!(r#"{{"messages": [{user}], "temperature": -0.1}}"#), "temperature"),
             (&format!(r#"{{"messages": [{user}], "max_tokens": 0}}"#), "max_tokens"),
             (&format!(r#"{{"messages": [{user}], "max_tokens": 100001}}"#), "max_tokens"),

@@ -37,6 +37,7 @@ use shared::metrics::{self, Completion};
 use shared::ports::Callers;
 use tokio::sync::oneshot;
 use tracing::Instrument;
+use utoipa::ToSchema;
 
 use self::carried::Carried;
 use self::meter::{Closed, Meter};
@@ -48,6 +49,28 @@ use crate::Chat;
 /// The longest body: what a Lambda takes. Pictures in messages fit.
 const MAX_BODY_BYTES: usize = 6 * 1024 * 1024;
 
+/// What OpenAI's API reference has; each of its fields may be given, and others.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "the description alone")]
+pub(crate) struct CompletionBody {
+    /// A name of `GET /v1/models`.
+    model: String,
+}
+
+/// An error, [`OpenAiErrorBody`] where it is this API's own; or what the model's server says.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "the description alone")]
+pub(crate) struct UpstreamErrorBody {
+    error: UpstreamErrorDetail,
+}
+
+/// What all servers say of an error.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "the description alone")]
+pub(crate) struct UpstreamErrorDetail {
+    message: String,
+}
+
 /// Ask a model, as OpenAI's clients do
 ///
 /// Any field of OpenAI's API is taken and passed on to the model's server; `model` is a name of
@@ -58,21 +81,22 @@ const MAX_BODY_BYTES: usize = 6 * 1024 * 1024;
     post,
     path = "/v1/chat/completions",
     tag = "llm",
-    request_body(content = Object, description = "As OpenAI's API reference has it."),
+    request_body(content = CompletionBody, description = "As OpenAI's API reference has it."),
     responses(
-        (status = 200, description = "The answer of the model's server: JSON, or an event stream.", body = Object),
-        (status = 400, description = "The body is not valid.", body = OpenAiErrorBody),
+        (status = 200, description = "The answer of the model's server: JSON, or an event stream.",
+            content((Object = "application/json"), (serde_json::Value = "text/event-stream"))),
+        (status = 400, description = "The body is not valid.", body = UpstreamErrorBody),
         (status = 401, description = "No credentials.", body = OpenAiErrorBody),
         (status = 403, description = "Without the scope jobs, or a guest; or not addressed to a loopback name.", body = OpenAiErrorBody),
-        (status = 404, description = "There is no such model for this caller.", body = OpenAiErrorBody),
-        (status = 413, description = "More than 6 MiB.", body = OpenAiErrorBody),
+        (status = 404, description = "There is no such model for this caller.", body = UpstreamErrorBody),
+        (status = 413, description = "More than 6 MiB.", body = UpstreamErrorBody),
         (status = 415, description = "Not JSON.", body = OpenAiErrorBody),
-        (status = 429, description = "Too many requests, here or at the model's server.", body = OpenAiErrorBody),
-        (status = "4XX", description = "The model's server refuses the request, in its own words.", body = OpenAiErrorBody),
-        (status = 502, description = "The model's server is not reachable, or answered something else than a completion.", body = OpenAiErrorBody),
-        (status = 503, description = "A store is not available.", body = OpenAiErrorBody),
-        (status = 504, description = "The model took too long.", body = OpenAiErrorBody),
-        (status = "5XX", description = "The model's server has failed, in its own words.", body = OpenAiErrorBody),
+        (status = 429, description = "Too many requests, here or at the model's server.", body = UpstreamErrorBody),
+        (status = "4XX", description = "The model's server refuses the request, in its own words.", body = UpstreamErrorBody),
+        (status = 502, description = "The model's server is not reachable, or answered something else than a completion.", body = UpstreamErrorBody),
+        (status = 503, description = "A store is not available.", body = UpstreamErrorBody),
+        (status = 504, description = "The model took too long.", body = UpstreamErrorBody),
+        (status = "5XX", description = "The model's server has failed, in its own words.", body = UpstreamErrorBody),
     )
 )]
 pub(crate) async fn completions<C: Callers>(

@@ -34,7 +34,7 @@ pub enum Action {
         #[serde(default)]
         max_tokens: Option<u32>,
         #[serde(default)]
-        temperature: Option<f32>,
+        temperature: Option<f64>,
         #[serde(default)]
         format: AnswerFormat,
         #[serde(default)]

@@ -85,7 +85,7 @@ struct Json {
     messages: Option<Vec<ChatMessage>>,
     system: Option<String>,
     max_tokens: Option<u32>,
-    temperature: Option<f32>,
+    temperature: Option<f64>,
     #[serde(default, deserialize_with = "given")]
     format: Option<AnswerFormat>,
     callback_url: Option<String>,

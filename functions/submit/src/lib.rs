@@ -18,7 +18,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Extension, Router};
 use shared::api::prompt::PromptRequest;
-use shared::api::{SubmitBody, Submitted, UploadBody, UploadPermit};
+use shared::api::{PhotoForm, SubmitBody, Submitted, UploadBody, UploadPermit};
 use shared::auth::Identity;
 use shared::callback::Destinations;
 use shared::clock::Clock;
@@ -85,7 +85,7 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
     path = "/submit",
     tag = "jobs",
     params(
-        ("Idempotency-Key" = Option<String>, Header, description = "Repeating a request under the same key within 24 hours gives the same id; other content under it gives 409. At most 255 visible ASCII characters."),
+        ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]([ -~]{0,253}[!-~])?$", description = "Repeating a request under the same key within 24 hours gives the same id; other content under it gives 409. At most 255 printable ASCII characters."),
         ("describe" = Option<bool>, Query, description = "For raw bodies: whether a description is wanted (default true)."),
         ("callback_url" = Option<String>, Query, description = "For raw bodies: where to tell of the end."),
     ),
@@ -94,7 +94,7 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
         (Vec<u8> = "image/jpeg"),
         (Vec<u8> = "image/png"),
         (Vec<u8> = "image/webp"),
-        (String = "multipart/form-data"),
+        (PhotoForm = "multipart/form-data"),
     )),
     responses(
         (status = 202, description = "Accepted; poll `Location` after `Retry-After` seconds.", body = Submitted,

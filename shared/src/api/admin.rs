@@ -40,7 +40,7 @@ pub struct NewKey {
     #[schema(max_length = 100, pattern = "^[^\\u0000-\\u001f\\u007f-\\u009f]*$", example = "tablet at the door")]
     pub name: String,
     #[serde(default = "jobs")]
-    #[schema(min_items = 1, max_items = 2)]
+    #[schema(min_items = 1)]
     pub scopes: Vec<Scope>,
     /// In the future; absent for a key that does not expire.
     #[serde(default)]
@@ -48,7 +48,7 @@ pub struct NewKey {
     pub expires_at: Option<Timestamp>,
     /// As in [`KeyLimits`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(min_items = 1, max_items = 100)]
+    #[schema(min_items = 1, max_items = 100, value_type = Option<Vec<ModelName>>)]
     pub models: Option<Vec<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 1000000000)]
@@ -60,6 +60,11 @@ pub struct NewKey {
     #[schema(minimum = 0, maximum = 1000000)]
     pub budget_usd_per_month: Option<f64>,
 }
+
+/// A model, by the name that clients use.
+#[derive(ToSchema)]
+#[schema(min_length = 1, max_length = 200)]
+pub struct ModelName(pub String);
 
 impl NewKey {
     /// A key without an end and without limits.

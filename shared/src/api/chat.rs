@@ -29,7 +29,7 @@ pub struct ChatBody {
     /// 0 (always the likeliest word) to 2; unset takes `LLM_TEMPERATURE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 2)]
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     /// The longest answer, in tokens; unset takes `LLM_MAX_TOKENS`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 100000)]
@@ -50,7 +50,7 @@ pub struct ChatMessage {
 ///
 /// # Errors
 /// A sentence that says what is wrong, and repeats nothing of the conversation.
-pub fn check(messages: &[ChatMessage], temperature: Option<f32>, max_tokens: Option<u32>) -> Result<(), String> {
+pub fn check(messages: &[ChatMessage], temperature: Option<f64>, max_tokens: Option<u32>) -> Result<(), String> {
     if !(1..=MAX_MESSAGES).contains(&messages.len()) {
         return Err(format!("\"messages\" must be 1 to {MAX_MESSAGES}."));
     }

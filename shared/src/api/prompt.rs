@@ -33,7 +33,7 @@ pub struct PromptBody {
     /// 0 (always the likeliest word) to 2; unset takes `LLM_TEMPERATURE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 2)]
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     #[serde(default)]
     pub format: AnswerFormat,
     /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
@@ -60,7 +60,7 @@ pub struct ConversationBody {
     /// 0 (always the likeliest word) to 2; unset takes `LLM_TEMPERATURE`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 2)]
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     #[serde(default)]
     pub format: AnswerFormat,
     /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
@@ -75,7 +75,7 @@ pub struct PromptRequest {
     /// Oldest first; a `system` of the body is the first of them.
     pub messages: Vec<ChatMessage>,
     pub max_tokens: Option<u32>,
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     pub format: AnswerFormat,
 }
 

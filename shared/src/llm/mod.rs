@@ -61,7 +61,7 @@ pub struct Prompt {
     /// 1–100,000; `None` takes `LLM_MAX_TOKENS`.
     pub max_tokens: Option<u32>,
     /// 0–2; `None` takes `LLM_TEMPERATURE`.
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     pub format: Format,
     /// Where an agent remembers what was said before, from [`session_of`]; `None` is a session of its
     /// own.

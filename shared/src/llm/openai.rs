@@ -26,7 +26,7 @@ pub struct OpenAi {
     model: String,
     key: Key,
     max_tokens: u32,
-    temperature: f32,
+    temperature: f64,
 }
 
 /// Under which the stage's secret holds the key.
