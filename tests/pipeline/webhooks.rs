@@ -214,7 +214,8 @@ async fn a_receiver_that_takes_its_time_holds_up_no_photo_and_no_other_receiver(
     for number in 0..20 {
         submit(&host, &silent, crate::support::numbered_mole(number)).await;
     }
-    eventually("two wait for it", async || silent.received().len() == 2).await;
+    // On a busy machine the first have given up by then, and others wait.
+    eventually("two wait for it", async || silent.received().len() >= 2).await;
     let id = submit(&host, &quick, mole()).await;
     told(&quick, &id).await;
     assert_eq!(host.run(&mole()).await["status"], "completed");
