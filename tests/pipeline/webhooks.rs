@@ -286,7 +286,8 @@ impl Still {
     }
 }
 
-fn event(delivery: &Delivery) -> SqsEvent {
+/// As Lambda hands a message to the function.
+pub fn event(delivery: &Delivery) -> SqsEvent {
     let mut message = SqsMessage::default();
     message.message_id = Some(delivery.id.clone());
     message.receipt_handle = Some(delivery.receipt.clone());

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
-use aws_lambda_events::event::sqs::{SqsEvent, SqsMessage};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::{Json, Router};
@@ -13,7 +12,7 @@ use chrono::TimeDelta;
 use notify::Notify;
 use serde_json::Value;
 use shared::config::Env;
-use shared::embedded::{Delivery, Hub};
+use shared::embedded::Hub;
 use shared::job::{Dispatch, Job, Record, Status};
 use shared::ports::{JobQueue, JobStore};
 use tokio::net::TcpListener;
@@ -25,7 +24,7 @@ use super::{Bench, Jobs, Queue, Stage};
 use crate::support::backlog::JOBS;
 use crate::support::interrupt::Interrupted;
 use crate::support::llm_server::LlmServer;
-use crate::webhooks::variables;
+use crate::webhooks::{event, variables};
 
 /// What a delete races.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -142,17 +141,6 @@ impl Scene {
     fn told(&self, id: Uuid) -> usize {
         self.receiver.told.lock().unwrap().iter().filter(|told| **told == id).count()
     }
-}
-
-fn event(delivery: &Delivery) -> SqsEvent {
-    let mut message = SqsMessage::default();
-    message.message_id = Some(delivery.id.clone());
-    message.receipt_handle = Some(delivery.receipt.clone());
-    message.body = Some(delivery.body.clone());
-    message.attributes.insert("ApproximateReceiveCount".to_owned(), delivery.receive_count.to_string());
-    let mut event = SqsEvent::default();
-    event.records.push(message);
-    event
 }
 
 #[tokio::test]
