@@ -68,21 +68,6 @@ pub struct PhotoBody {
     pub callback_url: Option<String>,
 }
 
-/// A photo as the file of a form.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct PhotoForm {
-    /// A JPEG, PNG or WebP photo of at most 4 MiB.
-    #[schema(content_media_type = "application/octet-stream", min_length = 1)]
-    pub image: String,
-    /// Whether a description is wanted: `true`, where it is absent, or `false`.
-    #[schema(nullable = false, pattern = "^(true|false)$")]
-    pub describe: Option<String>,
-    /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
-    #[schema(nullable = false, max_length = 2048, example = "https://hooks.example/lesion")]
-    pub callback_url: Option<String>,
-}
-
 /// A photo that was uploaded before.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -90,7 +90,7 @@ pub(crate) struct UpstreamErrorDetail {
         (status = 403, description = "Without the scope jobs, or a guest; or not addressed to a loopback name.", body = OpenAiErrorBody),
         (status = 404, description = "There is no such model for this caller.", body = UpstreamErrorBody),
         (status = 413, description = "More than 6 MiB.", body = UpstreamErrorBody),
-        (status = 415, description = "Not JSON.", body = OpenAiErrorBody),
+        (status = 415, description = "Not JSON.", body = UpstreamErrorBody),
         (status = 429, description = "Too many requests, here or at the model's server.", body = UpstreamErrorBody),
         (status = "4XX", description = "The model's server refuses the request, in its own words.", body = UpstreamErrorBody),
         (status = 502, description = "The model's server is not reachable, or answered something else than a completion.", body = UpstreamErrorBody),

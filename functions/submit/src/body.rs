@@ -15,6 +15,7 @@ use shared::callback::MAX_URL_BYTES;
 use shared::create::check_prompt;
 use shared::error::{Code, Error};
 use shared::http::body::{bytes, invalid, media_type, object};
+use utoipa::ToSchema;
 
 /// A form's boundaries and part headers are small as well.
 pub(crate) const MAX_FORM_BYTES: usize = MAX_PHOTO_BYTES + 64 * 1024;
@@ -25,6 +26,22 @@ const ONE_OF: &str = "Give \"image\" or \"image_key\", and with it \"describe\";
     it \"system\", \"max_tokens\", \"temperature\" and \"format\". \"callback_url\" goes with each.";
 
 const FIELDS: &str = "The form's fields are \"image\" (the photo), \"describe\" (true or false) and \"callback_url\".";
+
+/// A photo in the fields of a form.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "the description alone")]
+pub struct PhotoForm {
+    /// A JPEG, PNG or WebP photo of at most 4 MiB.
+    #[schema(content_media_type = "application/octet-stream", min_length = 1)]
+    image: String,
+    /// Whether a description is wanted: `true`, where it is absent, or `false`.
+    #[schema(nullable = false, pattern = "^(true|false)$")]
+    describe: Option<String>,
+    /// Where to tell of the end over HTTP: a URL of a host that the operator allows.
+    #[schema(nullable = false, max_length = 2048, example = "https://hooks.example/lesion")]
+    callback_url: Option<String>,
+}
 
 /// A photo as it was received, and what is wanted.
 #[derive(Debug)]

@@ -18,7 +18,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Extension, Router};
 use shared::api::prompt::PromptRequest;
-use shared::api::{PhotoForm, SubmitBody, Submitted, UploadBody, UploadPermit};
+use shared::api::{SubmitBody, Submitted, UploadBody, UploadPermit};
 use shared::auth::Identity;
 use shared::callback::Destinations;
 use shared::clock::Clock;
@@ -94,7 +94,7 @@ pub fn router<J: JobStore, Q: JobQueue, B: BlobStore>(submit: Arc<Submit<J, Q, B
         (Vec<u8> = "image/jpeg"),
         (Vec<u8> = "image/png"),
         (Vec<u8> = "image/webp"),
-        (PhotoForm = "multipart/form-data"),
+        (body::PhotoForm = "multipart/form-data"),
     )),
     responses(
         (status = 202, description = "Accepted; poll `Location` after `Retry-After` seconds.", body = Submitted,
