@@ -7,50 +7,19 @@ import contextlib
 import json
 import os
 import pathlib
-import secrets
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+from servers import litellm, running
+
 DEBUG = ROOT / "target" / "debug"
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@contextlib.contextmanager
-def running(command, **options):
-    process = subprocess.Popen(command, **options)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def wait_for(url, process):
-    for _ in range(240):
-        if process.poll() is not None:
-            sys.exit(f"{process.args[0]} has ended")
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    sys.exit(f"{process.args[0]} does not answer")
 
 
 def admin(url, key, path, body=None):
@@ -108,25 +77,18 @@ def main(node_modules):
     with contextlib.ExitStack() as stack:
         scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         log = stack.enter_context(open(scratch / "log", "w+b"))
-        quiet = {"stdout": log, "stderr": log}
-        litellm_key = f"sk-{secrets.token_hex(24)}"
-        litellm = f"http://127.0.0.1:{(port := free_port())}"
-        command = [pathlib.Path(sys.executable).parent / "litellm", "--config", HERE / "litellm.yaml"]
-        server = stack.enter_context(
-            running([*command, "--host", "127.0.0.1", "--port", str(port)], env=os.environ | {"LITELLM_MASTER_KEY": litellm_key}, **quiet)
-        )
+        url, key = stack.enter_context(litellm(pathlib.Path(sys.executable).parent, log))
         badly = stack.enter_context(
             running([DEBUG / "examples" / "misbehaving-llms"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         )
         misbehaving = json.loads(badly.stdout.readline())
-        wait_for(f"{litellm}/health/liveliness", server)
-        (scratch / "models.json").write_text(json.dumps(models(litellm, misbehaving)))
+        (scratch / "models.json").write_text(json.dumps(models(url, misbehaving)))
         environment = os.environ | {
             "DATA_DIR": str(scratch / "data"),
             "MODEL_DIR": str(ROOT / "model"),
             "LISTEN_ADDR": "127.0.0.1:0",
             "LLM_MODELS_FILE": str(scratch / "models.json"),
-            "LITELLM_KEY": litellm_key,
+            "LITELLM_KEY": key,
             "REQUESTS_PER_MINUTE": "100000",
         }
         admin_key = subprocess.run([DEBUG / "local", "init"], env=environment, stdout=subprocess.PIPE, stderr=log, check=True, text=True)
@@ -137,7 +99,7 @@ def main(node_modules):
             sys.exit(log.read().decode())
         drive(line[-1], admin_key.stdout.strip(), node_modules)
         log.seek(0)
-        if litellm_key.encode() in (text := log.read()) or b"pigment" in text:
+        if key.encode() in (text := log.read()) or b"pigment" in text:
             sys.exit("a key or an answer is in a log")
 
 

@@ -9,17 +9,18 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+from servers import litellm, running
+
 LOCAL = ROOT / "target" / "debug" / "local"
 SAMPLES = sorted((ROOT / "model" / "samples").glob("*.png"))
 # What answers nobody with success where there is no LLM: nothing fails there that might be sent round again.
@@ -29,42 +30,6 @@ NEEDS_LLM = {
     "POST /v1/chat/completions",
     "GET /v1/models/{model}",
 }
-
-
-@contextlib.contextmanager
-def running(command, **options):
-    process = subprocess.Popen(command, **options)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def litellm(programs, log):
-    """LiteLLM, which makes up what it answers, as the settings of a host."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    key, url = f"sk-{secrets.token_hex(24)}", f"http://127.0.0.1:{port}"
-    config = ROOT / "tests" / "openai" / "litellm.yaml"
-    command = [programs / "litellm", "--config", config, "--host", "127.0.0.1", "--port", port]
-    with running(command, env=os.environ | {"LITELLM_MASTER_KEY": key}, stdout=log, stderr=log) as server:
-        for _ in range(240):
-            if server.poll() is not None:
-                sys.exit("LiteLLM has ended")
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"{url}/health/liveliness", timeout=2).close()
-                break
-            time.sleep(0.5)
-        else:
-            sys.exit("LiteLLM does not answer")
-        yield {"LLM_BASE_URL": f"{url}/v1", "LLM_MODEL": "text", "LLM_API_KEY": key}
 
 
 @dataclasses.dataclass
@@ -185,7 +150,8 @@ def main(programs, examples, *more):
             fine &= hold(bare, folder, options, lambda names: names - NEEDS_LLM)
 
         log = stack.enter_context(open(scratch / "litellm", "w"))
-        llm = stack.enter_context(litellm(pathlib.Path(programs), log))
+        url, key = stack.enter_context(litellm(programs, log))
+        llm = {"LLM_BASE_URL": f"{url}/v1", "LLM_MODEL": "text", "LLM_API_KEY": key}
         folder = step("llm", "a host with an LLM")
         with host(folder, llm) as answering:
             fine &= hold(answering, folder, options)
