@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::sqlite::{Kept, Sqlite, json};
+use super::columns::json;
+use super::sqlite::{Kept, Sqlite};
 use crate::account::Account;
 use crate::api::admin::{KeyInfo, Scope};
 use crate::auth::keys::ApiKey;

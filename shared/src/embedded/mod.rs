@@ -5,6 +5,7 @@
 
 mod blobs;
 mod callers;
+mod columns;
 pub mod downloads;
 mod jobs;
 mod queue;

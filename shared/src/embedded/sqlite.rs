@@ -16,11 +16,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rusqlite::config::DbConfig;
-use rusqlite::types::Type;
-use rusqlite::{Connection, ErrorCode, Row, Transaction, TransactionBehavior};
-use serde::de::DeserializeOwned;
+use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use tokio::sync::oneshot;
-use uuid::Uuid;
 
 use crate::error::Error;
 
@@ -334,19 +331,6 @@ fn serve_batch(connection: &mut Connection, calls: Vec<Call>) -> Vec<Box<dyn FnO
         Box::new(move || reply(committed.as_ref().map(|&()| ()).map_err(String::as_str)))
     };
     replies.into_iter().map(answer).collect()
-}
-
-/// The id in a column.
-pub(super) fn uuid(row: &Row<'_>, column: usize) -> rusqlite::Result<Uuid> {
-    let text: String = row.get(column)?;
-    Uuid::parse_str(&text).map_err(|error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error.into()))
-}
-
-/// What a column holds as JSON.
-pub(super) fn json<const COLUMN: usize, T: DeserializeOwned>(row: &Row<'_>) -> rusqlite::Result<T> {
-    let text: String = row.get(COLUMN)?;
-    serde_json::from_str(&text)
-        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(COLUMN, Type::Text, error.into()))
 }
 
 fn commit(transaction: Transaction<'_>) -> Result<(), String> {

@@ -4,7 +4,7 @@
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
 
-use super::super::sqlite::{json, uuid};
+use super::super::columns::{json, uuid};
 use crate::account::Account;
 
 /// The account of a key; a new one where there is none.

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 use uuid::Uuid;
 
-use super::super::sqlite::uuid;
+use super::super::columns::uuid;
 use super::Change;
 use crate::clock::from_millis;
 use crate::error::Error;
