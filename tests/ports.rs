@@ -104,11 +104,12 @@ pub async fn job_store_suite(store: impl JobStore) {
     assert!(!store.replace(new_job("alice", now).fence(), &Record::Job(claimed.clone())).await.unwrap());
 
     // What is due comes longest due first; a later due time hides it.
-    let due = store.due(now + TimeDelta::hours(26), 10).await.unwrap();
-    assert_eq!(due.iter().map(Record::id).collect::<Vec<_>>(), [job.id, second.id]);
-    assert_eq!(store.due(now + policy.lease - TimeDelta::seconds(1), 10).await.unwrap(), []);
-    assert_eq!(store.due(now + policy.lease, 10).await.unwrap().len(), 1);
-    assert_eq!(store.due(now + TimeDelta::hours(26), 1).await.unwrap().len(), 1);
+    let due = async |now, limit| store.due(now, None, limit).await.unwrap().records;
+    let late = now + TimeDelta::hours(26);
+    assert_eq!(due(late, 10).await.iter().map(Record::id).collect::<Vec<_>>(), [job.id, second.id]);
+    assert_eq!(due(now + policy.lease - TimeDelta::seconds(1), 10).await, []);
+    assert_eq!(due(now + policy.lease, 10).await.len(), 1);
+    assert_eq!(due(late, 1).await.len(), 1);
 
     // A delete takes the key with it: the same request may come again.
     let third = Job { idempotency_key: Some("again".into()), ..new_job("carol", now) };
@@ -144,7 +145,47 @@ pub async fn job_store_suite(store: impl JobStore) {
             .await
             .unwrap()
     );
-    assert_eq!(store.due(now + TimeDelta::hours(26), 10).await.unwrap().len(), 2);
+    assert_eq!(due(late, 10).await.len(), 2);
+}
+
+/// What is due, page by page, behind records that `spoil` makes unreadable.
+pub async fn due_suite(store: impl JobStore, spoil: impl AsyncFn(Uuid)) {
+    let (now, policy) = (start(), Policy::default());
+    let make = async |now: Timestamp| {
+        let job = new_job("alice", now);
+        assert_eq!(store.create(creation(&job, None)).await.unwrap(), Created::New);
+        job.id
+    };
+    for _ in 0..120 {
+        spoil(make(now).await).await;
+    }
+    let mut ids = Vec::new();
+    for second in 1..=25 {
+        ids.push(make(now + TimeDelta::seconds(second)).await);
+    }
+
+    let later = now + TimeDelta::hours(1);
+    let (mut found, mut after, mut pages) = (Vec::new(), None, 0);
+    loop {
+        let due = store.due(later, after.as_ref(), 10).await.unwrap();
+        assert!(due.records.len() <= 10);
+        for job in due.records.into_iter().filter_map(Record::into_job) {
+            // As sweep does: the record that the page ends with is due no more, or due elsewhere.
+            let (swept, _) = job.sweep(later, &policy, |_| panic!("no description is due")).unwrap();
+            assert!(store.replace(job.fence(), &Record::Job(swept)).await.unwrap());
+            found.push(job.id);
+        }
+        pages += 1;
+        assert!(pages < 100, "it goes round in circles");
+        after = due.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!(found, ids, "each once, in their order");
+    assert!(pages >= 14, "145 were due, and {pages} pages of ten were read");
+    // From the start again: those that cannot be read, and nothing else.
+    assert!(store.due(later, None, 1000).await.unwrap().records.is_empty());
 }
 
 /// Prompts and their answers, some of which are as large as a record may be.
@@ -154,7 +195,7 @@ pub async fn prompts_suite(store: impl JobStore) {
     for number in 0..6 {
         let job = new_prompt("alice", now + TimeDelta::seconds(number));
         assert_eq!(store.create(creation(&job, None)).await.unwrap(), Created::New);
-        let due = store.due(job.due_at.unwrap(), 10).await.unwrap();
+        let due = store.due(job.due_at.unwrap(), None, 10).await.unwrap().records;
         assert_eq!(due, [Record::Job(job.clone())], "it is due from the start");
         let claimed = job.claim_enrichment(now, now + policy.prompt_lease, &policy).unwrap();
         assert!(store.replace(job.fence(), &Record::Job(claimed.clone())).await.unwrap());
@@ -238,7 +279,7 @@ pub async fn queued_bytes_suite(store: impl JobStore) {
     let upload = upload_of("alice", 90);
     assert!(store.reserve(&upload, 100).await.unwrap());
     assert!(!has_room(11).await);
-    let due = store.due(upload.due_at.unwrap(), 100).await.unwrap();
+    let due = store.due(upload.due_at.unwrap(), None, 100).await.unwrap().records;
     assert!(due.contains(&Record::Upload(upload.clone())));
     let fourth = job_of(80);
     assert_eq!(store.create(limited(&fourth, Some(&upload))).await.unwrap(), Created::New);
@@ -392,6 +433,29 @@ pub async fn accounts_suite(callers: impl Callers + Clone) {
         let month = account.months["2023-11"];
         assert_eq!((let_in, month.requests, month.prompt_tokens, account.under_way()), (30, 30, 300, 0), "{key}");
     }
+    full_account_suite(callers, clock).await;
+}
+
+/// As many requests as may be under way at once fit into the store, and the next is refused.
+async fn full_account_suite(callers: impl Callers + Clone, clock: Clock) {
+    let (key, limits, now) = ("00112233aabb", KeyLimits::default(), clock.now());
+    let ask = Ask { prompt_tokens: 1_000_000, completion_tokens: 1_000_000, cost_pico: u64::MAX };
+    let mut full = Account::default();
+    let refused = (0..10_000).find_map(|number| full.admit(Uuid::from_u128(number), &limits, ask, now).err());
+    assert_eq!(refused, Some(Refused::UnderWay(1)));
+    assert!(full.under_way() >= 1000);
+    assert!(callers.replace_account(key, 0, &full).await.unwrap());
+    assert_eq!(callers.find_account(key).await.unwrap(), full);
+    let meter = Meter::new(callers.clone(), clock);
+    let closed = meter.admit(key, &limits, ask).await;
+    assert!(matches!(closed, Err(Closed::Limit(Refused::UnderWay(1), _))), "{closed:?}");
+    // One of them ends.
+    let used = Used { prompt_tokens: 1, completion_tokens: 1, cost_pico: 1, estimated: false };
+    let mut after = full.clone();
+    assert!(after.settle(Uuid::nil(), used, &limits, now));
+    assert!(callers.replace_account(key, full.version, &after).await.unwrap());
+    assert_eq!(callers.find_account(key).await.unwrap(), after);
+    meter.admit(key, &limits, ask).await.unwrap();
 }
 
 fn identity(caller: &str) -> Identity {

@@ -54,8 +54,21 @@ pub enum Created {
     QueueFull,
 }
 
+/// A page of what is due.
+#[derive(Debug)]
+pub struct Due<P> {
+    /// Longest due first. One that this build cannot read is left out and logged.
+    pub records: Vec<Record>,
+    /// Where the page ends, behind what was left out too; `None` where nothing more is due. A page without a
+    /// record need not be the last.
+    pub next: Option<P>,
+}
+
 /// The records, and the change feed that every write to them appends to.
 pub trait JobStore: Send + Sync + 'static {
+    /// Where a page of due records ended.
+    type Position: Clone + Send + Sync + 'static;
+
     /// Writes all of a creation, or nothing.
     fn create(&self, creation: Creation) -> impl Future<Output = Result<Created>> + Send;
 
@@ -80,9 +93,14 @@ pub trait JobStore: Send + Sync + 'static {
     /// item in the same transaction; `false` where the record is another.
     fn bury(&self, job: &Job, tombstone: &Tombstone) -> impl Future<Output = Result<bool>> + Send;
 
-    /// Records with `due_at` at or before `now`, longest due first, at most `limit`. One that this
-    /// build cannot read is left out and logged.
-    fn due(&self, now: Timestamp, limit: u32) -> impl Future<Output = Result<Vec<Record>>> + Send;
+    /// Records with `due_at` at or before `now`, longest due first, at most `limit`: from the first on, or
+    /// behind where an earlier page ended, whatever has become of its records. `now` is not before that page's.
+    fn due(
+        &self,
+        now: Timestamp,
+        after: Option<&Self::Position>,
+        limit: u32,
+    ) -> impl Future<Output = Result<Due<Self::Position>>> + Send;
 
     /// A caller's live jobs with ids below `before`, newest first, at most `limit`; unreadable ones
     /// are left out and logged.

@@ -7,14 +7,14 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use shared::aws::{DynamoCallers, DynamoJobStore, S3BlobStore, SqsJobQueue};
 use shared::clock::Clock;
-use shared::job::{Dispatch, Policy, Record};
+use shared::job::{AnswerContent, Dispatch, LlmAnswer, Policy, Record};
 use shared::message::Message;
 use shared::ports::{BlobStore, Callers, Created, Creation, GetTerms, JobQueue, JobStore, PutTerms};
 use uuid::Uuid;
 
 use crate::ports::{
-    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, presigned_get_suite,
-    prompts_suite, queued_bytes_suite, start,
+    accounts_suite, blob_store_suite, callers_suite, creation, due_suite, job_store_suite, new_job, new_prompt,
+    presigned_get_suite, prompts_suite, queued_bytes_suite, start,
 };
 use crate::support::{fresh_table, of_stage, sdk};
 
@@ -23,6 +23,20 @@ async fn the_job_store_keeps_its_contract() {
     let sdk = sdk().await;
     job_store_suite(DynamoJobStore::new(&sdk, fresh_table(&sdk, "TABLE_NAME").await)).await;
     prompts_suite(DynamoJobStore::new(&sdk, fresh_table(&sdk, "TABLE_NAME").await)).await;
+}
+
+#[tokio::test]
+async fn records_that_cannot_be_read_hide_nothing_that_is_due() {
+    let sdk = sdk().await;
+    let table = fresh_table(&sdk, "TABLE_NAME").await;
+    let client = aws_sdk_dynamodb::Client::new(&sdk);
+    let text = |value: &str| aws_sdk_dynamodb::types::AttributeValue::S(value.to_owned());
+    let spoil = async |id: Uuid| {
+        let update = client.update_item().table_name(&table).key("id", text(&id.to_string()));
+        let update = update.update_expression("SET #record = :record").expression_attribute_names("#record", "record");
+        update.expression_attribute_values(":record", text("{}")).send().await.unwrap();
+    };
+    due_suite(DynamoJobStore::new(&sdk, table.clone()), spoil).await;
 }
 
 #[tokio::test]
@@ -234,6 +248,41 @@ async fn the_streams_filter_names_what_the_store_writes() {
     assert_eq!(marker.as_s().unwrap(), names["dispatch_enrichment"].as_str().unwrap());
     // Where the queue gives a message up is where the function does.
     assert_eq!(names["webhook_receives"].as_u64().unwrap(), u64::from(webhook::MAX_RECEIVES));
+}
+
+/// DynamoDB deletes an item some time after the second in its `ttl`; what is still due is swept before.
+#[tokio::test]
+async fn a_prompt_that_has_ended_is_deleted_when_it_expires_and_one_under_way_is_not() {
+    let sdk = sdk().await;
+    let table = fresh_table(&sdk, "TABLE_NAME").await;
+    let (store, client) = (DynamoJobStore::new(&sdk, table.clone()), aws_sdk_dynamodb::Client::new(&sdk));
+    let ttl = async |id: Uuid| {
+        let id = aws_sdk_dynamodb::types::AttributeValue::S(id.to_string());
+        let item = client.get_item().table_name(&table).key("id", id).send().await.unwrap().item.unwrap();
+        item.get("ttl").map(|seconds| seconds.as_n().unwrap().parse::<i64>().unwrap())
+    };
+    let policy = Policy::default();
+    // The short answer is in the record, the long one would be a blob.
+    for (bytes, days) in [(1, 30), (300_000, 7)] {
+        let job = new_prompt("alice", start());
+        store.create(creation(&job, None)).await.unwrap();
+        let claimed = job.claim_enrichment(start(), start() + policy.prompt_lease, &policy).unwrap();
+        let answer = LlmAnswer {
+            content: AnswerContent::of(&"x".repeat(bytes), job.id, claimed.claim),
+            finish_reason: None,
+            prompt_tokens: None,
+            completion_tokens: None,
+            latency_ms: 1,
+            cost_usd: None,
+        };
+        let done = claimed.finish_answer(claimed.claim, answer, start(), &policy).unwrap();
+        for (before, after) in [(&job, &claimed), (&claimed, &done)] {
+            assert_eq!(ttl(job.id).await, None, "{bytes} bytes");
+            assert!(store.replace(before.fence(), &Record::Job(after.clone())).await.unwrap());
+        }
+        let expires_at = start() + TimeDelta::days(days);
+        assert_eq!((done.expires_at, ttl(job.id).await), (expires_at, Some(expires_at.timestamp())), "{bytes} bytes");
+    }
 }
 
 /// What the functions' roles may not do is denied, not only left undone.

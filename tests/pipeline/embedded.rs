@@ -9,7 +9,7 @@ use shared::ports::{BlobStore, GetTerms, JobQueue, JobStore};
 use uuid::Uuid;
 
 use crate::ports::{
-    accounts_suite, blob_store_suite, callers_suite, connections_suite, creation, job_store_suite, new_job,
+    accounts_suite, blob_store_suite, callers_suite, connections_suite, creation, due_suite, job_store_suite, new_job,
     presigned_get_suite, prompts_suite, queued_bytes_suite, start, tickets_suite,
 };
 use crate::support::client;
@@ -20,6 +20,18 @@ async fn the_job_store_keeps_its_contract() {
     job_store_suite(SqliteJobStore::open(&folder.path().join("jobs.sqlite")).unwrap()).await;
     prompts_suite(SqliteJobStore::open(&folder.path().join("prompts.sqlite")).unwrap()).await;
     queued_bytes_suite(SqliteJobStore::open(&folder.path().join("queued.sqlite")).unwrap()).await;
+}
+
+#[tokio::test]
+async fn records_that_cannot_be_read_hide_nothing_that_is_due() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("jobs.sqlite");
+    let store = SqliteJobStore::open(&path).unwrap();
+    let file = rusqlite::Connection::open(&path).unwrap();
+    let spoil = async |id: Uuid| {
+        assert_eq!(file.execute("UPDATE jobs SET record = '{}' WHERE id = ?1", [id.to_string()]).unwrap(), 1);
+    };
+    due_suite(store, spoil).await;
 }
 
 #[tokio::test]

@@ -37,6 +37,7 @@ mod sockets;
 mod stages;
 mod start;
 mod support;
+mod sweeping;
 mod tokens;
 mod trace;
 mod uploads;

@@ -6,14 +6,17 @@
 //! tombstone: it erases blobs, writes the record, which stays due until inference has confirmed, then
 //! sends the order to erase the cache; for an upload: it erases what was uploaded, then writes the
 //! record; for blobs of an hour that have no record: it deletes them.
+//!
+//! What a run does not get to, the next goes on with. How far it got is kept in memory alone: a new process
+//! starts over.
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::TimeDelta;
 use serde::Serialize;
 use shared::Error;
-use shared::clock::{Clock, Timestamp, from_millis};
+use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::job::{self, Job, Policy, Record, SweepAction, Tombstone, Upload};
 use shared::llm::template;
@@ -29,11 +32,20 @@ use uuid::Uuid;
 const PAGE: u32 = 100;
 /// Records worked in one run; the next run is a minute away.
 const MAX_RECORDS: u32 = 10_000;
+/// Names of blobs compared with the records in one run. Each is one read, of some milliseconds on AWS: 2,000 take
+/// about ten seconds, and are more than a minute brings.
+const MAX_NAMES: u32 = 2_000;
+/// From the start of a run to the last record that it takes up, at most. Where that is slow, orphans have their time
+/// all the same.
+const RECORDS_TIME: TimeDelta = TimeDelta::seconds(30);
+/// From the start of a run to the last page of names. The function is stopped after 60 s, and what it has counted is
+/// told only at its end.
+const RUN_TIME: TimeDelta = TimeDelta::seconds(45);
 /// Blobs without a record are left alone for this long: their submit may still be running.
 const ORPHAN_AGE: TimeDelta = TimeDelta::hours(1);
 
 /// What sweep works with.
-pub struct Sweep<J, Q, B> {
+pub struct Sweep<J: JobStore, Q, B> {
     jobs: J,
     queue: Q,
     /// The queue before webhook.
@@ -41,9 +53,11 @@ pub struct Sweep<J, Q, B> {
     blobs: B,
     clock: Clock,
     policy: Policy,
-    /// Blobs of ids up to this moment (milliseconds since the epoch) were compared with the
-    /// records. A new process starts over at the oldest photo that may exist.
-    orphans_checked: AtomicI64,
+    /// Where the next run begins, if the last one did not come to the end of what was due.
+    records_swept: Mutex<Option<J::Position>>,
+    /// Names of blobs up to this one were compared with the records. A new process starts over at the
+    /// oldest photo that may exist; what none gets to goes when photos expire.
+    orphans_checked: Mutex<String>,
 }
 
 /// What a run did.
@@ -62,19 +76,20 @@ pub struct Report {
 
 impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
     pub fn new(jobs: J, [queue, webhooks]: [Q; 2], blobs: B, clock: Clock, policy: Policy) -> Self {
-        Self { jobs, queue, webhooks, blobs, clock, policy, orphans_checked: AtomicI64::new(i64::MIN) }
+        let (records_swept, orphans_checked) = (Mutex::default(), Mutex::default());
+        Self { jobs, queue, webhooks, blobs, clock, policy, records_swept, orphans_checked }
     }
 
-    /// One run.
+    /// One run. It ends in time for its function, however much there is to do.
     ///
     /// # Errors
     /// Where the due records cannot be read; a single record that fails is counted and stays due.
     pub async fn handle(&self, _: EventBridgeEvent) -> Result<Report, Error> {
-        let mut report = Report::default();
-        let swept = self.sweep_records(&mut report).await;
+        let (mut report, start) = (Report::default(), self.clock.now());
+        let swept = self.sweep_records(start + RECORDS_TIME, &mut report).await;
         metrics::jobs_given_up(report.ended);
         swept?;
-        self.sweep_orphans(&mut report).await?;
+        self.sweep_orphans(start + RUN_TIME, &mut report).await?;
         if report != Report::default() {
             tracing::info!(
                 sweep.sent = report.sent,
@@ -91,21 +106,26 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         Ok(report)
     }
 
-    async fn sweep_records(&self, report: &mut Report) -> Result<(), Error> {
+    /// Page behind page: what cannot be read or fails stays first in line, and must not keep what is behind it
+    /// from being swept.
+    async fn sweep_records(&self, until: Timestamp, report: &mut Report) -> Result<(), Error> {
         let now = self.clock.now();
-        let mut worked = 0;
-        while worked < MAX_RECORDS {
-            let failed = report.failed;
-            let due = self.jobs.due(now, PAGE).await?;
-            for record in &due {
+        // Taken: after an error the next run begins with what is longest due.
+        let mut after = locked(&self.records_swept).take();
+        'run: for _ in 0..MAX_RECORDS / PAGE {
+            let due = self.jobs.due(now, after.as_ref(), PAGE).await?;
+            for record in &due.records {
+                if self.clock.now() > until {
+                    break 'run;
+                }
                 self.sweep_record(record, now, report).instrument(span(record)).await;
             }
-            worked += PAGE;
-            // What failed is still first in line; going on would only meet it again.
-            if due.len() < PAGE as usize || report.failed > failed {
+            after = due.next;
+            if after.is_none() {
                 break;
             }
         }
+        *locked(&self.records_swept) = after;
         Ok(())
     }
 
@@ -187,24 +207,24 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         Ok(())
     }
 
-    async fn sweep_orphans(&self, report: &mut Report) -> Result<(), Error> {
-        let now = self.clock.now();
-        let oldest = (now - self.policy.photo_ttl - ORPHAN_AGE).timestamp_millis();
-        let end = now - ORPHAN_AGE;
+    async fn sweep_orphans(&self, until: Timestamp, report: &mut Report) -> Result<(), Error> {
+        let end = self.clock.now() - ORPHAN_AGE;
+        let (oldest, newest) = (first_id_of(end - self.policy.photo_ttl).to_string(), first_id_of(end).to_string());
         // A clock that was ahead for a while must not leave a gap.
-        let checked = self.orphans_checked.load(Ordering::Relaxed).min(end.timestamp_millis());
-        let start = from_millis(checked.max(oldest));
-        let mut after = first_id_of(start).to_string();
-        loop {
-            let names = self.blobs.list("jobs/", Some(&after), PAGE).await?;
-            let Some(last) = names.last() else { break };
-            let past_end = self.delete_orphans(&names, end, report).await?;
-            if past_end {
+        let mut after = locked(&self.orphans_checked).clone().min(newest.clone()).max(oldest);
+        for _ in 0..MAX_NAMES / PAGE {
+            if self.clock.now() > until {
                 break;
             }
-            after.clone_from(last);
+            let names = self.blobs.list("jobs/", Some(&after), PAGE).await?;
+            let past_end = self.delete_orphans(&names, end, report).await?;
+            let last = names.last().filter(|_| !past_end);
+            after.clone_from(last.unwrap_or(&newest));
+            locked(&self.orphans_checked).clone_from(&after);
+            if last.is_none() {
+                break;
+            }
         }
-        self.orphans_checked.store(end.timestamp_millis(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -223,6 +243,10 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         }
         Ok(false)
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn span(record: &Record) -> Span {

@@ -9,7 +9,7 @@
 //! Two sparse indexes: `due` (`due_shard`, `due_at`) holds what sweep must look at, `callers`
 //! (`listed_by`, `id`) the jobs that a caller may list. `ttl` deletes items, in its own time.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use aws_config::SdkConfig;
@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::clock::{Timestamp, from_millis};
 use crate::error::Error;
 use crate::job::{Dispatch, Fence, Job, Record, Tombstone, Upload};
-use crate::ports::{Created, Creation, Idempotency, JobStore};
+use crate::ports::{Created, Creation, Due, Idempotency, JobStore};
 
 pub(super) type Item = HashMap<String, AttributeValue>;
 
@@ -43,6 +43,10 @@ pub struct DynamoJobStore {
     client: Client,
     table: String,
 }
+
+/// The shards of the index of due records that may hold more, each with the key behind which it goes on.
+#[derive(Debug, Clone)]
+pub struct DuePosition(BTreeMap<u128, Option<Item>>);
 
 /// How a transaction ended.
 enum Transacted {
@@ -155,6 +159,8 @@ pub(super) async fn conflict_pause(attempt: u32) {
 }
 
 impl JobStore for DynamoJobStore {
+    type Position = DuePosition;
+
     async fn create(&self, creation: Creation) -> Result<Created, Error> {
         let Creation { job, idempotency, upload, max_queued_bytes } = creation;
         let now = job.created_at;
@@ -228,9 +234,13 @@ impl JobStore for DynamoJobStore {
         Ok(matches!(self.transact(writes).await?, Transacted::Written))
     }
 
-    async fn due(&self, now: Timestamp, limit: u32) -> Result<Vec<Record>, Error> {
-        let mut due = Vec::new();
-        for shard in 0..DUE_SHARDS {
+    async fn due(&self, now: Timestamp, after: Option<&DuePosition>, limit: u32) -> Result<Due<DuePosition>, Error> {
+        let mut shards = match after {
+            Some(DuePosition(shards)) => shards.clone(),
+            None => (0..DUE_SHARDS).map(|shard| (shard, None)).collect(),
+        };
+        let (mut found, mut ends): (Vec<(u128, Item)>, _) = (Vec::new(), HashMap::new());
+        for (&shard, start) in &shards {
             let query = self
                 .client
                 .query()
@@ -239,13 +249,31 @@ impl JobStore for DynamoJobStore {
                 .key_condition_expression("due_shard = :shard AND due_at <= :now")
                 .expression_attribute_values(":shard", number(shard))
                 .expression_attribute_values(":now", number(now.timestamp_millis()))
+                .set_exclusive_start_key(start.clone())
                 .limit(i32::try_from(limit).unwrap_or(i32::MAX));
-            due.extend(query.send().await.map_err(unavailable)?.items.unwrap_or_default());
+            let page = query.send().await.map_err(unavailable)?;
+            found.extend(page.items.unwrap_or_default().into_iter().map(|item| (shard, item)));
+            // A megabyte ends a page as well; what its shard holds behind it comes with a later one.
+            if let Some(end) = page.last_evaluated_key {
+                ends.insert(shard, end);
+            }
         }
-        let mut due = readable(&due);
-        due.sort_by_key(Record::due_at);
-        due.truncate(limit as usize);
-        Ok(due)
+        found.sort_by_key(|(_, item)| millis(item, "due_at"));
+        let left = found.split_off(found.len().min(limit as usize));
+        for (shard, item) in &found {
+            shards.insert(*shard, Some(due_key(item)));
+        }
+        // A shard of which nothing is left over goes on where its own page ended, or has ended.
+        shards.retain(|shard, start| {
+            if left.iter().any(|(other, _)| other == shard) {
+                return true;
+            }
+            *start = ends.remove(shard);
+            start.is_some()
+        });
+        let found: Vec<Item> = found.into_iter().map(|(_, item)| item).collect();
+        let next = (!shards.is_empty()).then_some(DuePosition(shards));
+        Ok(Due { records: readable(&found), next })
     }
 
     async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>, Error> {
@@ -354,6 +382,12 @@ fn item(record: &Record) -> Result<Item, Error> {
         }
     }
     Ok(item)
+}
+
+/// What names an item in the index of due records.
+fn due_key(item: &Item) -> Item {
+    let parts = ["id", "due_shard", "due_at"].into_iter();
+    parts.filter_map(|name| Some((name.to_owned(), item.get(name)?.clone()))).collect()
 }
 
 /// With the caller's length, so that no two pairs share an id, whatever they hold.

@@ -11,12 +11,14 @@ use rusqlite::{OptionalExtension, params};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use self::rows::{NewRow, change, cursor, decode, find_idempotency, put_idempotency, queued_bytes, readable, records};
+use self::rows::{
+    NewRow, change, cursor, decode, due_rows, find_idempotency, put_idempotency, queued_bytes, readable, records,
+};
 use super::sqlite::{Kept, Sqlite};
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::job::{Fence, Job, Record, Tombstone, Upload};
-use crate::ports::{Created, Creation, Idempotency, JobStore};
+use crate::ports::{Created, Creation, Due, Idempotency, JobStore};
 
 const VERSION: u32 = 2;
 const SCHEMA: &str = "
@@ -70,6 +72,13 @@ pub struct Changes {
     pub cursor: i64,
     /// The position up to which the feed was read.
     pub end: i64,
+}
+
+/// A place in the order of what is due.
+#[derive(Debug, Clone)]
+pub struct DuePosition {
+    due_at: i64,
+    id: String,
 }
 
 /// Jobs in one SQLite file.
@@ -230,6 +239,8 @@ impl SqliteJobStore {
 }
 
 impl JobStore for SqliteJobStore {
+    type Position = DuePosition;
+
     async fn create(&self, creation: Creation) -> Result<Created, Error> {
         let now = creation.job.created_at;
         let job = NewRow::of(&Record::Job(creation.job))?;
@@ -323,11 +334,12 @@ impl JobStore for SqliteJobStore {
         Ok(written)
     }
 
-    async fn due(&self, now: Timestamp, limit: u32) -> Result<Vec<Record>, Error> {
-        let sql = "SELECT record FROM jobs WHERE due_at <= ?1 ORDER BY due_at LIMIT ?2";
-        let now = now.timestamp_millis();
-        let found = self.sqlite.read(|db| records(db, sql, params![now, limit]))?;
-        Ok(readable(&found))
+    async fn due(&self, now: Timestamp, after: Option<&DuePosition>, limit: u32) -> Result<Due<DuePosition>, Error> {
+        let found = self.sqlite.read(|db| due_rows(db, now.timestamp_millis(), after, limit))?;
+        let is_full = found.len() == limit as usize;
+        let (mut positions, records): (Vec<DuePosition>, Vec<String>) = found.into_iter().unzip();
+        let next = if is_full { positions.pop() } else { None };
+        Ok(Due { records: readable(&records), next })
     }
 
     async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>, Error> {

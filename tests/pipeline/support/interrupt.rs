@@ -9,7 +9,7 @@ use shared::error::Error;
 use shared::job::{Fence, Job, Record, Tombstone, Upload};
 use shared::message::Message;
 use shared::ports::{
-    BlobStore, Created, Creation, DeadLetter, GetTerms, Idempotency, JobQueue, JobStore, PresignedPut, PutTerms,
+    BlobStore, Created, Creation, DeadLetter, Due, GetTerms, Idempotency, JobQueue, JobStore, PresignedPut, PutTerms,
 };
 use uuid::Uuid;
 
@@ -60,6 +60,8 @@ impl Interrupt {
 pub struct Interrupted<P>(pub P, pub Interrupt);
 
 impl<P: JobStore> JobStore for Interrupted<P> {
+    type Position = P::Position;
+
     async fn create(&self, creation: Creation) -> Result<Created> {
         self.1.around(self.0.create(creation)).await
     }
@@ -84,8 +86,8 @@ impl<P: JobStore> JobStore for Interrupted<P> {
         self.1.around(self.0.bury(job, tombstone)).await
     }
 
-    async fn due(&self, now: Timestamp, limit: u32) -> Result<Vec<Record>> {
-        self.1.around(self.0.due(now, limit)).await
+    async fn due(&self, now: Timestamp, after: Option<&P::Position>, limit: u32) -> Result<Due<P::Position>> {
+        self.1.around(self.0.due(now, after, limit)).await
     }
 
     async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>> {

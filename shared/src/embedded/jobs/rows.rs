@@ -4,7 +4,7 @@ use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 use uuid::Uuid;
 
 use super::super::columns::uuid;
-use super::Change;
+use super::{Change, DuePosition};
 use crate::clock::from_millis;
 use crate::error::Error;
 use crate::job::{Fence, Record};
@@ -12,6 +12,23 @@ use crate::ports::Idempotency;
 
 pub(super) fn records(db: &Connection, sql: &str, values: impl rusqlite::Params) -> rusqlite::Result<Vec<String>> {
     db.prepare_cached(sql)?.query_map(values, |row| row.get(0))?.collect()
+}
+
+/// What is due at `now` behind `after`, longest due first, each with its place.
+pub(super) fn due_rows(
+    db: &Connection,
+    now: i64,
+    after: Option<&DuePosition>,
+    limit: u32,
+) -> rusqlite::Result<Vec<(DuePosition, String)>> {
+    let sql = "SELECT due_at, id, record FROM jobs WHERE due_at <= ?1 AND (due_at, id) > (?2, ?3)
+        ORDER BY due_at, id LIMIT ?4";
+    let (due_at, id) = after.map_or((i64::MIN, ""), |after| (after.due_at, after.id.as_str()));
+    let mut statement = db.prepare_cached(sql)?;
+    let found = statement.query_map(params![now, due_at, id, limit], |row| {
+        Ok((DuePosition { due_at: row.get(0)?, id: row.get(1)? }, row.get(2)?))
+    })?;
+    found.collect()
 }
 
 pub(super) fn cursor(db: &Connection, consumer: &str) -> rusqlite::Result<i64> {
