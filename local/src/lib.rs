@@ -29,6 +29,7 @@ use inference::model::Model;
 use inference::room::Room;
 use notify::Notify;
 use result::Results;
+use rustix::net::sockopt::set_tcp_user_timeout;
 use shared::auth::{Access, Checks, Tokens};
 use shared::cache::PredictionCache;
 use shared::callback::Destinations;
@@ -58,6 +59,9 @@ const DRAIN: Duration = Duration::from_secs(25);
 /// How long open requests may take after that.
 const GOODBYE: Duration = Duration::from_secs(2);
 
+/// How long a client may take nothing of what it is sent before its connection is ended, in milliseconds (tcp(7),
+/// TCP_USER_TIMEOUT).
+const UNREAD: u32 = 30_000;
 /// Uploads that submit works at the same time.
 const UPLOAD_TURNS: usize = 4;
 
@@ -253,9 +257,11 @@ impl Host {
         tasks.spawn(workers::sweep(Arc::clone(&host), stopped.clone()));
         tasks.spawn(workers::housekeeping(Arc::clone(&host), stopped.clone()));
         let mut server_stopped = stopped;
-        // The pieces of a stream are small, and each is waited for.
         let listener = listener.tap_io(|stream| {
+            // The pieces of a stream are small, and each is waited for.
             let _ = stream.set_nodelay(true);
+            // Whoever reads no more would be waited for as long as they stay, and what they asked for be held.
+            let _ = set_tcp_user_timeout(&*stream, UNREAD);
         });
         let server = axum::serve(listener, routes::router(&host)?).with_graceful_shutdown(async move {
             let _ = server_stopped.wait_for(|stopped| *stopped).await;

@@ -36,6 +36,7 @@ mod requests;
 mod sockets;
 mod stages;
 mod start;
+mod streams;
 mod support;
 mod sweeping;
 mod tokens;

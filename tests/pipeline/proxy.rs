@@ -21,7 +21,7 @@ pub(crate) fn models_file(models: &Value) -> (TempDir, String) {
     (folder, path)
 }
 
-async fn host_of(models: &Value) -> Running {
+pub(crate) async fn host_of(models: &Value) -> Running {
     let (_folder, path) = models_file(models);
     Running::start(&[("LLM_MODELS_FILE", &path), ("UPSTREAM_KEY", KEY)]).await
 }
@@ -32,11 +32,11 @@ async fn host(llm: &LlmServer) -> Running {
         .await
 }
 
-fn asked(stream: bool) -> Value {
+pub(crate) fn asked(stream: bool) -> Value {
     json!({"model": "fast", "messages": [{"role": "user", "content": QUESTION}], "stream": stream})
 }
 
-async fn ask(host: &Running, body: &Value) -> Response {
+pub(crate) async fn ask(host: &Running, body: &Value) -> Response {
     host.http.post(format!("{}/v1/chat/completions", host.url)).json(body).send().await.unwrap()
 }
 
@@ -210,6 +210,7 @@ async fn lasting_trouble_is_told_in_openais_shape_and_without_the_servers_key() 
         (Behaviour::CutOff, 502, "llm_unavailable", 2),
         (Behaviour::Stall, 504, "llm_timeout", 2),
         (Behaviour::Body("<html>"), 502, "llm_invalid_response", 1),
+        (Behaviour::Body(r#"{"error": {"message": "overloaded"}}"#), 502, "llm_invalid_response", 1),
     ] {
         let llm = LlmServer::start([]).await;
         llm.behave(trouble.clone());

@@ -53,6 +53,25 @@ mod tests {
     }
 
     #[test]
+    fn the_session_is_the_callers_whatever_the_conversation_says() {
+        let session = |body: &str, caller: &str| {
+            let body = object(body.as_bytes(), "a conversation").unwrap();
+            prompt(body, &Caller(caller.to_owned())).unwrap().session
+        };
+        let plain = r#"{"messages": [{"role": "user", "content": "Hi"}]}"#;
+        let odd = r#"{"messages": [{"role": "system", "content": "session: clinic"},
+            {"role": "user", "content": "clinic"}], "temperature": 1, "max_tokens": 7}"#;
+        for caller in ["ward", "clinic"] {
+            for body in [plain, odd] {
+                assert_eq!(session(body, caller), Some(session_of(caller)), "{caller}: {body}");
+            }
+        }
+        assert_ne!(session(plain, "ward"), session(plain, "clinic"));
+        let named = r#"{"messages": [{"role": "user", "content": "Hi"}], "session": "clinic"}"#;
+        assert!(refused(named).contains("Data"), "nobody names a session");
+    }
+
+    #[test]
     fn what_is_wrong_is_named_and_never_repeated() {
         let user = r#"{"role": "user", "content": "secret"}"#;
         let many = vec![user; MAX_MESSAGES + 1].join(",");

@@ -27,6 +27,7 @@ use uuid::Uuid;
 /// The longest that a request is held open, tries and pauses included.
 const TIME: Duration = Duration::from_secs(120);
 
+pub use proxy::MAX_BODY_BYTES;
 pub use proxy::cache::Cache;
 pub use proxy::meter::{Admitted, Closed, Meter};
 

@@ -9,9 +9,12 @@
 mod answer;
 pub(crate) mod cache;
 mod carried;
+mod fields;
 pub(crate) mod meter;
 mod relay;
 mod request;
+#[cfg(test)]
+mod splice_tests;
 mod upstream;
 
 use std::convert::Infallible;
@@ -47,7 +50,7 @@ use self::upstream::{Failure, Kind};
 use crate::Chat;
 
 /// The longest body: what a Lambda takes. Pictures in messages fit.
-const MAX_BODY_BYTES: usize = 6 * 1024 * 1024;
+pub const MAX_BODY_BYTES: usize = 6 * 1024 * 1024;
 
 /// What OpenAI's API reference has; each of its fields may be given, and others.
 #[derive(ToSchema)]
@@ -342,7 +345,8 @@ fn told(failure: &Failure) -> Error {
 /// One line for each request, neither prompt nor answer, and its metrics.
 fn tell(outcome: &Outcome, used: Used, started: Instant, streamed: bool) {
     metrics::completion_relayed(&Completion {
-        failed: matches!(outcome.end, End::Failed(_)),
+        // A request that the server refuses is its client's failure.
+        failed: matches!(outcome.end, End::Failed(kind) if kind != Kind::Refused),
         prompt_tokens: used.prompt_tokens,
         completion_tokens: used.completion_tokens,
         cost_usd: (used.cost_pico > 0).then_some(used.cost_pico as f64 / 1e12),

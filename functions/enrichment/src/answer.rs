@@ -192,4 +192,18 @@ mod tests {
             assert_eq!(prompt(request, "ward").messages.len(), messages, "{content}");
         }
     }
+
+    #[test]
+    fn the_session_is_the_callers_whatever_the_prompt_says() {
+        let session = |content: &str, format: AnswerFormat, caller: &str| {
+            let messages = vec![ChatMessage { role: Role::User, content: content.to_owned() }];
+            prompt(PromptRequest { messages, max_tokens: Some(7), temperature: Some(1.0), format }, caller).session
+        };
+        for caller in ["ward", "clinic"] {
+            for (content, format) in [("Hi", AnswerFormat::Text), ("session: clinic", AnswerFormat::Json)] {
+                assert_eq!(session(content, format, caller), Some(session_of(caller)), "{caller}: {content}");
+            }
+        }
+        assert_ne!(session("Hi", AnswerFormat::Text, "ward"), session("Hi", AnswerFormat::Text, "clinic"));
+    }
 }

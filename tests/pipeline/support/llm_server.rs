@@ -42,6 +42,8 @@ pub enum Behaviour {
     Refuse(u16, String),
     /// An event stream in these pieces, and then what.
     Stream(Vec<String>, Ending),
+    /// The same, each piece after such a pause.
+    Paced(Duration, Vec<String>, Ending),
 }
 
 /// How a stream goes on behind its pieces.
@@ -236,5 +238,6 @@ async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes
             (StatusCode::from_u16(status).unwrap(), Json(json!({"error": error}))).into_response()
         }
         Behaviour::Stream(pieces, ending) => stream(pieces, Duration::ZERO, ending),
+        Behaviour::Paced(pause, pieces, ending) => stream(pieces, pause, ending),
     }
 }

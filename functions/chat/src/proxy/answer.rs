@@ -15,15 +15,20 @@ pub(crate) struct Usage {
 }
 
 #[derive(Deserialize)]
-struct Body {
-    usage: Option<Usage>,
+struct Body<'a> {
+    /// Some servers send an error with status 200.
+    #[serde(rename = "choices")]
+    _choices: Vec<IgnoredAny>,
+    #[serde(borrow)]
+    usage: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
 struct Chunk<'a> {
     #[serde(borrow, default)]
     choices: Vec<Choice<'a>>,
-    usage: Option<Usage>,
+    #[serde(borrow)]
+    usage: Option<&'a RawValue>,
     error: Option<IgnoredAny>,
 }
 
@@ -41,9 +46,14 @@ impl Choice<'_> {
     }
 }
 
-/// The usage in a whole answer; `None` in the outer place where it is no JSON object at all.
+/// An answer is good without it, so also with one that is not understood.
+fn read(usage: Option<&RawValue>) -> Option<Usage> {
+    serde_json::from_str(usage?.get()).ok()
+}
+
+/// The usage in a whole answer; `None` in the outer place where it is no completion at all.
 pub(crate) fn usage_of(body: &[u8]) -> Option<Option<Usage>> {
-    serde_json::from_slice::<Body>(body).ok().map(|body| body.usage)
+    serde_json::from_slice::<Body<'_>>(body).ok().map(|body| read(body.usage))
 }
 
 /// One event of a stream.
@@ -72,7 +82,7 @@ pub(crate) fn look(event: &Event) -> Seen {
     let Ok(Chunk { choices, usage, error }) = serde_json::from_str::<Chunk<'_>>(data) else {
         return if event.name == "error" { Seen::Error } else { Seen::Other };
     };
-    match usage {
+    match read(usage) {
         _ if error.is_some() => Seen::Error,
         Some(usage) if choices.iter().all(Choice::is_empty) => Seen::UsageAlone(usage),
         usage => {
@@ -113,14 +123,23 @@ mod tests {
             part(1, true, Some(USAGE)),
         );
         check(r#"{"error":{"message":"x"}}"#, Seen::Error);
+        let odd = r#"{"choices":[{"delta":{"content":"Hi"}}],"usage":{"prompt_tokens":null}}"#;
+        check(odd, part(1, false, None));
         check("no JSON", Seen::Other);
         assert_eq!(look(&Event { name: "error".into(), data: "gone".into() }), Seen::Error);
     }
 
     #[test]
     fn a_whole_answer_says_its_usage_or_not() {
-        assert_eq!(usage_of(br#"{"usage":{"prompt_tokens":3,"completion_tokens":5}}"#), Some(Some(USAGE)));
+        let numbers = r#"{"prompt_tokens":3,"completion_tokens":5}"#;
+        assert_eq!(usage_of(format!(r#"{{"choices":[{{}}],"usage":{numbers}}}"#).as_bytes()), Some(Some(USAGE)));
+        for usage in ["null", "7", r#"{"prompt_tokens":null}"#, r#"{"prompt_tokens":12.5}"#] {
+            let body = format!(r#"{{"choices":[],"usage":{usage}}}"#);
+            assert_eq!(usage_of(body.as_bytes()), Some(None), "{usage}");
+        }
         assert_eq!(usage_of(br#"{"choices":[]}"#), Some(None));
-        assert_eq!(usage_of(b"<html>"), None);
+        for other in ["<html>", "[]", r#"{"error":{"message":"busy"}}"#, r#"{"choices":null}"#] {
+            assert_eq!(usage_of(other.as_bytes()), None, "{other}");
+        }
     }
 }

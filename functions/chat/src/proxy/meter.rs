@@ -21,6 +21,8 @@ use uuid::Uuid;
 const MAX_ROUNDS: u32 = 50;
 /// The longest pause between two rounds.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Before what a request took is entered again, where the store was not available.
+const AGAIN_AFTER: [Duration; 3] = [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(3)];
 const WHAT: &str = "the account of this key";
 
 /// The accounts, and the time that they go by.
@@ -89,13 +91,27 @@ impl<C: Callers> Meter<C> {
 
     /// Enters what a request has taken. Where that fails the reservation falls due by itself.
     pub async fn settle(&self, admitted: &Admitted, used: Used) {
-        match self.change(&admitted.key_id, &admitted.limits, Change::Settle(admitted.id, used)).await {
-            Ok(_) => crash::here(Point::ChatSettled),
-            Err(Closed::Store(error)) => {
-                let (code, chain) = (error.code().as_str(), error.chain());
-                tracing::error!(error.code = code, error.chain = chain, key.id = admitted.key_id, "usage not settled");
+        let mut pauses = AGAIN_AFTER.iter();
+        loop {
+            match self.change(&admitted.key_id, &admitted.limits, Change::Settle(admitted.id, used)).await {
+                Ok(_) => return crash::here(Point::ChatSettled),
+                Err(Closed::Store(error)) => {
+                    // What is not there has fallen due, or was entered by a write that seemed to fail.
+                    let pause = pauses.next().filter(|_| error.code() != Code::NotFound);
+                    let Some(pause) = pause else {
+                        let (code, chain) = (error.code().as_str(), error.chain());
+                        let key = &admitted.key_id;
+                        return tracing::error!(
+                            error.code = code,
+                            error.chain = chain,
+                            key.id = key,
+                            "usage not settled"
+                        );
+                    };
+                    tokio::time::sleep(*pause).await;
+                }
+                Err(Closed::Limit(..)) => return,
             }
-            Err(Closed::Limit(..)) => {}
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use axum::body::Bytes;
 use futures_util::FutureExt;
 use reqwest::Response;
+use serde_json::{Map, Value};
 use shared::account::Used;
 use shared::error::{Error, OpenAiErrorBody};
 use shared::llm::models::{Model, Models};
@@ -186,7 +187,8 @@ impl Relay {
             held: Held::default(),
         };
         let begun = self.begin(started + LONGEST, &mut client, &mut outcome).await;
-        outcome.first_byte = begun.as_ref().and_then(|begun| begun.is_ok().then(|| started.elapsed()));
+        let first_byte = outcome.effort.first_byte.filter(|_| matches!(begun, Some(Ok(_))));
+        outcome.first_byte = first_byte.map(|moment| moment.duration_since(started));
         match begun {
             // What was under way then may have been worked on.
             None => outcome.effort.perhaps_billed += 1,
@@ -203,7 +205,7 @@ impl Relay {
                     client.held.head = Some((head, Ok(Answer::Whole(body))));
                 } else {
                     // Its client was promised a stream, and the server has none.
-                    client.send(as_events(&body)).await;
+                    client.send(as_events(&body, self.asked.wants_usage)).await;
                 }
             }
             Some(Ok(Begun::Stream(stream))) => {
@@ -248,7 +250,7 @@ impl Relay {
 
     async fn stream(&self, stream: Stream, deadline: Instant, client: &mut Client, outcome: &mut Outcome) {
         let Stream { mut response, mut parser, mut events } = stream;
-        let (mut ended, mut out) = (false, Vec::new());
+        let (mut ended, mut out, mut beat) = (false, Vec::new(), heartbeats());
         loop {
             let end = self.take(&events, outcome, &mut out, &mut ended).await;
             // What has come meanwhile goes out in one piece with it.
@@ -259,8 +261,11 @@ impl Relay {
                 None
             };
             let is_last = !matches!(further, Some(Ok(Some(_))));
-            if is_last && !out.is_empty() && !client.send(std::mem::take(&mut out).into()).await {
-                return;
+            if is_last && !out.is_empty() {
+                if !client.send(std::mem::take(&mut out).into()).await {
+                    return;
+                }
+                beat.reset();
             }
             if let Some(end) = end {
                 outcome.end = end;
@@ -274,7 +279,7 @@ impl Relay {
             }
             let piece = match further {
                 Some(piece) => Some(Ok(piece.ok().flatten())),
-                None => self.next(&mut response, deadline, client, outcome.model.timeout).await,
+                None => self.next(&mut response, deadline, client, outcome.model.timeout, &mut beat).await,
             };
             let failure = match piece {
                 None => return,
@@ -303,15 +308,16 @@ impl Relay {
         }
     }
 
-    /// The next piece, or that there is none; `None` where the client has left.
+    /// The next piece, or that there is none; `None` where the client has left. `beat` goes on from piece to piece:
+    /// a server may send what no client hears of.
     async fn next(
         &self,
         response: &mut Response,
         deadline: Instant,
         client: &mut Client,
         patience: Duration,
+        beat: &mut Interval,
     ) -> Option<Result<Option<Bytes>, Kind>> {
-        let mut beat = heartbeats();
         let mut too_long = pin!(sleep(patience.min(deadline.saturating_duration_since(Instant::now()))));
         loop {
             tokio::select! {
@@ -367,9 +373,23 @@ fn heartbeats() -> Interval {
     interval_at(tokio::time::Instant::now() + HEARTBEAT_EVERY, HEARTBEAT_EVERY)
 }
 
-/// A whole answer as the one event of a stream.
-fn as_events(body: &[u8]) -> Bytes {
-    let event = Event { name: String::new(), data: String::from_utf8_lossy(body).into_owned() };
+/// A whole answer as a stream of one chunk, in which a `message` is called `delta`, and its tool calls have numbers.
+fn as_events(body: &[u8], wants_usage: bool) -> Bytes {
+    let mut answer: Map<String, Value> = serde_json::from_slice(body).unwrap_or_default();
+    answer.insert("object".to_owned(), "chat.completion.chunk".into());
+    if !wants_usage {
+        answer.remove("usage");
+    }
+    let choices = answer.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten();
+    for choice in choices.filter_map(Value::as_object_mut) {
+        let Some(mut delta) = choice.remove("message") else { continue };
+        let calls = delta.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten();
+        for (index, call) in calls.filter_map(Value::as_object_mut).enumerate() {
+            call.insert("index".to_owned(), index.into());
+        }
+        choice.insert("delta".to_owned(), delta);
+    }
+    let event = Event { name: String::new(), data: Value::Object(answer).to_string() };
     let mut out = Vec::new();
     event.write(&mut out);
     out.extend_from_slice(DONE);

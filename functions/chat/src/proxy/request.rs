@@ -14,6 +14,7 @@ use shared::http::body::invalid;
 use shared::llm::parts::Parts;
 
 use super::cache::Key;
+use super::fields::Fields;
 
 /// What one mention of a picture counts in a bound of the prompt's tokens; a picture has two.
 const PICTURE_TOKENS: u64 = 1500;
@@ -82,20 +83,6 @@ enum Edit {
 }
 
 #[derive(Deserialize)]
-struct Fields<'a> {
-    #[serde(borrow)]
-    model: Option<&'a RawValue>,
-    stream: Option<bool>,
-    #[serde(borrow, default, deserialize_with = "as_it_is")]
-    stream_options: Option<&'a RawValue>,
-    max_tokens: Option<u64>,
-    max_completion_tokens: Option<u64>,
-    n: Option<u64>,
-    #[serde(borrow)]
-    temperature: Option<&'a RawValue>,
-}
-
-#[derive(Deserialize)]
 struct StreamOptions<'a> {
     #[serde(borrow, default, deserialize_with = "as_it_is")]
     include_usage: Option<&'a RawValue>,
@@ -125,7 +112,7 @@ impl Asked {
         let stream = fields.stream.unwrap_or(false);
         let (wants_usage, usage) = if stream { usage(text, fields.stream_options)? } else { (true, Edit::None) };
         let choices = fields.n.unwrap_or(1).max(1);
-        let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
+        let max_tokens = fields.max_completion_tokens.max(fields.max_tokens);
         Ok(Self {
             model,
             stream,
@@ -288,6 +275,11 @@ mod tests {
             r#"{"model": "secret", "stream": true, "stream_options": ["secret"]}"#,
             r#"{"model": "secret", "stream": true, "stream_options": {"include_usage": true, "include_usage": false}}"#,
             r#"{"model": "secret", "max_tokens": -1}"#,
+            r#"{"model": "secret", "stream": null, "stream": true}"#,
+            r#"{"model": "secret", "Model": "secret"}"#,
+            r#"{"model": "secret", "MAX_TOKENS": 9}"#,
+            r#"{"model": "secret", "stream_Options": {}}"#,
+            "{\"model\": \"secret\", \"max_token\u{17f}\": 9}",
             r#"{"model": "secret", "#,
         ] {
             let error = Asked::read(Bytes::copy_from_slice(body.as_bytes())).unwrap_err();
@@ -313,6 +305,8 @@ mod tests {
         let bound = |body: &str| (read(body).max_completion_tokens, read(body).choices);
         assert_eq!(bound(r#"{"model":"a"}"#), (None, 1));
         assert_eq!(bound(r#"{"model":"a","max_tokens":7,"n":3}"#), (Some(21), 3));
+        // Which of them a server heeds is not known.
         assert_eq!(bound(r#"{"model":"a","max_tokens":7,"max_completion_tokens":9}"#), (Some(9), 1));
+        assert_eq!(bound(r#"{"model":"a","max_tokens":9,"max_completion_tokens":7}"#), (Some(9), 1));
     }
 }

@@ -80,6 +80,8 @@ pub(crate) struct Effort {
     /// Tries that gave nothing, and that the server may have worked for all the same.
     pub(crate) perhaps_billed: u64,
     pub(crate) status: Option<u16>,
+    /// When the answer began to come.
+    pub(crate) first_byte: Option<Instant>,
 }
 
 /// Asks the model, and the one that stands in for it, until an answer begins or `deadline` is near.
@@ -106,7 +108,7 @@ async fn with_tries(model: &Model, asked: &Asked, deadline: Instant, effort: &mu
     for tried in 1.. {
         effort.tries += 1;
         let left = deadline.saturating_duration_since(Instant::now());
-        let attempt = timeout(left.min(model.timeout), attempt(model, asked)).await;
+        let attempt = timeout(left.min(model.timeout), attempt(model, asked, &mut effort.first_byte)).await;
         let failure = match attempt.unwrap_or_else(|_| Err(Failure::new(Kind::Timeout, true))) {
             Ok(begun) => {
                 effort.status = Some(200);
@@ -127,18 +129,22 @@ async fn with_tries(model: &Model, asked: &Asked, deadline: Instant, effort: &mu
     Err(Failure::new(Kind::Timeout, false))
 }
 
-async fn attempt(model: &Model, asked: &Asked) -> Result<Begun, Failure> {
+async fn attempt(model: &Model, asked: &Asked, first_byte: &mut Option<Instant>) -> Result<Begun, Failure> {
     let mut response = model.send(asked.body_for(&model.name)).await.map_err(not_sent)?;
     if !response.status().is_success() {
         return Err(refusal(model, response).await);
     }
     let content_type = response.headers().get("content-type").and_then(|value| value.to_str().ok()).unwrap_or("");
     if asked.stream && !content_type.starts_with("application/json") {
-        return stream(response).await.map(Begun::Stream);
+        let stream = stream(response).await?;
+        *first_byte = Some(Instant::now());
+        return Ok(Begun::Stream(stream));
     }
     let cut_off = |_| Failure::new(Kind::Unavailable, true);
     let mut body = Vec::new();
+    *first_byte = None;
     while let Some(chunk) = response.chunk().await.map_err(cut_off)? {
+        first_byte.get_or_insert_with(Instant::now);
         body.extend_from_slice(&chunk);
         if body.len() > MAX_ANSWER_BYTES {
             return Err(Failure::new(Kind::InvalidResponse, true));
