@@ -117,7 +117,7 @@ fn the_specifications_own_example_passes_and_what_breaks_a_rule_does_not() {
 }
 
 /// Values by metric, over all lines; each with its dimensions and unit checked.
-fn read(printed: &str, stage: &str) -> BTreeMap<String, Vec<f64>> {
+pub fn read(printed: &str, stage: &str) -> BTreeMap<String, Vec<f64>> {
     let units: BTreeMap<_, _> = metrics::ALL.iter().copied().collect();
     let mut found: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for line in printed.lines() {

@@ -12,6 +12,7 @@ use tokio::process::{Child, Command};
 
 use crate::chat::ledger;
 use crate::llm_server::{Behaviour, LlmServer};
+use crate::metrics::read;
 use crate::pipeline::User;
 use crate::runtime::Process;
 use crate::support::{root, within};
@@ -132,4 +133,20 @@ async fn a_function_whose_client_leaves_in_the_middle_reads_the_answer_to_its_en
     // And goes on with the next.
     let whole = pieces(scene.ask().await, usize::MAX).await;
     assert!(whole.last().unwrap().1.ends_with("data: [DONE]\n\n"), "{whole:?}");
+}
+
+#[tokio::test]
+async fn a_functions_metrics_of_a_stream_are_printed_at_its_end_and_not_with_the_next_request() {
+    let scene = Streaming::start("xenia").await;
+    let whole = pieces(scene.ask().await, usize::MAX).await;
+    assert!(whole.last().unwrap().1.ends_with("data: [DONE]\n\n"), "{whole:?}");
+    let printed = || read(&scene.process.printed("stdout"), "events");
+    within("its metrics are printed", async || printed().contains_key("LlmPromptTokens")).await;
+    let printed = printed();
+    assert_eq!(printed["LlmPromptTokens"], [19.0]);
+    assert_eq!(printed["LlmCompletionTokens"], [10.0]);
+    let (first_byte, duration) = (&printed["LlmFirstByteDuration"], &printed["LlmDuration"]);
+    assert_eq!((first_byte.len(), duration.len()), (1, 1), "{printed:?}");
+    // All its pieces but the first come in between.
+    assert!(duration[0] - first_byte[0] > PAUSE.as_secs_f64() * 1e3 * 5.0, "{printed:?}");
 }

@@ -4,10 +4,14 @@
 //! Format: Amazon CloudWatch's user guide, "Specification: Embedded metric format".
 
 use std::io::Write;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
+use http_body::{Frame, SizeHint};
 use metrics_cloudwatch_embedded::{Builder, Collector};
 
 use crate::config::ConfigError;
@@ -42,9 +46,40 @@ impl Emf {
     }
 }
 
-/// For HTTP functions: writes what a request has counted, once it is answered.
+/// For HTTP functions: writes what a request has counted, once its answer is with the client, which is the end of a
+/// stream. The function may stand still from then on.
 pub async fn flush_after(State(emf): State<Emf>, request: Request, next: Next) -> Response {
-    let response = next.run(request).await;
-    emf.flush();
-    response
+    next.run(request).await.map(|body| Body::new(Flushed { body, emf }))
+}
+
+/// A body at whose end the metrics are written, whichever end that is.
+struct Flushed {
+    body: Body,
+    emf: Emf,
+}
+
+impl HttpBody for Flushed {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Flushed {
+    fn drop(&mut self) {
+        self.emf.flush();
+    }
 }
