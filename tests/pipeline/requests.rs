@@ -1,17 +1,18 @@
 //! Requests that no client sends: answered below 500 or cut off, in bounded memory, and the host
 //! serves on.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::routing::get;
 use axum::{Router, middleware};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::Value;
+use serde_json::{Value, json};
 use shared::config::Env;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::support::llm_server::LlmServer;
 use crate::support::memory::{MIB, alone, peak};
 use crate::support::process::Process;
 use crate::support::{Running, client, mole, submit};
@@ -23,6 +24,11 @@ const SLOW_CLIENTS: usize = 300;
 
 /// Photos as large as they may be, sent at the same time.
 const FAST_CLIENTS: usize = 64;
+
+/// Connections that leave out the last byte of a request to a model.
+const SLOW_QUESTIONS: usize = 140;
+/// The length of each: 32 of them fill the room that there is, to the byte.
+const QUESTION_BYTES: usize = 4 * 1024 * 1024;
 
 /// Sends some bytes and, again and again, some more, until the host answers or hangs up or `times`
 /// are over; returns the status, 0 where there was none.
@@ -168,23 +174,79 @@ async fn many_clients_at_once_hold_little_memory_whether_they_finish_their_bodie
     println!("{SLOW_CLIENTS} slow clients: peak {} MiB", held / MIB);
     drop(open);
 
+    large_photos_at_once(&host.url).await;
+    let peak = peak(&host.id().to_string());
+    println!("{FAST_CLIENTS} photos of 4 MiB at once: peak {} MiB", peak / MIB);
+    assert!(peak <= HOST_CAP, "{} MiB", peak / MIB);
+    assert!(host.terminate().await.success());
+}
+
+/// Sends [`FAST_CLIENTS`] photos, which are taken or told to come again.
+async fn large_photos_at_once(url: &str) {
     // A PNG of 4 MiB, nearly all of it a comment.
     let mut large = mole();
     let comment = vec![b'x'; 4_190_000 - large.len()];
     let chunk = [&(comment.len() as u32).to_be_bytes()[..], b"tEXt", &comment, &[0; 4]].concat();
     large.splice(33..33, chunk);
-    let body = serde_json::json!({"image": STANDARD.encode(&large), "describe": false}).to_string();
+    let body = json!({"image": STANDARD.encode(&large), "describe": false}).to_string();
     let http = client();
     let requests = (0..FAST_CLIENTS).map(|_| {
-        http.post(format!("{}/submit", host.url)).header("content-type", "application/json").body(body.clone()).send()
+        http.post(format!("{url}/submit")).header("content-type", "application/json").body(body.clone()).send()
     });
     for response in futures_util::future::join_all(requests).await {
         let status = response.unwrap().status().as_u16();
         assert!([202, 429].contains(&status), "{status}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unsent_questions_to_the_llm_hold_little_memory_and_keep_no_short_one_and_no_photo_waiting() {
+    let llm = LlmServer::start([]).await;
+    let base_url = llm.base_url();
+    let folder = tempfile::tempdir().unwrap();
+    let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "tiny")];
+    let host = Process::start(folder.path(), &settings).await.unwrap();
+    let address = host.url.strip_prefix("http://").unwrap().to_owned();
+    let ask = async |path: &str, length: usize| {
+        let mut body = json!({"messages": [{"role": "user", "content": "x".repeat(length)}]});
+        if path != "/chat" {
+            body["model"] = json!("tiny");
+        }
+        client().post(format!("{}{path}", host.url)).json(&body).send().await.unwrap()
+    };
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+         Content-Length: {QUESTION_BYTES}\r\n\r\n"
+    );
+    let begun = [head.into_bytes(), vec![b' '; QUESTION_BYTES - 1]].concat();
+    let mut open = Vec::new();
+    for _ in 0..SLOW_QUESTIONS {
+        open.push(TcpStream::connect(&address).await.unwrap());
+    }
+    // What the host does not read stays in the system's buffers, and the rest here.
+    let patience = Duration::from_secs(5);
+    let sent = open.iter_mut().map(|stream| tokio::time::timeout(patience, stream.write_all(&begun)));
+    futures_util::future::join_all(sent).await;
+
+    let started = Instant::now();
+    for path in ["/v1/chat/completions", "/chat"] {
+        assert_eq!(ask(path, 10).await.status().as_u16(), 200, "{path}");
+    }
+    assert!(started.elapsed() < Duration::from_secs(5), "they have waited: {:?}", started.elapsed());
+    let refused = tokio::join!(ask("/v1/chat/completions", 100_000), ask("/chat", 100_000));
+    for refused in [refused.0, refused.1] {
+        assert_eq!(refused.status().as_u16(), 429);
+        assert!(refused.headers().contains_key("retry-after"));
+        assert_eq!(refused.json::<Value>().await.unwrap()["error"]["code"], "too_many_requests");
+    }
+    assert_eq!(llm.calls(), 2, "the model was asked what was refused");
+    large_photos_at_once(&host.url).await;
     let peak = peak(&host.id().to_string());
-    println!("{FAST_CLIENTS} photos of 4 MiB at once: peak {} MiB", peak / MIB);
+    println!("{SLOW_QUESTIONS} slow questions, then {FAST_CLIENTS} photos besides: peak {} MiB", peak / MIB);
     assert!(peak <= HOST_CAP, "{} MiB", peak / MIB);
+
+    drop(open);
+    assert_eq!(ask("/v1/chat/completions", 100_000).await.status().as_u16(), 200);
     assert!(host.terminate().await.success());
 }
 
