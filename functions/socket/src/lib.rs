@@ -202,18 +202,19 @@ where
                 id
             }
             asked => {
-                let id = self.ask(connection, asked).await?;
-                *about = Some(id.to_string());
-                id
+                let tag = asked.tag().map(str::to_owned);
+                let request_id = self.ask(connection, asked).await?;
+                *about = Some(request_id.to_string());
+                self.answer(connection, Frame::Accepted { request_id, tag }).await?;
+                request_id
             }
         };
         self.subscribe(connection, id).await
     }
 
-    /// Makes the job, and says so.
+    /// Makes the job.
     async fn ask(&self, connection: &Connection, asked: Action) -> Result<Uuid, Error> {
         connection.identity.without_limits()?;
-        let tag = asked.tag().map(str::to_owned);
         let (request, key) = asked.asked()?;
         let key = key.as_deref().map(checked_key).transpose()?;
         let caller = Caller(connection.identity.caller.clone());
@@ -233,9 +234,7 @@ where
             max_queued_bytes: self.max_queued_bytes,
             has_llm: self.has_llm,
         };
-        let request_id = maker.make_prompt(draft).await?;
-        self.answer(connection, Frame::Accepted { request_id, tag }).await?;
-        Ok(request_id)
+        maker.make_prompt(draft).await
     }
 
     /// Writes the subscription, then says how the job stands.
