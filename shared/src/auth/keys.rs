@@ -111,7 +111,7 @@ fn check(new: &NewKey, now: Timestamp) -> Result<(), Error> {
 }
 
 fn are_models(names: &[String]) -> bool {
-    (1..=100).contains(&names.len()) && names.iter().all(|name| !name.is_empty() && name.len() <= 200)
+    (1..=100).contains(&names.len()) && names.iter().all(|name| !name.is_empty() && name.chars().count() <= 200)
 }
 
 fn is_caller(name: &str) -> bool {
