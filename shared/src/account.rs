@@ -408,6 +408,37 @@ mod tests {
         assert!(!account.settle(Uuid::nil(), USED, &limits, due));
     }
 
+    /// An account with as many requests of `ask` under way as there may be.
+    fn full(limits: &KeyLimits, ask: Ask) -> Account {
+        let mut account = Account::default();
+        for number in 0..MAX_UNDER_WAY {
+            let id = Uuid::from_u128(number as u128);
+            assert_eq!(account.admit(id, limits, ask, start()), Ok(()), "{number}");
+        }
+        account
+    }
+
+    #[test]
+    fn only_so_many_are_under_way_at_once_and_one_that_ends_makes_room_for_one() {
+        let limits = limits(Some(1_000_000), Some(1_000_000), None);
+        let mut account = full(&limits, ASK);
+        let before = account.clone();
+        assert_eq!(account.admit(Uuid::max(), &limits, ASK, start()), Err(Refused::UnderWay(1)));
+        assert_eq!(account, before, "what is refused takes nothing");
+        assert!(account.settle(Uuid::nil(), USED, &limits, start()));
+        assert_eq!(account.admit(Uuid::max(), &limits, ASK, start()), Ok(()));
+        assert_eq!(account.admit(Uuid::nil(), &limits, ASK, start()), Err(Refused::UnderWay(1)));
+        assert_eq!(account.under_way(), MAX_UNDER_WAY);
+    }
+
+    #[test]
+    fn an_account_with_as_many_under_way_as_there_may_be_fits_into_an_item_of_dynamodb() {
+        let huge = Ask { prompt_tokens: u64::MAX, completion_tokens: u64::MAX, cost_pico: u64::MAX };
+        let size = serde_json::to_string(&full(&KeyLimits::default(), huge)).unwrap().len();
+        // 400 KB, of which a quarter is left for the months and all else.
+        assert!(size < 300 * 1024, "{size} bytes");
+    }
+
     #[test]
     fn an_account_is_read_as_it_was_written() {
         let limits = limits(Some(7), Some(11), Some(0.5));

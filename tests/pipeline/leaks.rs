@@ -25,6 +25,11 @@ use crate::support::{client, ended, eventually, within};
 use crate::uploads;
 use crate::webhooks::variables;
 
+/// Bytes that nobody else would write.
+pub(crate) fn secret(name: &str) -> String {
+    format!("{name}-{:016x}", rand::rng().random::<u64>())
+}
+
 /// Everything of an answer, head and body.
 async fn whole(response: Response) -> Vec<u8> {
     let head = format!("{:?} {:?}", response.status(), response.headers());
@@ -119,7 +124,6 @@ async fn no_metadata_of_a_photo_is_in_a_file_or_a_log_line_or_in_anything_that_i
     let llm = LlmServer::start([Behaviour::Answer(answer), Behaviour::Answer(explanation(refused))]).await;
     let (receiver, redis) = (Receiver::start(200).await, Redis::start(None));
     let (base_url, receiver_host, redis_url) = (llm.base_url(), receiver.host(), redis.url());
-    let secret = |name: &str| format!("{name}-{:016x}", rand::rng().random::<u64>());
     let (llm_key, idempotency_key, file_name) = (secret("sk-test"), secret("idempotent"), secret("IMG"));
     let mut settings = vec![
         ("TMPDIR", temporary.path().to_str().unwrap()),
@@ -208,11 +212,24 @@ async fn no_metadata_of_a_photo_is_in_a_file_or_a_log_line_or_in_anything_that_i
 }
 
 /// Lines of other people's crates that no operator needs and nobody has read for what they tell.
-fn libraries_below_info(log: &[u8]) -> Vec<String> {
+pub(crate) fn libraries_below_info(log: &[u8]) -> Vec<String> {
     let lines = log.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
     let lines = lines.map(|line| serde_json::from_slice::<Value>(line).unwrap());
     let below = lines.filter(|line| ["DEBUG", "TRACE"].contains(&line["level"].as_str().unwrap()));
-    let own = ["shared", "submit", "inference", "enrichment", "result", "sweep", "admin", "local"];
+    let own = [
+        "shared",
+        "submit",
+        "inference",
+        "enrichment",
+        "result",
+        "sweep",
+        "admin",
+        "chat",
+        "socket",
+        "notify",
+        "webhook",
+        "local",
+    ];
     let others = below.filter(|line| !own.contains(&line["target"].as_str().unwrap().split("::").next().unwrap()));
     let mut targets: Vec<_> = others.map(|line| line["target"].to_string()).collect();
     targets.sort();

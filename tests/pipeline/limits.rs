@@ -44,10 +44,29 @@ struct Limited {
 impl Scene {
     async fn new(script: impl IntoIterator<Item = Behaviour>) -> Self {
         let llm = LlmServer::start(script).await;
-        llm.behave(Behaviour::Answer("A growth of cells.".into()));
         let fast = json!({"base_url": llm.base_url(), "prompt_usd_per_million": 1, "completion_usd_per_million": 10});
         let slow = json!({"base_url": llm.base_url()});
-        let (_folder, path) = models_file(&json!({"fast": fast, "slow": slow}));
+        Self::of(llm, &json!({"fast": fast, "slow": slow})).await
+    }
+
+    /// With a model that is never available and another that stands in for it, at so many USD for a million
+    /// tokens.
+    async fn standing_in(script: impl IntoIterator<Item = Behaviour>, [first, other]: [u32; 2]) -> Self {
+        let (absent, llm) = (LlmServer::start([]).await, LlmServer::start(script).await);
+        absent.behave(Behaviour::Status(503, None));
+        let model = |server: &LlmServer, usd: u32| {
+            let base_url = server.base_url();
+            json!({"base_url": base_url, "prompt_usd_per_million": usd, "completion_usd_per_million": usd})
+        };
+        let (mut fast, sure) = (model(&absent, first), model(&llm, other));
+        fast["fallback"] = json!("sure");
+        Self::of(llm, &json!({"fast": fast, "sure": sure})).await
+    }
+
+    /// With these models; the server behaves well behind its script.
+    async fn of(llm: LlmServer, models: &Value) -> Self {
+        llm.behave(Behaviour::Answer("A growth of cells.".into()));
+        let (_folder, path) = models_file(models);
         let host = Keyed::start(&[("LLM_MODELS_FILE", &path), ("REQUESTS_PER_MINUTE", "100000")]).await;
         Self { host, llm }
     }
@@ -199,6 +218,47 @@ async fn a_budget_is_kept_and_the_ledger_agrees_with_the_server_through_retries_
     // request has for the prompt.
     assert!(estimated > 0.0 && estimated <= broken as f64 * 400e-6, "{month}");
     assert!(cost >= budget && cost < budget + 400e-6, "{month}");
+}
+
+#[tokio::test]
+async fn what_a_model_answers_that_stands_in_is_entered_at_its_own_price() {
+    for prices in [[1000, 10_000], [10_000, 1000]] {
+        let scene = Scene::standing_in([], prices).await;
+        let key = scene.key(json!({})).await;
+        for stream in [false, true] {
+            let response = scene.ask(&key, &asked(stream)).await;
+            assert_eq!(response.status(), 200, "{prices:?}");
+            response.bytes().await.unwrap();
+        }
+        let month = scene.ledger(&key).await;
+        assert_eq!((&month["requests"], &month["estimated_requests"]), (&json!(2), &json!(0)), "{prices:?}");
+        let cost = 2.0 * (PROMPT + COMPLETION) as f64 * f64::from(prices[1]) / 1e6;
+        assert!((month["cost_usd"].as_f64().unwrap() - cost).abs() < 1e-9, "{prices:?}: {month}");
+        assert_eq!(scene.llm.calls(), 2);
+    }
+}
+
+#[tokio::test]
+async fn what_is_reserved_is_the_price_of_the_dearer_model_whichever_of_the_two_will_answer() {
+    // About 90 bytes and 20 tokens: 0.11 USD with the cheap one, 1.1 USD with the dear one.
+    for (prices, let_in) in [([1000, 1000], true), ([1000, 10_000], false), ([10_000, 1000], false)] {
+        let begun = chunks("A growth of cells.")[..4].to_vec();
+        let scene = Scene::standing_in([Behaviour::Stream(begun, Ending::Stall)], prices).await;
+        let key = scene.key(json!({"budget_usd_per_month": 0.75})).await;
+        let mut under_way = scene.ask(&key, &asked(true)).await;
+        assert_eq!(under_way.status(), 200, "{prices:?}");
+        assert!(under_way.chunk().await.unwrap().is_some(), "{prices:?}");
+        let second = scene.ask(&key, &asked(false)).await;
+        assert_eq!(second.status(), if let_in { 200 } else { 429 }, "{prices:?}");
+        let text = second.text().await.unwrap();
+        assert_eq!(text.contains("insufficient_quota"), !let_in, "{prices:?}: {text}");
+        assert_eq!(scene.llm.calls(), 1 + usize::from(let_in), "{prices:?}: the refused one was asked");
+        // What was reserved and not taken is there again.
+        drop(under_way);
+        let month = scene.ledger(&key).await;
+        assert!(month["cost_usd"].as_f64().unwrap() < 0.75, "{prices:?}: {month}");
+        assert_eq!(scene.ask(&key, &asked(false)).await.status(), 200, "{prices:?}");
+    }
 }
 
 #[tokio::test]

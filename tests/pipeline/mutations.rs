@@ -149,13 +149,15 @@ async fn no_damaged_body_is_answered_500() {
     let upload = br#"{"content_type": "image/jpeg", "size_bytes": 5, "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"}"#;
     let chat =
         br#"{"messages": [{"role": "user", "content": "What is a naevus?"}], "temperature": 0, "max_tokens": 5}"#;
-    let seeds: [(&str, &str, &[u8]); 7] = [
+    let completion = br#"{"model": "m", "messages": [{"role": "user", "content": "What is a naevus?"}], "stream": true, "stream_options": {"include_usage": false}, "max_tokens": 5}"#;
+    let seeds: [(&str, &str, &[u8]); 8] = [
         ("/submit", "application/json", json),
         ("/submit", "multipart/form-data; boundary=b", &form),
         ("/submit", "application/json", prompt),
         ("/submit", "application/json", key),
         ("/uploads", "application/json", upload),
         ("/chat", "application/json", chat),
+        ("/v1/chat/completions", "application/json", completion),
         ("/admin/dead-letters/redrive", "application/json", br#"{"ids": ["0123456789abcdef"]}"#),
     ];
     let mut random = SmallRng::seed_from_u64(7);

@@ -5,13 +5,15 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
+use chrono::TimeDelta;
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
 use shared::clock::Clock;
 use shared::embedded::SqliteJobStore;
 use shared::job::{AnswerContent, Job, Record, Status, blob_prefix};
-use shared::ports::JobStore;
+use shared::ports::{BlobStore, JobStore};
 use tokio::process::Command;
+use uuid::Uuid;
 
 use crate::support::keyed::Keyed;
 use crate::support::leaks::Leaks;
@@ -54,6 +56,15 @@ fn question() -> Value {
 async fn job(data: &Path, id: &str) -> Job {
     let store = SqliteJobStore::open(&data.join("jobs.sqlite")).unwrap();
     store.get(id.parse().unwrap()).await.unwrap().and_then(Record::into_job).unwrap()
+}
+
+/// Makes a job on a host that is not running.
+async fn accept(host: &local::Host, question: &str) -> Uuid {
+    let request = serde_json::from_value(json!({
+        "messages": [{"role": "user", "content": question}], "max_tokens": null, "temperature": null, "format": "text",
+    }));
+    let caller = shared::http::Caller("local".into());
+    host.submit.accept_prompt(&caller, None, &request.unwrap(), None).await.unwrap()
 }
 
 #[tokio::test]
@@ -353,11 +364,7 @@ async fn a_second_delivery_of_a_prompts_change_finds_nothing_to_do() {
     let base_url = llm.base_url();
     let folder = tempfile::tempdir().unwrap();
     let host = open(folder.path(), Clock::System, &[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
-    let request = serde_json::from_value(json!({
-        "messages": [{"role": "user", "content": QUESTION}], "max_tokens": null, "temperature": null, "format": "text",
-    }));
-    let id =
-        host.submit.accept_prompt(&shared::http::Caller("local".into()), None, &request.unwrap(), None).await.unwrap();
+    let id = accept(&host, QUESTION).await;
     let until = || host.clock.now() + chrono::TimeDelta::minutes(10);
     // At the same time, and once more when it has ended.
     let deliveries = (0..3).map(|_| host.enrichment.process(id, until()));
@@ -376,12 +383,7 @@ async fn the_answer_of_a_worker_whose_lease_ran_out_takes_nobodys_place() {
     let (base_url, clock) = (llm.base_url(), Clock::manual(chrono::Utc::now()));
     let folder = tempfile::tempdir().unwrap();
     let host = open(folder.path(), clock.clone(), &[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
-    let request = json!({
-        "messages": [{"role": "user", "content": QUESTION}], "max_tokens": null, "temperature": null, "format": "text",
-    });
-    let caller = shared::http::Caller("local".into());
-    let request = serde_json::from_value(request).unwrap();
-    let id = host.submit.accept_prompt(&caller, None, &request, None).await.unwrap();
+    let id = accept(&host, QUESTION).await;
     let until = || host.clock.now() + chrono::TimeDelta::minutes(10);
     let overtaken = async {
         eventually("the first worker asks", async || llm.calls() == 1).await;
@@ -462,6 +464,43 @@ async fn neither_prompt_nor_answer_is_logged_and_a_delete_leaves_neither_in_a_fi
     let log = std::fs::read(log_file.path()).unwrap();
     assert!(log.len() > 1000);
     assert_eq!(leaks.found_in("the log", &log), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_prompt_and_its_answer_expire_and_nothing_of_them_is_left() {
+    let mut leaks = Leaks::default();
+    for marker in ["qvortolambrisk", "drimbolatic words"] {
+        leaks.watch(marker, marker.as_bytes());
+    }
+    // A short answer is in the record; a long one is a blob, without which its record says nothing.
+    for (words, blobs, days) in [(1, 0, 30), (20_000, 1, 7)] {
+        let clock = Clock::manual(chrono::Utc::now());
+        let llm = LlmServer::start([Behaviour::Answer("drimbolatic words ".repeat(words))]).await;
+        let (base_url, folder) = (llm.base_url(), tempfile::tempdir().unwrap());
+        let host = open(folder.path(), clock.clone(), &[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
+        let (id, start) = (accept(&host, "a qvortolambrisk?").await, clock.now());
+        host.enrichment.process(id, start + TimeDelta::minutes(10)).await.unwrap();
+        let ended = host.store.get(id).await.unwrap().and_then(Record::into_job).unwrap();
+        assert_eq!((ended.status, ended.expires_at), (Status::Completed, start + TimeDelta::days(days)));
+        assert_eq!(usize::from(matches!(ended.answer.unwrap().content, AnswerContent::Blob { .. })), blobs);
+        assert_ne!(leaks.found_below(folder.path()).0, Vec::<String>::new(), "they were in no file before");
+        // As housekeeping does.
+        let expire = async || {
+            let records = host.store.remove_expired(clock.now()).await.unwrap();
+            let limit = clock.now() - host.config.policy.photo_ttl;
+            (records, host.blobs.remove_older("jobs/", limit.into()).await.unwrap())
+        };
+        for (day, records_gone, blobs_gone) in [(7, blobs, 1 + blobs), (30, 1 - blobs, 0)] {
+            let moment = start + TimeDelta::days(day);
+            clock.advance(moment - TimeDelta::hours(1) - clock.now());
+            assert_eq!(expire().await, (0, 0), "{words}: before {day} days");
+            clock.advance(TimeDelta::hours(2));
+            assert_eq!(expire().await, (records_gone, blobs_gone), "{words}: after {day} days");
+        }
+        assert_eq!(host.store.get(id).await.unwrap(), None);
+        assert_eq!(host.blobs.list("jobs/", None, 10).await.unwrap(), [] as [&str; 0]);
+        assert_eq!(leaks.found_below(folder.path()).0, Vec::<String>::new());
+    }
 }
 
 /// The only test here that waits for the clock: what a client of five minutes sees of an answer of
