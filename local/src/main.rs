@@ -35,7 +35,21 @@ enum Command {
         another: bool,
     },
     /// Check a model bundle, or begin one. docs/MODEL.md has the fields of a manifest.
-    #[command(subcommand)]
+    ///
+    /// A bundle is a folder with manifest.json and the network that it describes, an image classifier in ONNX's format.
+    #[command(
+        subcommand,
+        after_help = "From a network to a host that works by it:
+  local model new mine/model.onnx     begin mine/manifest.json, with what is to be filled in
+  $EDITOR mine/manifest.json
+  local model check mine              say whether a host would take it; print its digest
+  MODEL_DIR=mine MODEL_DIGEST=<the digest> local serve
+
+Exit codes:
+  0  done
+  1  not, and why
+  2  the command line is wrong"
+    )]
     Model(model::Command),
     /// Print the API's description as JSON.
     Openapi,

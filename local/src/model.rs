@@ -16,9 +16,18 @@ use inference::model::{Model, graph};
 use inference::{draft, picture};
 use shared::config::Env;
 
+/// What to do where there is no manifest to read.
+const BEGIN: &str = "name a folder that has manifest.json; `local model new` on a network begins one beside it";
+/// What to do where the manifest cannot be read, or says of the network's file what is not so.
+const CORRECT: &str = "correct the field or line that it names: network.file is a file beside manifest.json, \
+    network.size_bytes its size and network.sha256 what sha256sum prints for it; docs/MODEL.md has all fields";
+/// What to do where the network does not load, or is another than the manifest describes.
+const FIT: &str = "ONNX Runtime must load the network; names, shapes and types are the graph's, with a label for each \
+    score: `local model new` on a copy of the network, in a folder of its own, writes them";
 /// Why golden pictures come out otherwise.
-const READ_OTHERWISE: &str = "the host and your own code see another picture or read another score: compare \
-    input.resize, scale, mean, std and layout, the order of the labels, outputs.scores.kind and temperature";
+const READ_OTHERWISE: &str = "png_base64 must be a PNG in base64; where it is, the host and your own code see another \
+    picture or read another score: compare input.resize, scale, mean, std and layout, the number and the order of the \
+    labels, outputs.scores.kind and temperature";
 /// Runs that the latency is the median of.
 const RUNS: usize = 30;
 
@@ -26,10 +35,16 @@ const RUNS: usize = 30;
 pub(crate) enum Command {
     /// Say whether a bundle can be used: digests, shapes, golden pictures, and how fast it is.
     ///
-    /// Ends with 0 where a host would take it, with 1 and what to do where it would not.
+    /// Prints a line for each step as far as the first that is wrong, and then what to do, or the digest to
+    /// start a host with.
     #[command(after_help = "Example:
   local model check model
   MODEL_DIR=model MODEL_DIGEST=<the digest it prints> local serve
+
+Exit codes:
+  0  a host would take the bundle
+  1  it would not, or there is no ONNX Runtime to tell
+  2  the command line is wrong
 
 ORT_DYLIB_PATH names the ONNX Runtime library; `scripts/onnxruntime` installs it and prints the path.")]
     Check {
@@ -44,7 +59,13 @@ ORT_DYLIB_PATH names the ONNX Runtime library; `scripts/onnxruntime` installs it
     #[command(after_help = "Example:
   local model new mine/model.onnx     writes mine/manifest.json
   $EDITOR mine/manifest.json
-  local model check mine")]
+  local model check mine
+
+Exit codes:
+  0  the manifest is written, and what is to be filled in is printed
+  1  nothing is written: the network is no such classifier, a manifest.json is there already,
+     or there is no ONNX Runtime to read the network (ORT_DYLIB_PATH, as for check)
+  2  the command line is wrong")]
     New {
         /// An image classifier with one picture as input, [1,3,H,W] or [1,H,W,3].
         network: PathBuf,
@@ -65,8 +86,7 @@ fn row(what: &str, found: &str) {
 
 fn check(folder: &Path, library: &Path) -> anyhow::Result<()> {
     let bundle = Bundle::from_directory(folder, None).map_err(|error| {
-        let advice = "correct the field that it names, or run sha256sum on the network and write that into \
-                      network.sha256; docs/MODEL.md has all fields";
+        let advice = if folder.join(MANIFEST).is_file() { CORRECT } else { BEGIN };
         wrong("bundle", &error, advice)
     })?;
     let (digest, labels) = (bundle.digest.clone(), bundle.manifest.labels.len());
@@ -77,10 +97,8 @@ fn check(folder: &Path, library: &Path) -> anyhow::Result<()> {
     );
 
     let started = Instant::now();
-    let model = Model::open(bundle, library, 1).map_err(|error| {
-        let advice = "names, shapes and types are the graph's; `local model new` on a copy of the network writes them";
-        wrong("interface", &error, advice)
-    })?;
+    let model = Model::open(bundle, library, 1)
+        .map_err(|error| if is_setting(&error) { anyhow!(error.0) } else { wrong("interface", &error, FIT) })?;
     let loaded = started.elapsed();
     row("interface", &format!("ok      {}", interface(&model.manifest)));
 
@@ -102,8 +120,13 @@ fn check(folder: &Path, library: &Path) -> anyhow::Result<()> {
 
 /// Prints what is wrong; the error says what to do.
 fn wrong(what: &str, error: &Refused, advice: &'static str) -> anyhow::Error {
-    row(what, &format!("WRONG   {error}"));
+    row(what, &format!("WRONG   {}", error.0));
     anyhow!(advice)
+}
+
+/// Whether it is this machine that lacks something and no fault of the network: a setting's error begins with its name.
+fn is_setting(error: &Refused) -> bool {
+    error.0.starts_with("ORT_DYLIB_PATH")
 }
 
 fn interface(manifest: &Manifest) -> String {
@@ -134,8 +157,9 @@ fn millis(duration: Duration) -> f64 {
 fn new(network: &Path, library: &Path) -> anyhow::Result<()> {
     let bytes = std::fs::read(network).with_context(|| network.display().to_string())?;
     let file = network.file_name().and_then(|name| name.to_str()).context("the network has no plain file name")?;
-    let graph = graph(&bytes, library)?;
-    let manifest = draft::manifest(file, &bytes, &graph)?;
+    let graph = graph(&bytes, library)
+        .map_err(|error| if is_setting(&error) { anyhow!(error.0) } else { anyhow!("{file}: {}", error.0) })?;
+    let manifest = draft::manifest(file, &bytes, &graph).map_err(|error| anyhow!(error.0))?;
     let path = network.with_file_name(MANIFEST);
     let text = serde_json::to_string_pretty(&manifest)? + "\n";
     match File::create_new(&path).and_then(|mut file| file.write_all(text.as_bytes())) {
@@ -146,6 +170,8 @@ fn new(network: &Path, library: &Path) -> anyhow::Result<()> {
     }
     println!("{} is written. To be filled in:", path.display());
     draft::missing(&manifest).iter().for_each(|field| println!("  {field}"));
-    println!("Then: local model check {}", path.parent().unwrap_or(Path::new(".")).display());
+    // Of a plain file name it is "".
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    println!("Then: local model check {}", folder.display());
     Ok(())
 }

@@ -144,7 +144,8 @@ fn texts() -> std::io::Result<()> {
     }
     let shipped = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/manifest.json"))?;
     let mut small: serde_json::Value = serde_json::from_slice(&shipped)?;
-    small["golden"]["pictures"] = serde_json::json!([{"name": "a", "png_base64": "", "probabilities": [0.1, 0.9]}]);
+    small["golden"]["pictures"] =
+        serde_json::json!([{"name": "a", "png_base64": "", "probabilities": [0.1, 0.9], "ood": 0.5}]);
     small["labels"] = serde_json::json!([
         {"code": "a", "name": "A", "malignant": false},
         {"code": "b", "name": "B", "malignant": true},

@@ -24,6 +24,7 @@ mod llm;
 mod logs;
 mod maps;
 mod metrics;
+mod model_check;
 mod models;
 mod mutations;
 mod page;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use shared::ports::BlobStore;
 
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, Network};
 
 pub const MANIFEST: &str = "manifest.json";
 
@@ -45,12 +45,17 @@ impl Bundle {
     /// A bundle from its bytes. With `pin`, the manifest must have that digest.
     ///
     /// # Errors
-    /// [`Refused`] where a digest or a field is wrong.
+    /// [`Refused`] where a digest, the size or a field is wrong.
     pub fn verify(manifest_bytes: &[u8], network: Vec<u8>, pin: Option<&str>) -> Result<Self, Refused> {
         let (digest, manifest) = read_manifest(manifest_bytes, pin)?;
-        let (found, wanted) = (sha256(&network), &manifest.network.sha256);
+        let Network { file, sha256: wanted, size_bytes } = &manifest.network;
+        // Of a file that was cut short this says more than a digest.
+        if network.len() as u64 != *size_bytes {
+            let found = network.len();
+            return Err(Refused::new(format!("{file} has {found} bytes, the manifest says {size_bytes}")));
+        }
+        let found = sha256(&network);
         if !found.eq_ignore_ascii_case(wanted) {
-            let file = &manifest.network.file;
             return Err(Refused::new(format!("{file} has SHA-256 {found}, the manifest says {wanted}")));
         }
         Ok(Self { digest, manifest, network })

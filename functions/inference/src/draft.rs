@@ -46,14 +46,29 @@ fn collect(value: &Value, path: String, found: &mut Vec<String>) {
 /// # Errors
 /// [`Refused`] where no input takes a picture of three channels, or no output can be scores.
 pub fn manifest(file: &str, network: &[u8], graph: &Graph) -> Result<Value, Refused> {
-    let input = graph.inputs.iter().find_map(picture);
-    let input =
-        input.ok_or_else(|| Refused::new(format!("{file}: no input takes a picture, [1,3,H,W] or [1,H,W,3]")))?;
+    let input = graph.inputs.iter().find_map(picture).ok_or_else(|| {
+        let found = listed(&graph.inputs);
+        Refused::new(format!(
+            "{file}: no input takes a picture, float32 or uint8 [1,3,H,W] or [1,H,W,3]; it has: {found}"
+        ))
+    })?;
+    // One that says how many there are is surer to be scores.
     let scores = graph.outputs.iter().find(|output| classes(output).is_some());
-    let scores = scores.ok_or_else(|| Refused::new(format!("{file}: no output gives scores, float32 [1, classes]")))?;
+    let scores = scores.or_else(|| graph.outputs.iter().find(|output| is_of_any_size(output))).ok_or_else(|| {
+        let found = listed(&graph.outputs);
+        Refused::new(format!("{file}: no output gives scores, float32 [1, classes], two or more; it has: {found}"))
+    })?;
     let label = |at| {
         json!({"code": fill_in(&format!("of score {at}, such as nv")), "name": fill_in("for people"),
         "malignant": fill_in("true or false; pre-malignant counts")})
+    };
+    let labels: Vec<Value> = match classes(scores) {
+        Some(classes) => (0..classes).map(label).collect(),
+        None => {
+            let others =
+                fill_in("the graph does not say how many there are: one for each other score, or take this out");
+            vec![label(0), label(1), others]
+        }
     };
     let mut outputs = json!({"scores": {"name": scores.name, "kind": kind(&scores.name)}});
     for (field, is_it, names) in
@@ -74,7 +89,7 @@ pub fn manifest(file: &str, network: &[u8], graph: &Graph) -> Result<Value, Refu
         "version": fill_in("for people"),
         "licence": fill_in("an SPDX expression or a sentence"),
         "network": {"file": file, "sha256": sha256(network), "size_bytes": network.len()},
-        "labels": (0..classes(scores).unwrap_or(0)).map(label).collect::<Vec<_>>(),
+        "labels": labels,
         "input": input,
         "outputs": outputs,
         "temperature": 1.0,
@@ -89,9 +104,10 @@ pub fn manifest(file: &str, network: &[u8], graph: &Graph) -> Result<Value, Refu
 
 /// The manifest's `input`, where the outlet can take a picture.
 fn picture(outlet: &Outlet) -> Option<Value> {
+    // A host gives it one at a time.
     let (layout, [height, width]) = match *outlet.shape.as_slice() {
-        [_, 3, height, width] => ("nchw", [height, width]),
-        [_, height, width, 3] => ("nhwc", [height, width]),
+        [-1 | 1, 3, height, width] => ("nchw", [height, width]),
+        [-1 | 1, height, width, 3] => ("nhwc", [height, width]),
         _ => return None,
     };
     if !["float32", "uint8"].contains(&outlet.element.as_str()) {
@@ -113,7 +129,7 @@ fn picture(outlet: &Outlet) -> Option<Value> {
     Some(input)
 }
 
-/// How many classes the outlet has scores for.
+/// How many classes the outlet has scores for, where its shape says it.
 fn classes(outlet: &Outlet) -> Option<i64> {
     match *outlet.shape.as_slice() {
         [_, classes] if classes >= 2 && outlet.element == "float32" => Some(classes),
@@ -121,8 +137,13 @@ fn classes(outlet: &Outlet) -> Option<i64> {
     }
 }
 
+/// Whether the outlet can have scores for a number of classes that only a run tells.
+fn is_of_any_size(outlet: &Outlet) -> bool {
+    outlet.element == "float32" && matches!(*outlet.shape.as_slice(), [_, -1])
+}
+
 fn is_number(outlet: &Outlet) -> bool {
-    outlet.element == "float32" && matches!(*outlet.shape.as_slice(), [] | [_] | [_, 1])
+    outlet.element == "float32" && matches!(*outlet.shape.as_slice(), [] | [-1 | 1] | [-1 | 1, 1])
 }
 
 fn is_map(outlet: &Outlet) -> bool {
@@ -136,6 +157,12 @@ fn is_called(outlet: &Outlet, names: &[&str]) -> bool {
     called.split(|letter: char| !letter.is_ascii_alphanumeric()).any(|word| names.contains(&word))
 }
 
+/// What a network has, where nothing of it will do.
+fn listed(outlets: &[Outlet]) -> String {
+    let each = outlets.iter().map(|Outlet { name, element, shape }| format!("{name} {element} {shape:?}"));
+    each.collect::<Vec<_>>().join(", ")
+}
+
 /// A name often says it, and the golden pictures find out.
 fn kind(name: &str) -> Value {
     let name = name.to_ascii_lowercase();
@@ -143,5 +170,42 @@ fn kind(name: &str) -> Value {
         () if name.contains("logit") => json!("logits"),
         () if name.contains("prob") || name.contains("softmax") => json!("probabilities"),
         () => fill_in("logits or probabilities"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outlet(name: &str, shape: &[i64]) -> Outlet {
+        Outlet { name: name.to_owned(), element: "float32".to_owned(), shape: shape.to_vec() }
+    }
+
+    #[test]
+    fn an_output_called_ood_is_drafted_as_one_where_it_is_one_number() {
+        let cases: [(&[i64], bool); 7] = [
+            (&[], true),
+            (&[1], true),
+            (&[-1], true),
+            (&[-1, 1], true),
+            (&[7], false),
+            (&[-1, 7], false),
+            (&[7, 1], false),
+        ];
+        for (shape, drafted) in cases {
+            let inputs = vec![outlet("picture", &[-1, 3, 12, 8])];
+            let outputs = vec![outlet("logits", &[-1, 2]), outlet("ood", shape)];
+            let draft = manifest("network.onnx", b"", &Graph { inputs, outputs }).unwrap();
+            assert_eq!(draft["outputs"]["ood"].is_object(), drafted, "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn height_and_width_are_drafted_from_either_layout() {
+        for (layout, shape) in [("nchw", [-1, 3, 12, 8]), ("nhwc", [-1, 12, 8, 3])] {
+            let graph = Graph { inputs: vec![outlet("picture", &shape)], outputs: vec![outlet("logits", &[-1, 2])] };
+            let input = &manifest("network.onnx", b"", &graph).unwrap()["input"];
+            assert_eq!((&input["layout"], &input["width"], &input["height"]), (&json!(layout), &json!(8), &json!(12)));
+        }
     }
 }

@@ -40,6 +40,7 @@ pub struct Network {
     pub file: String,
     /// In hex.
     pub sha256: String,
+    /// The file's own.
     pub size_bytes: u64,
 }
 
@@ -103,7 +104,7 @@ pub enum Resize {
 #[serde(deny_unknown_fields)]
 pub struct Outputs {
     pub scores: Scores,
-    /// One number, higher for stranger pictures.
+    /// float32 `[]`, `[N]` or `[N, 1]`: one number, higher for stranger pictures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ood: Option<Output>,
     /// float32 `[N, h, w]`: what each place of the picture adds to the score of the class that comes
@@ -163,8 +164,22 @@ pub struct GoldenPicture {
     pub png_base64: String,
     /// Calibrated, in the order of the labels.
     pub probabilities: Vec<f64>,
+    /// Needed where `abstention.max_ood` is set: a score that decides is tried.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ood: Option<f64>,
+}
+
+impl GoldenPicture {
+    fn check(&self, labels: usize, needs_ood: bool) -> Result<(), String> {
+        let found = self.probabilities.len();
+        if found != labels {
+            return Err(format!("golden picture {:?} has {found} probabilities for {labels} labels", self.name));
+        }
+        if needs_ood && self.ood.is_none() {
+            return Err(format!("golden picture {:?} has no ood, which abstention.max_ood needs", self.name));
+        }
+        Ok(())
+    }
 }
 
 /// What calibration and abstention were measured to buy, on photos that the model was not made from.
@@ -245,15 +260,8 @@ impl Manifest {
         if let Some((_, problem)) = checks.into_iter().find(|(holds, _)| !holds) {
             return Err(problem);
         }
-        let labels = self.labels.len();
-        let wrong = self.golden.pictures.iter().find(|picture| picture.probabilities.len() != labels);
-        wrong.map_or(Ok(()), |picture| {
-            Err(format!(
-                "golden picture {:?} has {} probabilities for {labels} labels",
-                picture.name,
-                picture.probabilities.len()
-            ))
-        })
+        let (labels, needs_ood) = (self.labels.len(), self.abstention.max_ood.is_some());
+        self.golden.pictures.iter().try_for_each(|picture| picture.check(labels, needs_ood))
     }
 
     fn has_doubled_label(&self) -> bool {

@@ -160,7 +160,8 @@ impl Model {
         };
         let (_, scores) = read(&self.manifest.outputs.scores.name)?;
         let ood = self.manifest.outputs.ood.as_ref().map(|output| read(&output.name)).transpose()?;
-        let ood = ood.map(|(_, values)| values.first().copied().unwrap_or(f32::NAN));
+        // Of more than one number none is the score.
+        let ood = ood.map(|(_, values)| if let [ood] = values.as_slice() { *ood } else { f32::NAN });
         let map = self.manifest.outputs.map.as_ref().map(|output| read(&output.name)).transpose()?;
         let map = map.map(|(shape, values)| {
             let side = |axis: usize| shape.get(axis).and_then(|side| u32::try_from(*side).ok()).unwrap_or(0);
@@ -347,34 +348,38 @@ fn check_interface(session: &Session, manifest: &Manifest) -> Result<(), Refused
         Element::Float32 => TensorElementType::Float32,
         Element::Uint8 => TensorElementType::Uint8,
     };
-    check_tensor(input.dtype(), element, &manifest.input_shape())
+    check_tensor(input.dtype(), element, &[manifest.input_shape().to_vec()])
         .map_err(|why| Refused::new(format!("{file}, input {:?}: {why}", manifest.input.name)))?;
 
     let labels = i64::try_from(manifest.labels.len()).unwrap_or(i64::MAX);
-    let scores = (&manifest.outputs.scores.name, Some(vec![1, labels]), format!(" for {labels} labels"));
-    let ood = manifest.outputs.ood.as_ref().map(|output| (&output.name, None, String::new()));
+    let scores = (&manifest.outputs.scores.name, vec![vec![1, labels]], format!(" for {labels} labels"));
+    let number = vec![vec![], vec![1], vec![1, 1]];
+    let ood = manifest.outputs.ood.as_ref().map(|output| (&output.name, number, " for one number".to_owned()));
     // Of any height and width.
-    let map = manifest.outputs.map.as_ref().map(|output| (&output.name, Some(vec![1, -1, -1]), String::new()));
-    for (name, shape, purpose) in std::iter::once(scores).chain(ood).chain(map) {
+    let map = manifest.outputs.map.as_ref().map(|output| (&output.name, vec![vec![1, -1, -1]], String::new()));
+    for (name, shapes, purpose) in std::iter::once(scores).chain(ood).chain(map) {
         let output = session.outputs().iter().find(|outlet| outlet.name() == *name);
         let output = output.ok_or_else(|| {
             Refused::new(format!("{file} has no output {name:?}; it has: {}", names(session.outputs())))
         })?;
-        if let Some(shape) = shape {
-            check_tensor(output.dtype(), TensorElementType::Float32, &shape)
-                .map_err(|why| Refused::new(format!("{file}, output {name:?}{purpose}: {why}")))?;
-        }
+        check_tensor(output.dtype(), TensorElementType::Float32, &shapes)
+            .map_err(|why| Refused::new(format!("{file}, output {name:?}{purpose}: {why}")))?;
     }
     Ok(())
 }
 
-fn check_tensor(found: &ValueType, element: TensorElementType, wanted: &[i64]) -> Result<(), String> {
+/// Whether a tensor has one of the shapes.
+fn check_tensor(found: &ValueType, element: TensorElementType, wanted: &[Vec<i64>]) -> Result<(), String> {
     let ValueType::Tensor { ty, shape, .. } = found else { return Err("is no tensor".into()) };
     if *ty != element {
         return Err(format!("is of type {ty}, the manifest says {element}"));
     }
     // A dimension of −1 is dynamic and takes any size.
     let agree = |(found, wanted): (&i64, &i64)| *found == -1 || *wanted == -1 || found == wanted;
-    let fits = shape.len() == wanted.len() && shape.iter().zip(wanted).all(agree);
-    if fits { Ok(()) } else { Err(format!("has shape {shape:?}, the manifest says {wanted:?}")) }
+    let fits = |wanted: &Vec<i64>| shape.len() == wanted.len() && shape.iter().zip(wanted).all(agree);
+    if wanted.iter().any(fits) {
+        return Ok(());
+    }
+    let wanted: Vec<String> = wanted.iter().map(|wanted| format!("{wanted:?}")).collect();
+    Err(format!("has shape {shape:?}, the manifest says {}", wanted.join(" or ")))
 }
