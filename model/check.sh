@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Holds the shipped bundle to its own figures: scores the val photos and drawn non-lesions, and fails where they come
-# out worse than manifest.json and evaluation.json say. Needs no training library.
+# Holds the shipped bundle to its own figures: scores the val photos and drawn pictures, and fails where evaluation.json,
+# manifest.json or README.md says otherwise. Needs no training library.
 #
-#   model/check.sh [DATA_DIR]     default ../shared/data/ham10000, seen from the repository
+#   model/check.sh [DATA_DIR] [--parity DIR]
+#
+# DATA_DIR is ../shared/data/ham10000, seen from the repository; where it is missing, what takes photos is left out.
+# --parity writes the val photos as PNGs and their probabilities into DIR, for a test in tests/pipeline/models.rs.
 set -euo pipefail
-data=$(realpath "${1:-$(dirname "$0")/../../shared/data/ham10000}")
-cd "$(dirname "$0")/.."
+here=$(realpath "$(dirname "$0")")
 
-venv=.cache/model-check-$(sha256sum model/requirements-check.txt | cut -c 1-12)
+venv=$here/../.cache/model-check-$(sha256sum "$here/requirements-check.txt" | cut -c 1-12)
 if [[ ! -e $venv/installed ]]; then
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r model/requirements-check.txt
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/requirements-check.txt"
     touch "$venv/installed"
 fi
-ORT_DISABLE_TELEMETRY=1 exec "$venv/bin/python" -B model/evaluate.py "$data" --check
+export ORT_DISABLE_TELEMETRY=1
+"$venv/bin/python" -B "$here/check_test.py" --quiet
+exec "$venv/bin/python" -B "$here/check.py" "$@"

@@ -1,6 +1,6 @@
 """Runs the shipped bundle as its users do and measures its answers. Needs no training library.
 
-Read by export.py, evaluate.py and through them by check.sh.
+Read by export.py, evaluate.py and check.py.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 
 import strangers
-from prepare import CODES, MALIGNANT, read_photo, read_rows, resize
+from prepare import CODES, HEIGHT, MALIGNANT, WIDTH, read_photo, read_rows, resize
 
 MELANOMA = CODES.index("mel")
 CANCERS = [i for i, code in enumerate(CODES) if code in MALIGNANT]
@@ -21,7 +21,7 @@ STRANGER_SEED = 77
 
 
 class Runner:
-    """Files in, calibrated probabilities, the out-of-distribution score and the map out."""
+    """Pictures in, calibrated probabilities and the out-of-distribution score out, or the graph's own outputs."""
 
     def __init__(self, network: Path, temperature: float, mean: list, std: list):
         options = onnxruntime.SessionOptions()
@@ -29,15 +29,19 @@ class Runner:
         self.session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
         self.temperature, self.mean, self.std = temperature, np.float32(mean), np.float32(std)
 
-    def run(self, photos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [N, H, W, 3] to probabilities [N, 7] and ood [N]."""
+    def outputs(self, photos: np.ndarray, names: list[str]) -> list[np.ndarray]:
+        """uint8 [N, H, W, 3] to outputs of the graph."""
         parts = []
         for i in range(0, len(photos), 32):
             pixels = ((photos[i : i + 32] * np.float32(1 / 255) - self.mean) / self.std).transpose(0, 3, 1, 2)
-            logits, ood = self.session.run(["logits", "ood"], {"input": pixels})
-            scaled = np.exp((logits - logits.max(1, keepdims=True)) / self.temperature)
-            parts.append((scaled / scaled.sum(1, keepdims=True), ood))
-        return tuple(np.concatenate(column) for column in zip(*parts))
+            parts.append(self.session.run(names, {"input": pixels}))
+        return [np.concatenate(column) for column in zip(*parts)]
+
+    def run(self, photos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [N, H, W, 3] to probabilities [N, 7] and ood [N]."""
+        logits, ood = self.outputs(photos, ["logits", "ood"])
+        scaled = np.exp((logits - logits.max(1, keepdims=True)) / self.temperature)
+        return scaled / scaled.sum(1, keepdims=True), ood
 
     def milliseconds(self, photo: np.ndarray) -> float:
         """The fastest of some runs on one photo, on one thread."""
@@ -55,9 +59,13 @@ def load_bundle(folder: Path) -> tuple[dict, Runner]:
     return manifest, Runner(folder / manifest["network"]["file"], manifest["temperature"], fed["mean"], fed["std"])
 
 
+def val_rows(data: Path) -> list[dict]:
+    return [row for row in read_rows(data) if row["split"] == "val"]
+
+
 def read_val(data: Path) -> tuple[list, np.ndarray, np.ndarray]:
     """Photos in their own size, labels and lesions."""
-    rows = [row for row in read_rows(data) if row["split"] == "val"]
+    rows = val_rows(data)
     photos = [read_photo(data, row) for row in rows]
     return photos, np.array([CODES.index(row["dx"]) for row in rows]), np.array([row["lesion_id"] for row in rows])
 
@@ -110,9 +118,12 @@ def figures(probabilities: np.ndarray, ood: np.ndarray, labels: np.ndarray, limi
     }
 
 
-def non_lesions_abstained(runner: Runner, limits: dict) -> tuple[float, dict[str, float]]:
-    """Share of drawn non-lesions of the held-out families that get no answer, and the same by family."""
-    pictures = strangers.draw(strangers.HELD_OUT, STRANGER_SEED)
-    refused = (~answered(*runner.run(resized(pictures)), limits)).reshape(len(strangers.HELD_OUT), -1)
-    by_family = {family.__name__: float(row.mean()) for family, row in zip(strangers.HELD_OUT, refused)}
-    return float(refused.mean()), by_family
+def score_non_lesions(runner: Runner, families: list) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What `Runner.run` gives for the pictures of each family, by the family's name."""
+    pictures = resized(strangers.draw(families, STRANGER_SEED)).reshape(len(families), -1, HEIGHT, WIDTH, 3)
+    return {family.__name__: runner.run(drawn) for family, drawn in zip(families, pictures)}
+
+
+def abstained(scores: dict[str, tuple[np.ndarray, np.ndarray]], limits: dict) -> dict[str, float]:
+    """Share of each family's pictures that gets no answer. All families are of one size."""
+    return {name: float((~answered(*drawn, limits)).mean()) for name, drawn in scores.items()}
