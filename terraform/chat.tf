@@ -10,11 +10,21 @@ resource "aws_lambda_function_url" "chat" {
     for_each = length(var.allowed_origins) == 0 ? [] : [var.allowed_origins]
 
     content {
-      allow_origins  = cors.value
-      allow_methods  = ["GET", "POST"]
-      allow_headers  = ["authorization", "content-type"]
-      expose_headers = ["retry-after", "x-request-id"]
-      max_age        = 3600
+      allow_origins = cors.value
+      allow_methods = ["GET", "POST"]
+      # The last lines are what OpenAI's client sends of itself in a browser (openai 7.57.0); without them it is refused.
+      allow_headers = [
+        "authorization", "cache-control", "content-type", "x-cache",
+        "openai-organization", "openai-project", "x-stainless-arch", "x-stainless-helper-method", "x-stainless-lang",
+        "x-stainless-os", "x-stainless-package-version", "x-stainless-retry-count", "x-stainless-runtime",
+        "x-stainless-runtime-version", "x-stainless-timeout",
+      ]
+      expose_headers = [
+        "retry-after", "x-cache", "x-ratelimit-limit-requests", "x-ratelimit-limit-tokens", "x-ratelimit-remaining-requests",
+        "x-ratelimit-remaining-tokens", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-request-id",
+        "x-should-retry",
+      ]
+      max_age = 3600
     }
   }
 }

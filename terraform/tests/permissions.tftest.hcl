@@ -59,8 +59,11 @@ run "an_agent_is_invoked_by_those_who_ask_and_through_its_alias_alone" {
   }
 
   assert {
-    condition     = [for key, it in module.function : key if can(regex("bedrock:InvokeAgent", it.policy))] == ["chat", "enrichment"]
-    error_message = "Others have nothing to ask an agent."
+    condition = alltrue([
+      for key, it in module.function :
+      regexall("\"bedrock:[^\"]*\"", it.policy) == (contains(["chat", "enrichment"], key) ? ["\"bedrock:InvokeAgent\""] : [])
+    ])
+    error_message = "Others have nothing to ask an agent, and nobody has anything else to ask of Bedrock."
   }
 
   assert {
