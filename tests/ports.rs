@@ -242,7 +242,7 @@ pub async fn queued_bytes_suite(store: impl JobStore) {
         let granted = store.reserve(&probe, 100).await.unwrap();
         if granted {
             let fence = Record::Upload(probe.clone()).fence();
-            assert!(store.replace(fence, &Record::Upload(probe.erased())).await.unwrap());
+            assert!(store.replace(fence, &Record::Upload(probe.erased(now))).await.unwrap());
         }
         granted
     };

@@ -262,6 +262,27 @@ async fn an_upload_is_its_callers_and_makes_one_job() {
 }
 
 #[tokio::test]
+async fn what_is_uploaded_once_more_behind_its_submit_is_erased_within_the_hour() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(Utc::now());
+    let host = open(folder.path(), clock.clone(), &[]).await;
+    let caller = Caller("local".into());
+    let permit = host.submit.permit(&caller, &upload_body(&mole())).await.unwrap();
+    host.blobs.put(&permit.image_key, mole()).await.unwrap();
+    host.submit.accept_upload(&caller, None, uploaded(&permit.image_key)).await.unwrap();
+    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+    assert_eq!(host.blobs.get(&permit.image_key).await.unwrap(), None);
+    // A client that repeats its PUT, with what the first was signed for.
+    host.blobs.put(&permit.image_key, mole()).await.unwrap();
+    clock.advance(TimeDelta::minutes(59));
+    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+    assert!(host.blobs.get(&permit.image_key).await.unwrap().is_some());
+    clock.advance(TimeDelta::minutes(1));
+    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+    assert_eq!(host.blobs.get(&permit.image_key).await.unwrap(), None);
+}
+
+#[tokio::test]
 async fn what_is_uploaded_and_not_submitted_is_erased_after_an_hour() {
     let folder = tempfile::tempdir().unwrap();
     let clock = Clock::manual(Utc::now());

@@ -201,7 +201,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
         crash::here(Point::SweepUploadErased);
         let fence = Record::Upload(upload.clone()).fence();
         // Where a submit was faster it is due again, and erased once more.
-        self.jobs.replace(fence, &Record::Upload(upload.erased())).await?;
+        self.jobs.replace(fence, &Record::Upload(upload.erased(self.clock.now()))).await?;
         crash::here(Point::SweepUploadSettled);
         report.uploads += 1;
         Ok(())

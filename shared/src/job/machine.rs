@@ -437,9 +437,11 @@ impl Upload {
         Self { version: self.version + 1, used: true, due_at: Some(now), ..self.clone() }
     }
 
-    /// The upload once what was uploaded is erased.
+    /// The upload once what was uploaded is erased. While what was signed may be used again it is looked at once
+    /// more.
     #[must_use]
-    pub fn erased(&self) -> Self {
-        Self { version: self.version + 1, used: true, due_at: None, ..self.clone() }
+    pub fn erased(&self, now: Timestamp) -> Self {
+        let due_at = (now < self.expires_at).then_some(self.expires_at);
+        Self { version: self.version + 1, used: true, due_at, ..self.clone() }
     }
 }
