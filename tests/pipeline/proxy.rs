@@ -1,6 +1,6 @@
 //! The proxy below `/v1/`, before a model server that misbehaves.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::Response;
 use serde_json::{Value, json};
@@ -165,6 +165,30 @@ async fn passing_trouble_is_tried_again_until_the_first_byte() {
         assert!(response.text().await.unwrap().contains("growth"), "{trouble:?}");
         assert_eq!(llm.calls(), 2, "{trouble:?}");
     }
+}
+
+#[tokio::test]
+async fn between_two_tries_there_is_the_pause_that_the_server_asks_for_or_a_short_one() {
+    for (wait, least_ms) in [(None, 200), (Some(1), 1000), (Some(2), 2000)] {
+        let llm = LlmServer::start([Behaviour::Status(503, wait), Behaviour::Answer("A growth.".into())]).await;
+        let host = host(&llm).await;
+        assert_eq!(ask(&host, &asked(false)).await.status(), 200, "{wait:?}");
+        let [first, second] = &llm.arrivals()[..] else { panic!("{wait:?}: two calls") };
+        let pause = second.duration_since(*first);
+        assert!(pause >= Duration::from_millis(least_ms), "{wait:?}: {pause:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_asks_for_a_longer_pause_than_ten_seconds_is_not_waited_for() {
+    let llm = LlmServer::start([]).await;
+    llm.behave(Behaviour::Status(429, Some(11)));
+    let host = host(&llm).await;
+    let started = Instant::now();
+    let response = ask(&host, &asked(false)).await;
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    assert_eq!(response.headers()["retry-after"], "11");
+    assert_eq!((refusal(response).await.0, llm.calls()), (429, 1));
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, State};
@@ -65,6 +65,7 @@ struct Inner {
     script: Mutex<VecDeque<Behaviour>>,
     otherwise: Mutex<Option<Behaviour>>,
     requests: Mutex<Vec<(HeaderMap, Value)>>,
+    arrivals: Mutex<Vec<Instant>>,
 }
 
 /// The running server; it ends with the test's runtime.
@@ -110,6 +111,11 @@ impl LlmServer {
     /// The requests so far, headers and body.
     pub fn requests(&self) -> Vec<(HeaderMap, Value)> {
         self.inner.requests.lock().unwrap().clone()
+    }
+
+    /// When they came.
+    pub fn arrivals(&self) -> Vec<Instant> {
+        self.inner.arrivals.lock().unwrap().clone()
     }
 
     pub fn calls(&self) -> usize {
@@ -195,6 +201,7 @@ pub fn explanation(text: &str) -> String {
 
 async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes) -> Response {
     let asked: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+    inner.arrivals.lock().unwrap().push(Instant::now());
     inner.requests.lock().unwrap().push((headers, asked.clone()));
     let behaviour = inner.script.lock().unwrap().pop_front();
     let behaviour = behaviour.or_else(|| inner.otherwise.lock().unwrap().clone());

@@ -118,15 +118,18 @@ async fn with_tries(model: &Model, asked: &Asked, deadline: Instant, effort: &mu
         };
         effort.status = failure.status;
         effort.perhaps_billed += u64::from(failure.may_be_billed);
-        let jitter = PAUSE.mul_f64(rand::random_range(0.5..1.0));
-        let pause = failure.retry_after.unwrap_or(jitter);
         let left = deadline.saturating_duration_since(Instant::now());
-        if !failure.is_retryable() || tried == MAX_TRIES || pause > MAX_PAUSE || pause >= left {
-            return Err(failure);
-        }
+        let Some(pause) = pause_before_next(&failure, tried, left) else { return Err(failure) };
         tokio::time::sleep(pause).await;
     }
     Err(Failure::new(Kind::Timeout, false))
+}
+
+/// How long to wait for another try behind `tried` of them, with so much time left; `None` where there is to be none.
+fn pause_before_next(failure: &Failure, tried: u32, left: Duration) -> Option<Duration> {
+    let jitter = PAUSE.mul_f64(rand::random_range(0.5..1.0));
+    let pause = failure.retry_after.unwrap_or(jitter);
+    (failure.is_retryable() && tried < MAX_TRIES && pause <= MAX_PAUSE && pause < left).then_some(pause)
 }
 
 async fn attempt(model: &Model, asked: &Asked, first_byte: &mut Option<Instant>) -> Result<Begun, Failure> {
@@ -206,4 +209,80 @@ async fn refusal(model: &Model, mut response: Response) -> Failure {
 fn is_error(body: &[u8]) -> bool {
     let value = serde_json::from_slice::<serde_json::Value>(body).unwrap_or_default();
     value["error"]["message"].is_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+    use axum::http::StatusCode;
+    use axum::routing::post;
+    use shared::config::Env;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// What a model has at first.
+    const LEFT: Duration = Duration::from_secs(870);
+
+    fn failure(kind: Kind, retry_after: Option<u64>) -> Failure {
+        Failure { retry_after: retry_after.map(Duration::from_secs), ..Failure::new(kind, false) }
+    }
+
+    #[test]
+    fn a_pause_that_the_server_asks_for_is_kept_where_it_is_neither_long_nor_ends_behind_the_deadline() {
+        for (asked, left, expected) in [
+            (0, 870, Some(0)),
+            (1, 870, Some(1)),
+            (10, 870, Some(10)),
+            (11, 870, None),
+            (10, 11, Some(10)),
+            (10, 10, None),
+            (2, 1, None),
+        ] {
+            let pause = pause_before_next(&failure(Kind::RateLimited, Some(asked)), 1, Duration::from_secs(left));
+            assert_eq!(pause, expected.map(Duration::from_secs), "{asked} of {left}");
+        }
+    }
+
+    #[test]
+    fn a_pause_that_nobody_asks_for_is_drawn_between_200_and_400_ms() {
+        let draw = |_| pause_before_next(&failure(Kind::Unavailable, None), 1, LEFT).unwrap().as_millis();
+        let pauses: Vec<_> = (0..1000).map(draw).collect();
+        let (shortest, longest) = (*pauses.iter().min().unwrap(), *pauses.iter().max().unwrap());
+        assert!((200..250).contains(&shortest) && (350..=400).contains(&longest), "{shortest} to {longest} ms");
+        assert_eq!(pause_before_next(&failure(Kind::Unavailable, None), 1, Duration::from_millis(200)), None);
+    }
+
+    #[test]
+    fn only_passing_trouble_is_tried_again_and_only_once() {
+        for (kind, tried, is_tried_again) in [
+            (Kind::RateLimited, 1, true),
+            (Kind::Unavailable, 1, true),
+            (Kind::Timeout, 1, true),
+            (Kind::Timeout, 2, false),
+            (Kind::Denied, 1, false),
+            (Kind::Refused, 1, false),
+            (Kind::InvalidResponse, 1, false),
+        ] {
+            let pause = pause_before_next(&failure(kind, None), tried, LEFT);
+            assert_eq!(pause.is_some(), is_tried_again, "{kind:?} {tried}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_whose_pause_ends_behind_the_deadline_is_not_asked_again() {
+        let refuse = || async { (StatusCode::TOO_MANY_REQUESTS, [("retry-after", "9")]) };
+        let router = Router::new().route("/chat/completions", post(refuse));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let models = Models::from_env(&Env::of([("LLM_BASE_URL", url.as_str()), ("LLM_MODEL", "m")])).unwrap();
+        let asked = Asked::read(Bytes::from_static(br#"{"model":"m"}"#)).unwrap();
+        // The model's own patience is longer.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let mut effort = Effort::default();
+        let failure = with_tries(models.get("m").unwrap(), &asked, deadline, &mut effort).await.err().unwrap();
+        assert_eq!((failure.kind, effort.tries), (Kind::RateLimited, 1));
+        assert!(Instant::now() < deadline, "waited all the same");
+    }
 }
