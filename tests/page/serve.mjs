@@ -66,7 +66,8 @@ function printed(child, pattern) {
       const found = text.match(pattern);
       if (found) resolve(found);
     });
-    child.once("exit", () => reject(new Error(`ended without ${pattern}: ${text}`)));
+    // It may have ended before what it printed was read.
+    child.once("close", () => reject(new Error(`ended without ${pattern}: ${text}`)));
   });
 }
 
