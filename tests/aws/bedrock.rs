@@ -1,6 +1,8 @@
 //! Agents of Bedrock: a stand-in whose frames AWS's own library writes, held against what AWS has sent, for what
 //! an agent may do wrong; and the emulator's, which answers in one piece.
 
+mod host;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,19 +18,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use local::{Config, Host};
-use reqwest::Client;
 use serde_json::{Value, json};
 use shared::api::chat::Role;
-use shared::clock::Clock;
 use shared::config::Env;
 use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt, session_of};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
 
 use crate::events::Functions;
-use crate::support::{root, sdk, within};
-use crate::websocket::Socket;
+use crate::support::sdk;
 
 const AGENT: &str = "AGENT12345";
 const ALIAS: &str = "TSTALIASID";
@@ -289,48 +286,6 @@ async fn settings_that_make_no_sense_keep_a_function_from_starting() {
         let error = Llm::with_agents(&Env::of(settings), &sdk).err().unwrap();
         assert_eq!(error.name, named, "{error}");
     }
-}
-
-#[tokio::test]
-async fn the_embedded_host_answers_conversations_prompts_and_questions_over_a_websocket_by_an_agent() {
-    let folder = tempfile::tempdir().unwrap();
-    let (model, library) =
-        (root().join("model"), Env::of_process().text("ORT_DYLIB_PATH").unwrap().unwrap().to_owned());
-    let own = [
-        ("DATA_DIR", folder.path().to_str().unwrap()),
-        ("LISTEN_ADDR", "127.0.0.1:0"),
-        ("MODEL_DIR", model.to_str().unwrap()),
-        ("ORT_DYLIB_PATH", library.as_str()),
-    ];
-    let env = Env::of([&SETTINGS[..], &own].concat());
-    let host = Host::open(Config::from_env(&env).unwrap(), &env, Clock::System).await.unwrap();
-    let ((stop, stopped), (ready, address)) = (oneshot::channel::<()>(), oneshot::channel());
-    let running = tokio::spawn(host.run(async { drop(stopped.await) }, |address| ready.send(address).unwrap()));
-    let (url, http) = (format!("http://{}", address.await.unwrap()), Client::builder().no_proxy().build().unwrap());
-    let post = async |path: &str, body: Value| -> Value {
-        http.post(format!("{url}{path}")).json(&body).send().await.unwrap().json().await.unwrap()
-    };
-    let said =
-        |text: &Value| text.as_str().is_some_and(|text| text.contains(AGENT) && text.contains("reply for prompt#"));
-    let answer = post("/chat", json!({"messages": [{"role": "user", "content": "Hello?"}]})).await;
-    assert!(said(&answer["content"]) && answer["model"] == format!("{AGENT}/{ALIAS}"), "{answer}");
-    let id = post("/submit", json!({"prompt": "Hello?"})).await["request_id"].as_str().unwrap().to_owned();
-    within("the prompt is answered", async || {
-        let result: Value = http.get(format!("{url}/result/{id}")).send().await.unwrap().json().await.unwrap();
-        assert_ne!(result["status"], "failed", "{result}");
-        said(&result["content"])
-    })
-    .await;
-    let mut socket = Socket::connect(&http, &url, "").await;
-    socket.send(json!({"action": "ask", "prompt": "Hello?"})).await;
-    let (mut text, mut frame) = (String::new(), Value::Null);
-    while frame["type"] != "result" {
-        frame = socket.next().await.unwrap();
-        text.push_str(frame["text"].as_str().unwrap_or(""));
-    }
-    assert!(said(&json!(text)) && frame["result"]["content"] == text, "{text}, {frame}");
-    drop((stop, socket));
-    running.await.unwrap().unwrap();
 }
 
 #[tokio::test]
