@@ -37,12 +37,20 @@ export async function model(port) {
   return { gate, url: `http://127.0.0.1:${bound}/v1`, stop: () => { server.close(); server.closeAllConnections(); } };
 }
 
+// Whatever ends this process ends what it has started.
+const children = [];
+process.on("exit", () => children.forEach((child) => child.kill()));
+
 // A host of its own folder. `keyed`: with the first admin's key.
 export async function host(environment, { keyed = false } = {}) {
   const folder = mkdtempSync(join(tmpdir(), "lesion-page-"));
   const env = { PATH: process.env.PATH, ORT_DYLIB_PATH: process.env.ORT_DYLIB_PATH, ORT_DISABLE_TELEMETRY: "1", TMPDIR: folder,
     DATA_DIR: join(folder, "data"), LISTEN_ADDR: "127.0.0.1:0", MODEL_DIR: join(ROOT, "model"), LOG_LEVEL: "warn", ...environment };
-  const run = (...words) => spawn(join(ROOT, "target/debug/local"), words, { env, stdio: ["ignore", "pipe", "inherit"] });
+  const run = (...words) => {
+    const child = spawn(join(ROOT, "target/debug/local"), words, { env, stdio: ["ignore", "pipe", "inherit"] });
+    children.push(child);
+    return child;
+  };
   const key = keyed ? (await printed(run("init"), /^(lesion_\S+)/m))[1] : null;
   let child, ended;
   const start = async () => {
