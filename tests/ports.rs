@@ -1,24 +1,22 @@
 //! What every implementation of a port must do: one suite, over the embedded adapters and over
 //! those on AWS.
 
-use std::sync::Arc;
+// By their paths, as this file itself is included: they would be looked for beside it.
+#[path = "ports/callers.rs"]
+mod callers;
+#[path = "ports/connections.rs"]
+mod connections;
 
-use chat::{Closed, Meter};
 use chrono::TimeDelta;
-use futures_util::future::join_all;
-use shared::account::{Account, Ask, Refused, Used};
-use shared::api::admin::{KeyLimits, NewKey, Scope};
-use shared::auth::Identity;
-use shared::auth::keys::ApiKey;
-use shared::clock::{Clock, Timestamp, from_millis};
+use shared::clock::{Timestamp, from_millis};
 use shared::job::{
     AnswerContent, Input, Job, LlmAnswer, NewJob, Photo, Policy, Record, StoredPrompt, Tombstone, Upload, new_id,
 };
-use shared::ports::{
-    BlobStore, Callers, Connection, Connections, Created, Creation, GetTerms, Idempotency, JobStore, Subscribed, Ticket,
-};
-use shared::push::MAX_SUBSCRIPTIONS;
+use shared::ports::{BlobStore, Created, Creation, GetTerms, Idempotency, JobStore};
 use uuid::Uuid;
+
+pub use callers::{accounts_suite, callers_suite};
+pub use connections::{connections_suite, tickets_suite};
 
 pub fn start() -> Timestamp {
     from_millis(1_700_000_000_000)
@@ -344,197 +342,4 @@ pub async fn presigned_get_suite(store: &impl BlobStore, base: &str, now: Timest
 
     store.delete_prefix("jobs/linked/").await.unwrap();
     assert_eq!(get(&url).await.0, 404, "a deleted blob is gone, whoever holds a link");
-}
-
-pub async fn callers_suite(callers: impl Callers) {
-    let now = start();
-    let new = |caller: &str| NewKey {
-        expires_at: Some(now + TimeDelta::days(1)),
-        models: Some(vec!["fast".into()]),
-        budget_usd_per_month: Some(0.1),
-        ..NewKey::plain(caller.into(), "a name".into(), vec![Scope::Jobs])
-    };
-    let (first, _) = ApiKey::make(new("alice"), now).unwrap();
-    let (second, _) = ApiKey::make(new("bob"), now + TimeDelta::seconds(1)).unwrap();
-
-    let second_id = second.info.id.clone();
-
-    // A key is written once and read back as it was.
-    assert!(callers.create_key(&first).await.unwrap());
-    assert!(callers.create_key(&second).await.unwrap());
-    let mut rival = second.clone();
-    rival.info.id.clone_from(&first.info.id);
-    assert!(!callers.create_key(&rival).await.unwrap());
-    assert_eq!(callers.find_key(&first.info.id).await.unwrap(), Some(first.clone()));
-    assert_eq!(callers.find_key("000000000000").await.unwrap(), None);
-    assert_eq!(callers.keys().await.unwrap(), [first.clone(), second.clone()]);
-
-    // Revoked is revoked, and the first moment stays.
-    for minutes in 1..=2 {
-        assert!(callers.revoke_key(&first.info.id, now + TimeDelta::minutes(minutes)).await.unwrap());
-    }
-    assert!(!callers.revoke_key("000000000000", now).await.unwrap());
-    let revoked = callers.find_key(&first.info.id).await.unwrap().unwrap();
-    assert_eq!(revoked.info.revoked_at, Some(now + TimeDelta::minutes(1)));
-    assert_eq!(callers.find_key(&second.info.id).await.unwrap(), Some(second));
-
-    // An account is written where the version that was read still stands.
-    let (account, key) = (Account::default(), &second_id);
-    assert_eq!(callers.find_account(key).await.unwrap(), account);
-    let limits = KeyLimits::default();
-    let ask = Ask { prompt_tokens: 1, completion_tokens: 2, cost_pico: u64::MAX / 4 };
-    let mut first_write = account.clone();
-    first_write.admit(Uuid::nil(), &limits, ask, now).unwrap();
-    assert!(callers.replace_account(key, 0, &first_write).await.unwrap());
-    assert!(!callers.replace_account(key, 0, &first_write).await.unwrap(), "written twice");
-    assert_eq!(callers.find_account(key).await.unwrap(), first_write);
-    let mut second_write = first_write.clone();
-    second_write.admit(Uuid::max(), &limits, ask, now).unwrap();
-    assert!(callers.replace_account(key, first_write.version, &second_write).await.unwrap());
-    assert!(!callers.replace_account(key, first_write.version, &second_write).await.unwrap());
-    assert_eq!(callers.find_account(key).await.unwrap(), second_write);
-    assert_eq!(callers.find_account("000000000000").await.unwrap(), account, "another key's");
-
-    // Requests are counted by caller and window.
-    for count in 1..=3 {
-        assert_eq!(callers.count_request("alice", 7).await.unwrap(), count);
-    }
-    assert_eq!(callers.count_request("bob", 7).await.unwrap(), 1);
-    assert_eq!(callers.count_request("alice", 8).await.unwrap(), 1);
-}
-
-/// Twenty who ask for one key at once are let in as often as it may be and not once more, be they
-/// processes or requests of one process.
-pub async fn accounts_suite(callers: impl Callers + Clone) {
-    let clock = Clock::manual(start());
-    let limits = KeyLimits { requests_per_minute: Some(30), ..KeyLimits::default() };
-    let ask = Ask { prompt_tokens: 100, completion_tokens: 50, cost_pico: 7 };
-    let used = Used { prompt_tokens: 10, completion_tokens: 5, cost_pico: 3, estimated: false };
-    // What processes share is the store alone.
-    let meter = || Arc::new(Meter::new(callers.clone(), clock.clone()));
-    let (shared, apart) = (vec![meter(); 20], (0..20).map(|_| meter()).collect::<Vec<_>>());
-    for (key, meters) in [("0123456789ab", apart), ("ba9876543210", shared)] {
-        let ask_thrice = async |meter: Arc<Meter<_>>| {
-            let mut let_in = 0;
-            for _ in 0..3 {
-                match meter.admit(key, &limits, ask).await {
-                    Ok(admitted) => {
-                        meter.settle(&admitted, used).await;
-                        let_in += 1;
-                    }
-                    Err(Closed::Limit(Refused::Requests(2), _)) => {}
-                    Err(other) => panic!("{other:?}"),
-                }
-            }
-            let_in
-        };
-        let let_in: u64 = join_all(meters.into_iter().map(ask_thrice)).await.into_iter().sum();
-        let account = callers.find_account(key).await.unwrap();
-        let month = account.months["2023-11"];
-        assert_eq!((let_in, month.requests, month.prompt_tokens, account.under_way()), (30, 30, 300, 0), "{key}");
-    }
-    full_account_suite(callers, clock).await;
-}
-
-/// As many requests as may be under way at once fit into the store, and the next is refused.
-async fn full_account_suite(callers: impl Callers + Clone, clock: Clock) {
-    let (key, limits, now) = ("00112233aabb", KeyLimits::default(), clock.now());
-    let ask = Ask { prompt_tokens: 1_000_000, completion_tokens: 1_000_000, cost_pico: u64::MAX };
-    let mut full = Account::default();
-    let refused = (0..10_000).find_map(|number| full.admit(Uuid::from_u128(number), &limits, ask, now).err());
-    assert_eq!(refused, Some(Refused::UnderWay(1)));
-    assert!(full.under_way() >= 1000);
-    assert!(callers.replace_account(key, 0, &full).await.unwrap());
-    assert_eq!(callers.find_account(key).await.unwrap(), full);
-    let meter = Meter::new(callers.clone(), clock);
-    let closed = meter.admit(key, &limits, ask).await;
-    assert!(matches!(closed, Err(Closed::Limit(Refused::UnderWay(1), _))), "{closed:?}");
-    // One of them ends.
-    let used = Used { prompt_tokens: 1, completion_tokens: 1, cost_pico: 1, estimated: false };
-    let mut after = full.clone();
-    assert!(after.settle(Uuid::nil(), used, &limits, now));
-    assert!(callers.replace_account(key, full.version, &after).await.unwrap());
-    assert_eq!(callers.find_account(key).await.unwrap(), after);
-    meter.admit(key, &limits, ask).await.unwrap();
-}
-
-fn identity(caller: &str) -> Identity {
-    let limits = KeyLimits { requests_per_minute: Some(7), ..KeyLimits::default() };
-    Identity {
-        caller: caller.to_owned(),
-        scopes: vec![Scope::Jobs],
-        key_id: Some("0123456789ab".to_owned()),
-        limits,
-        expires_at: None,
-    }
-}
-
-/// The contract of [`Connections`] about tickets.
-pub async fn tickets_suite(connections: &impl Connections) {
-    let now = start();
-    let ticket = |name: &str| Ticket {
-        sha256: name.repeat(64),
-        identity: identity("alice"),
-        expires_at: now + TimeDelta::seconds(60),
-    };
-    for name in ["a", "b", "c"] {
-        connections.put_ticket(&ticket(name)).await.unwrap();
-    }
-    // Of many that use one at once, one gets it, as it was.
-    let taken = join_all((0..8).map(async |_| connections.take_ticket(&ticket("a").sha256, now).await)).await;
-    let taken: Vec<_> = taken.into_iter().filter_map(Result::unwrap).collect();
-    assert_eq!(taken, [ticket("a")]);
-    // An expired one is none, and none later either.
-    let end = ticket("b").expires_at;
-    assert_eq!(connections.take_ticket(&ticket("b").sha256, end).await.unwrap(), None);
-    assert_eq!(connections.take_ticket(&ticket("b").sha256, now).await.unwrap(), None);
-    assert_eq!(connections.take_ticket(&ticket("d").sha256, now).await.unwrap(), None);
-    let just = end - TimeDelta::milliseconds(1);
-    assert_eq!(connections.take_ticket(&ticket("c").sha256, just).await.unwrap(), Some(ticket("c")));
-}
-
-/// The contract of [`Connections`] about connections and what they are subscribed to.
-pub async fn connections_suite(connections: &impl Connections) {
-    let end = start() + TimeDelta::hours(2);
-    let connection =
-        |id: &str, caller: &str| Connection { id: id.to_owned(), identity: identity(caller), expires_at: end };
-    let (first, second) = (connection("one=", "alice"), connection("two=", "bob"));
-    let (job, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
-    let told = async |job| {
-        let mut told = connections.subscribers(job).await.unwrap();
-        told.sort_by(|a, b| a.connection.cmp(&b.connection));
-        told.into_iter().map(|subscriber| (subscriber.connection, subscriber.caller)).collect::<Vec<_>>()
-    };
-    // Nobody subscribes who is not there.
-    assert_eq!(connections.subscribe(&first, job).await.unwrap(), Subscribed::Gone);
-    assert_eq!(told(job).await, []);
-    connections.open(&first).await.unwrap();
-    connections.open(&second).await.unwrap();
-    assert_eq!(connections.find("one=").await.unwrap(), Some(first.clone()));
-    assert_eq!(connections.find("three=").await.unwrap(), None);
-    // Once or twice is the same.
-    for (connection, job) in [(&first, job), (&first, job), (&first, other), (&second, job)] {
-        assert_eq!(connections.subscribe(connection, job).await.unwrap(), Subscribed::Done);
-    }
-    let pair = |id: &str, caller: &str| (id.to_owned(), caller.to_owned());
-    assert_eq!(told(job).await, [pair("one=", "alice"), pair("two=", "bob")]);
-    assert_eq!(told(other).await, [pair("one=", "alice")]);
-    // Who leaves leaves nothing behind; again, nothing happens.
-    for _ in 0..2 {
-        connections.close("one=").await.unwrap();
-        assert_eq!((told(job).await, told(other).await), (vec![pair("two=", "bob")], vec![]));
-    }
-    assert_eq!(connections.find("one=").await.unwrap(), None);
-    assert_eq!(connections.subscribe(&first, job).await.unwrap(), Subscribed::Gone);
-    // A connection has its fill.
-    for number in 1..MAX_SUBSCRIPTIONS as u128 {
-        let job = Uuid::from_u128(100 + number);
-        assert_eq!(connections.subscribe(&second, job).await.unwrap(), Subscribed::Done, "{number}");
-    }
-    assert_eq!(connections.subscribe(&second, Uuid::from_u128(7)).await.unwrap(), Subscribed::TooMany);
-    assert_eq!(told(Uuid::from_u128(7)).await, []);
-    // What it has, it may have again.
-    assert_eq!(connections.subscribe(&second, job).await.unwrap(), Subscribed::Done);
-    connections.close("two=").await.unwrap();
-    assert_eq!(told(job).await, []);
 }
