@@ -35,6 +35,8 @@ pub mod embedded;
 #[cfg(feature = "server")]
 pub mod http;
 #[cfg(feature = "server")]
+pub mod lease;
+#[cfg(feature = "server")]
 pub mod llm;
 #[cfg(feature = "server")]
 pub mod metrics;

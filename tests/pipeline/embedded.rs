@@ -192,20 +192,20 @@ async fn the_feed_shows_each_write_until_the_cursor_has_passed_it() {
         store.replace(claimed.fence(), &Record::Job(marked)).await.unwrap();
         waiting.push(job.id);
     }
-    let Changes { matching: changes, end, .. } = store.changes("enrichment", "enrichment", 2).await.unwrap();
+    let Changes { matching: changes, end, .. } = store.changes_behind("enrichment", 0, "enrichment", 2).await.unwrap();
     assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[..2]);
-    let again = store.changes("enrichment", "enrichment", 2).await.unwrap().matching;
+    let again = store.changes_behind("enrichment", 0, "enrichment", 2).await.unwrap().matching;
     assert_eq!(again, changes, "what was not passed is shown again");
     store.advance("enrichment", end).await.unwrap();
     drop(store);
 
     // The cursor is durable.
     let store = SqliteJobStore::open(&path).unwrap();
-    let Changes { matching: changes, end, .. } = store.changes("enrichment", "enrichment", 10).await.unwrap();
+    let Changes { matching: changes, end, .. } = store.changes_behind("enrichment", 0, "enrichment", 10).await.unwrap();
     assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[2..]);
     store.advance("enrichment", end).await.unwrap();
     store.advance("enrichment", 1).await.unwrap();
-    assert_eq!(store.changes("enrichment", "enrichment", 10).await.unwrap().matching, []);
+    assert_eq!(store.changes_behind("enrichment", 0, "enrichment", 10).await.unwrap().matching, []);
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@ use tokio::process::Command;
 
 use crate::support::network::Network;
 use crate::support::process::binary;
-use crate::support::{Running, eventually, mole, open};
+use crate::support::{Running, eventually, mole, standing};
 
 /// Black on the left, red on the right; 300×400 and stored lying on its side.
 fn half_red() -> RgbImage {
@@ -133,9 +133,7 @@ async fn a_map_is_linked_no_longer_than_the_photo_is_kept() {
 #[tokio::test]
 async fn a_map_that_cannot_be_stored_holds_up_no_reading_and_no_record_names_it() {
     let model = bundle(&Network::default());
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[("MODEL_DIR", model.path().to_str().unwrap())]).await;
+    let (folder, clock, host) = standing(&[("MODEL_DIR", model.path().to_str().unwrap())]).await;
     let submission = Submission { image: mole(), describe: false, callback_url: None };
     let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
     let place = folder.path().join("blobs").join(map_key(id, &host.model.digest));

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
-use chrono::{TimeDelta, Utc};
+use chrono::TimeDelta;
 use image::{ImageFormat, RgbImage};
 use serde_json::Value;
 use shared::clock::Clock;
@@ -12,10 +12,10 @@ use shared::job::{Job, Record, Status, blob_prefix, photo_key};
 use shared::message::Message;
 use shared::ports::{BlobStore, JobStore};
 use submit::Submission;
-use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::support::{Running, eventually, mole, open, sample};
+use crate::support::{Running, eventually, mole, open, sample, standing};
+use crate::sweeping::stuck_job;
 
 fn png(picture: &RgbImage) -> Vec<u8> {
     let mut bytes = std::io::Cursor::new(Vec::new());
@@ -126,13 +126,6 @@ async fn the_same_photo_of_the_same_caller_is_run_once() {
     assert_eq!(first["predictions"], second["predictions"]);
 }
 
-/// A host without workers, by a clock that stands; its folder must live as long.
-async fn standing() -> (TempDir, Clock, local::Host) {
-    let (folder, clock) = (tempfile::tempdir().unwrap(), Clock::manual(Utc::now()));
-    let host = open(folder.path(), clock.clone(), &[]).await;
-    (folder, clock, host)
-}
-
 async fn make_job(host: &local::Host, photo: Vec<u8>) -> Uuid {
     let submission = Submission { image: photo, describe: true, callback_url: None };
     host.submit.accept(&Caller("local".into()), None, submission).await.unwrap()
@@ -148,10 +141,8 @@ fn schedule() -> EventBridgeEvent {
 
 #[tokio::test]
 async fn a_message_that_was_never_sent_is_sent_by_sweep() {
-    let (_folder, clock, host) = standing().await;
-    let id = make_job(&host, mole()).await;
-    let lost = host.queue.receive(TimeDelta::seconds(1)).await.unwrap().unwrap();
-    host.queue.acknowledge(&lost.receipt).await.unwrap();
+    let (_folder, clock, host) = standing(&[]).await;
+    let id = stuck_job(&host).await;
     assert_eq!(host.sweep.handle(schedule()).await.unwrap(), sweep::Report::default(), "nothing is due yet");
     clock.advance(TimeDelta::seconds(121));
     assert_eq!(host.sweep.handle(schedule()).await.unwrap().sent, 1);
@@ -161,9 +152,7 @@ async fn a_message_that_was_never_sent_is_sent_by_sweep() {
 
 #[tokio::test]
 async fn a_photo_that_cannot_be_read_for_now_is_tried_again_and_then_given_up() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[("MAX_ATTEMPTS", "2")]).await;
+    let (folder, clock, host) = standing(&[("MAX_ATTEMPTS", "2")]).await;
     let id = make_job(&host, mole()).await;
     // A folder in the photo's place: the store answers with an error, not with "nothing there".
     let photo = folder.path().join("blobs").join(photo_key(id));
@@ -182,7 +171,7 @@ async fn a_photo_that_cannot_be_read_for_now_is_tried_again_and_then_given_up() 
 
 #[tokio::test]
 async fn a_photo_that_is_gone_fails_the_job() {
-    let (_folder, clock, host) = standing().await;
+    let (_folder, clock, host) = standing(&[]).await;
     let id = make_job(&host, mole()).await;
     host.blobs.delete_prefix(&blob_prefix(id)).await.unwrap();
     host.inference.process(Message::Infer { id }, clock.now() + TimeDelta::seconds(60)).await;
@@ -192,7 +181,7 @@ async fn a_photo_that_is_gone_fails_the_job() {
 
 #[tokio::test]
 async fn a_second_delivery_and_a_late_worker_change_nothing() {
-    let (_folder, clock, host) = standing().await;
+    let (_folder, clock, host) = standing(&[]).await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline).await;
@@ -209,7 +198,7 @@ async fn a_second_delivery_and_a_late_worker_change_nothing() {
 
 #[tokio::test]
 async fn a_delete_while_a_worker_holds_the_job_wins() {
-    let (_folder, clock, host) = standing().await;
+    let (_folder, clock, host) = standing(&[]).await;
     let id = make_job(&host, mole()).await;
     let caller = Caller("local".into());
     let pending = job(&host, id).await;
@@ -232,7 +221,7 @@ async fn a_delete_while_a_worker_holds_the_job_wins() {
 
 #[tokio::test]
 async fn a_deleted_photos_words_are_in_no_file_and_its_key_may_come_again() {
-    let (folder, clock, host) = standing().await;
+    let (folder, clock, host) = standing(&[]).await;
     let caller = Caller("local".into());
     let submission = || Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&caller, Some("key".into()), submission()).await.unwrap();
@@ -254,7 +243,7 @@ async fn a_deleted_photos_words_are_in_no_file_and_its_key_may_come_again() {
 
 #[tokio::test]
 async fn a_record_that_cannot_be_read_holds_up_no_other() {
-    let (folder, clock, host) = standing().await;
+    let (folder, clock, host) = standing(&[]).await;
     let spoilt = make_job(&host, mole()).await;
     let other = make_job(&host, mole()).await;
     let jobs = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
@@ -275,9 +264,7 @@ async fn a_record_that_cannot_be_read_holds_up_no_other() {
 
 #[tokio::test]
 async fn an_order_to_erase_outlives_a_cache_that_is_away() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[("REDIS_URL", "redis://127.0.0.1:1")]).await;
+    let (_folder, clock, host) = standing(&[("REDIS_URL", "redis://127.0.0.1:1")]).await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline).await;
@@ -304,9 +291,7 @@ async fn anothers_job_cannot_be_told_from_no_job() {
 
 #[tokio::test]
 async fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_holds_nothing_up() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[("MAX_ATTEMPTS", "1")]).await;
+    let (_folder, clock, host) = standing(&[("MAX_ATTEMPTS", "1")]).await;
     host.queue.send_body("no message of ours".into()).await.unwrap();
     let mut received = 0;
     while let Some(delivery) = host.queue.receive(TimeDelta::seconds(30)).await.unwrap() {
@@ -320,7 +305,7 @@ async fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_holds_nothing_u
 
 #[tokio::test]
 async fn blobs_without_a_record_are_erased_after_an_hour_and_not_before() {
-    let (_folder, clock, host) = standing().await;
+    let (_folder, clock, host) = standing(&[]).await;
     let kept = make_job(&host, mole()).await;
     let orphan = shared::job::new_id(clock.now());
     host.blobs.put(&photo_key(orphan), mole()).await.unwrap();
@@ -335,7 +320,7 @@ async fn blobs_without_a_record_are_erased_after_an_hour_and_not_before() {
 
 #[tokio::test]
 async fn photos_expire_before_results_and_results_expire() {
-    let (_folder, clock, host) = standing().await;
+    let (_folder, clock, host) = standing(&[]).await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline).await;

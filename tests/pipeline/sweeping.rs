@@ -3,28 +3,20 @@
 use std::path::Path;
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
-use chrono::{TimeDelta, Utc};
+use chrono::TimeDelta;
 use shared::clock::Clock;
 use shared::http::Caller;
 use shared::job::{Upload, new_id};
 use shared::ports::JobStore;
 use submit::Submission;
 use sweep::{Report, Sweep};
-use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::interrupt::{Interrupt, Interrupted};
-use crate::support::{mole, open};
-
-/// A host without workers, by a clock that stands; its folder must live as long.
-async fn standing() -> (TempDir, Clock, local::Host) {
-    let (folder, clock) = (tempfile::tempdir().unwrap(), Clock::manual(Utc::now()));
-    let host = open(folder.path(), clock.clone(), &[]).await;
-    (folder, clock, host)
-}
+use crate::support::{mole, standing};
 
 /// A job whose message is lost.
-async fn stuck_job(host: &local::Host) -> Uuid {
+pub async fn stuck_job(host: &local::Host) -> Uuid {
     let submission = Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
     let lost = host.queue.receive(TimeDelta::seconds(1)).await.unwrap().unwrap();
@@ -51,7 +43,7 @@ fn orphans(data: &Path) -> usize {
 
 #[tokio::test]
 async fn a_job_behind_hundreds_of_records_that_cannot_be_read_is_swept() {
-    let (folder, clock, host) = standing().await;
+    let (folder, clock, host) = standing(&[]).await;
     let id = stuck_job(&host).await;
     let jobs = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
     let sql = "WITH RECURSIVE numbers (number) AS (SELECT 1 UNION ALL SELECT number + 1 FROM numbers LIMIT 250)
@@ -67,7 +59,7 @@ async fn a_job_behind_hundreds_of_records_that_cannot_be_read_is_swept() {
 
 #[tokio::test]
 async fn a_job_behind_hundreds_of_records_that_fail_is_swept() {
-    let (folder, clock, host) = standing().await;
+    let (folder, clock, host) = standing(&[]).await;
     stuck_job(&host).await;
     // A file where a folder should be: nothing below it can be erased.
     let incoming = folder.path().join("blobs/incoming");
@@ -87,7 +79,7 @@ async fn a_job_behind_hundreds_of_records_that_fail_is_swept() {
 
 #[tokio::test]
 async fn more_photos_than_one_run_compares_are_compared_by_the_next() {
-    let (folder, clock, host) = standing().await;
+    let (folder, clock, host) = standing(&[]).await;
     let data = folder.path();
     make_orphans(data, &clock, 2_050);
     clock.advance(TimeDelta::minutes(61));
@@ -102,7 +94,7 @@ async fn more_photos_than_one_run_compares_are_compared_by_the_next() {
 
 #[tokio::test]
 async fn a_run_whose_time_is_over_leaves_the_rest_to_the_next() {
-    let (folder, clock, host) = standing().await;
+    let (folder, clock, host) = standing(&[]).await;
     let data = folder.path();
     make_orphans(data, &clock, 250);
     clock.advance(TimeDelta::minutes(61));

@@ -19,7 +19,7 @@ use shared::ports::{BlobStore, PutTerms};
 use submit::Submission;
 use submit::body::ImageKey;
 
-use crate::support::{Running, client, eventually, mole, open};
+use crate::support::{Running, client, eventually, mole, open, standing};
 
 const SECRET_PLACE: &str = "48.8584N-2.2945E-where-she-lives";
 
@@ -261,11 +261,19 @@ async fn an_upload_is_its_callers_and_makes_one_job() {
     assert_eq!(host.blobs.list("jobs/", None, 100).await.unwrap().len(), 1, "photos of the refused are gone");
 }
 
+/// Sweep leaves what lies there for an hour from now, and then erases it.
+async fn assert_erased_after_an_hour(host: &local::Host, clock: &Clock, image_key: &str) {
+    clock.advance(TimeDelta::minutes(59));
+    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+    assert!(host.blobs.get(image_key).await.unwrap().is_some());
+    clock.advance(TimeDelta::minutes(1));
+    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
+    assert_eq!(host.blobs.get(image_key).await.unwrap(), None);
+}
+
 #[tokio::test]
 async fn what_is_uploaded_once_more_behind_its_submit_is_erased_within_the_hour() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing(&[]).await;
     let caller = Caller("local".into());
     let permit = host.submit.permit(&caller, &upload_body(&mole())).await.unwrap();
     host.blobs.put(&permit.image_key, mole()).await.unwrap();
@@ -274,31 +282,19 @@ async fn what_is_uploaded_once_more_behind_its_submit_is_erased_within_the_hour(
     assert_eq!(host.blobs.get(&permit.image_key).await.unwrap(), None);
     // A client that repeats its PUT, with what the first was signed for.
     host.blobs.put(&permit.image_key, mole()).await.unwrap();
-    clock.advance(TimeDelta::minutes(59));
-    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
-    assert!(host.blobs.get(&permit.image_key).await.unwrap().is_some());
-    clock.advance(TimeDelta::minutes(1));
-    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
-    assert_eq!(host.blobs.get(&permit.image_key).await.unwrap(), None);
+    assert_erased_after_an_hour(&host, &clock, &permit.image_key).await;
 }
 
 #[tokio::test]
 async fn what_is_uploaded_and_not_submitted_is_erased_after_an_hour() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[("MAX_QUEUED_MB", "1")]).await;
+    let (_folder, clock, host) = standing(&[("MAX_QUEUED_MB", "1")]).await;
     let caller = Caller("local".into());
     let most = UploadBody { size_bytes: 1_000_000, ..upload_body(&mole()) };
     let permit = host.submit.permit(&caller, &most).await.unwrap();
     host.blobs.put(&permit.image_key, mole()).await.unwrap();
     let refused = host.submit.permit(&caller, &upload_body(&mole())).await.unwrap_err();
     assert_eq!(refused.code(), Code::TooManyRequests, "its room is kept");
-    clock.advance(TimeDelta::minutes(59));
-    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
-    assert!(host.blobs.get(&permit.image_key).await.unwrap().is_some());
-    clock.advance(TimeDelta::minutes(1));
-    host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
-    assert_eq!(host.blobs.get(&permit.image_key).await.unwrap(), None);
+    assert_erased_after_an_hour(&host, &clock, &permit.image_key).await;
     let late = host.submit.accept_upload(&caller, None, uploaded(&permit.image_key)).await.unwrap_err();
     assert_eq!(late.code(), Code::IdempotencyConflict);
     host.submit.permit(&caller, &most).await.unwrap();

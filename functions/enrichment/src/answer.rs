@@ -11,6 +11,7 @@ use shared::api::chat::{ChatMessage, Role};
 use shared::api::prompt::{AnswerFormat, PromptRequest};
 use shared::crash::{self, Point};
 use shared::job::{AnswerContent, FailureCode, Job, LlmAnswer, LlmCall, LlmTrouble, prompt_key};
+use shared::lease::put_leased;
 use shared::llm::{Answer, Format, LlmError, Message, Prompt, session_of};
 use shared::ports::{BlobStore, JobStore, Push};
 use shared::transition::transition;
@@ -66,10 +67,8 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
     async fn commit(&self, job: &Job, answer: Answer, call: LlmCall) -> Result<(), Error> {
         let content = AnswerContent::of(&answer.text, job.id, job.claim);
         if let AnswerContent::Blob { key } = &content {
-            let stored = match job.is_leased(self.clock.now()) {
-                true => self.blobs.put(key, answer.text.into_bytes()).await,
-                false => Err(Error::unavailable("the lease", "it has ended")),
-            };
+            let (now, text) = (self.clock.now(), answer.text.into_bytes());
+            let stored = put_leased(&self.blobs, job, now, key, text).await;
             if let Err(error) = stored {
                 return self.store_failed(job, &error, Some(call)).await;
             }

@@ -29,6 +29,7 @@ use shared::cache::PredictionCache;
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::job::{self, FailureCode, InferenceOutcome, Input, Job, Policy, Quality, Record, Refused, Status, Timings};
+use shared::lease::put_leased;
 use shared::message::Message;
 use shared::metrics;
 use shared::ports::{BlobStore, JobQueue, JobStore};
@@ -170,10 +171,8 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
     /// possible the reading goes without, as it does where the network draws none.
     async fn with_map(&self, job: &Job, mut worked: Worked) -> Worked {
         let Some(png) = worked.map.take() else { return worked };
-        let stored = match job.is_leased(self.clock.now()) {
-            true => self.blobs.put(&job::map_key(job.id, &self.model.digest), png).await,
-            false => Err(Error::unavailable("the lease", "it has ended")),
-        };
+        let key = job::map_key(job.id, &self.model.digest);
+        let stored = put_leased(&self.blobs, job, self.clock.now(), &key, png).await;
         match (stored, &mut worked.outcome) {
             (Ok(()), _) => crash::here(Point::InferenceMapStored),
             (Err(error), InferenceOutcome::Read { reading, .. }) => {

@@ -149,16 +149,8 @@ impl SqliteJobStore {
         }
     }
 
-    /// The changes behind the consumer's cursor that match `dispatch`.
-    ///
-    /// # Errors
-    /// Where the store cannot be reached.
-    pub async fn changes(&self, consumer: &'static str, dispatch: &'static str, limit: u32) -> Result<Changes, Error> {
-        self.changes_behind(consumer, 0, dispatch, limit).await
-    }
-
-    /// As [`SqliteJobStore::changes`], from `read_to` on where the consumer has read further than its
-    /// cursor says.
+    /// The changes behind the consumer's cursor that match `dispatch`; behind `read_to`, where the consumer has
+    /// read further than its cursor says.
     ///
     /// # Errors
     /// Where the store cannot be reached.

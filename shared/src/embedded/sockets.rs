@@ -86,12 +86,6 @@ impl Hub {
         *state = State { closed: true, ..State::default() };
     }
 
-    /// The connections, in no order.
-    #[must_use]
-    pub fn ids(&self) -> Vec<String> {
-        self.state().open.keys().cloned().collect()
-    }
-
     /// How many are connected.
     #[must_use]
     pub fn len(&self) -> usize {

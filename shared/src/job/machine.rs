@@ -195,10 +195,8 @@ impl Job {
         Self { failure: Some(Failure { stage, code, retryable }), ..failed }
     }
 
-    /// Whether a worker still has it. Behind the lease's end nobody writes a blob of the job: a delete erases once
-    /// more by then, and no later.
-    #[must_use]
-    pub fn is_leased(&self, now: Timestamp) -> bool {
+    /// Whether a worker still has it.
+    pub(crate) fn is_leased(&self, now: Timestamp) -> bool {
         self.lease_until.is_some_and(|until| until > now)
     }
 

@@ -11,13 +11,11 @@ use submit::Submission;
 
 use crate::support::backlog::{self, JOBS, PATIENCE};
 use crate::support::llm_server::LlmServer;
-use crate::support::{mole, numbered_mole, open, within};
+use crate::support::{mole, numbered_mole, open, standing, within};
 
 #[tokio::test]
 async fn a_clock_set_back_an_hour_delays_and_loses_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::manual(Utc::now());
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing(&[]).await;
     let submission = || Submission { image: mole(), describe: true, callback_url: None };
     let caller = Caller("local".into());
     let lost = host.submit.accept(&caller, None, submission()).await.unwrap();

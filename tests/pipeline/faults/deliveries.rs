@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use crate::support::backlog::{self, JOBS, PATIENCE};
 use crate::support::llm_server::LlmServer;
-use crate::support::{Running, eventually, mole, numbered_mole, open, within};
+use crate::support::{Running, eventually, mole, numbered_mole, open, standing, within};
 
 /// Reads the feed as a consumer of its own and delivers every change twice more, in another order,
 /// while the host works the same changes.
@@ -46,7 +46,7 @@ async fn deliver_again(host: &Host, variables: &[(&str, &str)]) -> JoinSet<()> {
     task.spawn(async move {
         let mut random = SmallRng::seed_from_u64(4);
         loop {
-            let changes = store.changes("again", "enrichment", 50).await.unwrap();
+            let changes = store.changes_behind("again", 0, "enrichment", 50).await.unwrap();
             let mut twice = [changes.matching.clone(), changes.matching].concat();
             twice.shuffle(&mut random);
             let mut deliveries = JoinSet::new();
@@ -223,8 +223,7 @@ async fn orders_to_forget_doubled_and_shuffled_erase_what_was_deleted_and_nothin
 
 #[tokio::test]
 async fn an_order_to_forget_reaches_no_other_callers_entry_of_the_same_photo() {
-    let (folder, clock) = (tempfile::tempdir().unwrap(), Clock::manual(Utc::now()));
-    let host = open(folder.path(), clock.clone(), &[]).await;
+    let (_folder, clock, host) = standing(&[]).await;
     let lease = host.config.policy.lease;
     let mut entries = Vec::new();
     for caller in ["local", "ward"] {

@@ -86,7 +86,7 @@ async fn work(host: &Host) {
         host.inference.process(Message::decode(&delivery.body).unwrap(), until()).await;
         host.queue.acknowledge(&delivery.receipt).await.unwrap();
     }
-    let changes = host.store.changes("enrichment", "enrichment", 1000).await.unwrap();
+    let changes = host.store.changes_behind("enrichment", 0, "enrichment", 1000).await.unwrap();
     let described = changes.matching.iter().map(|change| host.enrichment.process(change.id, until()));
     for done in futures_util::future::join_all(described).await {
         done.unwrap();

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use chrono::Utc;
 use local::{Config, Host};
 use reqwest::{Client, Response};
 use serde_json::Value;
@@ -114,6 +115,13 @@ pub async fn open(data_dir: &Path, clock: Clock, extra: &[(&str, &str)]) -> Host
     variables.extend_from_slice(extra);
     let env = Env::of(variables);
     Host::open(Config::from_env(&env).unwrap(), &env, clock).await.unwrap()
+}
+
+/// A host without workers, by a clock that stands; its folder must live as long.
+pub async fn standing(extra: &[(&str, &str)]) -> (TempDir, Clock, Host) {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), Clock::manual(Utc::now()));
+    let host = open(folder.path(), clock.clone(), extra).await;
+    (folder, clock, host)
 }
 
 /// The key of a host's LLM.
