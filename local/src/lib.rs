@@ -10,6 +10,7 @@ mod init;
 mod page;
 mod places;
 mod routes;
+mod server;
 mod sockets;
 mod turns;
 mod workers;
@@ -256,17 +257,13 @@ impl Host {
         }
         tasks.spawn(workers::sweep(Arc::clone(&host), stopped.clone()));
         tasks.spawn(workers::housekeeping(Arc::clone(&host), stopped.clone()));
-        let mut server_stopped = stopped;
         let listener = listener.tap_io(|stream| {
             // The pieces of a stream are small, and each is waited for.
             let _ = stream.set_nodelay(true);
             // Whoever reads no more would be waited for as long as they stay, and what they asked for be held.
             let _ = set_tcp_user_timeout(&*stream, UNREAD);
         });
-        let server = axum::serve(listener, routes::router(&host)?).with_graceful_shutdown(async move {
-            let _ = server_stopped.wait_for(|stopped| *stopped).await;
-        });
-        let server = tokio::spawn(server.into_future());
+        let server = tokio::spawn(server::serve(listener, routes::router(&host)?, stopped));
 
         let ended = tokio::select! {
             () = stop => None,
@@ -283,10 +280,10 @@ impl Host {
         if let Some(Err(panic)) = ended {
             return Err(panic).context("a worker has ended; serving on without it would only look healthy");
         }
-        match served {
-            Ok(served) => served?.context("the HTTP server failed"),
-            Err(_) => Ok(()),
+        if let Ok(Err(panic)) = served {
+            return Err(panic).context("the HTTP server failed");
         }
+        Ok(())
     }
 }
 

@@ -34,11 +34,12 @@ pub(crate) fn router(host: &Arc<Host>) -> anyhow::Result<Router> {
     let turns = Arc::new(Semaphore::new(turns::TURNS));
     let room = Arc::new(Semaphore::new(turns::ROOM_KIB));
     let submit = submit::router(Arc::clone(&host.submit));
+    let admin = admin::router(Arc::clone(&host.admin));
     let chat = chat::router(Arc::clone(&host.chat));
     let protected = Router::new()
         .merge(submit.layer(middleware::from_fn_with_state(turns, turns::in_turn)))
         .merge(result::router(Arc::clone(&host.results)))
-        .merge(admin::router(Arc::clone(&host.admin)))
+        .merge(admin.layer(middleware::from_fn(turns::in_time)))
         .merge(chat.layer(middleware::from_fn_with_state(room, turns::with_room)))
         .merge(socket::router(Arc::clone(&host.tickets)));
     let open = result::open_router(openapi())

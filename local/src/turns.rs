@@ -1,6 +1,6 @@
 //! Bodies are taken in a few at a time, and none for ever: what clients send bounds what we hold.
 //!
-//! Triggered by every request to submit and to chat, before its body is read. Reads and writes nothing.
+//! Triggered by every request to submit, admin and chat, before its body is read. Reads and writes nothing.
 
 use std::future::pending;
 use std::sync::Arc;
@@ -47,6 +47,11 @@ pub(crate) async fn with_room(
     next: Next,
 ) -> Result<Response, Error> {
     within(room, request, |request| next.run(request)).await
+}
+
+/// Lets a request in at once: its body is short.
+pub(crate) async fn in_time(request: Request, next: Next) -> Result<Response, Error> {
+    arriving(request, |request| next.run(request)).await
 }
 
 /// A long body is kept until the answer has ended, in case the model must be asked again.
@@ -133,6 +138,17 @@ mod tests {
         let error = slow.await.unwrap_err();
         assert_eq!((error.code(), started.elapsed().as_secs()), (Code::InvalidRequest, 60));
         assert_eq!(room.available_permits(), ROOM_KIB);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_comes_byte_by_byte_has_no_more_time_than_one_that_stops() {
+        let bytes = stream::repeat(Bytes::from_static(b" ")).then(|byte| async move {
+            sleep(ARRIVAL / 10).await;
+            Ok::<_, Infallible>(byte)
+        });
+        let started = Instant::now();
+        let error = arriving(Request::new(Body::from_stream(bytes)), read).await.unwrap_err();
+        assert_eq!((error.code(), started.elapsed().as_secs()), (Code::InvalidRequest, 60));
     }
 
     #[tokio::test(start_paused = true)]

@@ -199,6 +199,37 @@ async fn large_photos_at_once(url: &str) {
     }
 }
 
+/// Sends a body that never ends, a byte a second, and returns what is answered to it.
+async fn trickled(address: &str, path: &str) -> String {
+    let head = format!("POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n");
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(format!("{head}Content-Length: 4000\r\n\r\n{{").as_bytes()).await.unwrap();
+    let (mut answer, mut buffer) = (Vec::new(), [0; 4096]);
+    while !answer.ends_with(b"}") {
+        match tokio::time::timeout(Duration::from_secs(1), stream.read(&mut buffer)).await {
+            Ok(Ok(length)) if length > 0 => answer.extend_from_slice(&buffer[..length]),
+            Ok(_) => break,
+            // The host may hang up meanwhile; what it has answered is read all the same.
+            Err(_) => drop(stream.write_all(b" ").await),
+        }
+    }
+    String::from_utf8(answer).unwrap()
+}
+
+/// Takes the minute that a body has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_comes_byte_by_byte_holds_no_connection_for_ever_on_any_route_that_takes_one() {
+    let host = Running::start(&[]).await;
+    let address = host.url.strip_prefix("http://").unwrap();
+    let paths = ["/submit", "/uploads", "/chat", "/v1/chat/completions", "/admin/keys", "/admin/dead-letters/redrive"];
+    let answers = futures_util::future::join_all(paths.map(|path| trickled(address, path)));
+    let answers = tokio::time::timeout(Duration::from_secs(300), answers).await.expect("a connection is held");
+    for (path, answer) in paths.iter().zip(answers) {
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{path}: {answer}");
+        assert!(answer.contains("The body did not arrive within 60 seconds."), "{path}: {answer}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn unsent_questions_to_the_llm_hold_little_memory_and_keep_no_short_one_and_no_photo_waiting() {
     let llm = LlmServer::start([]).await;

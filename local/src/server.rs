@@ -1,0 +1,135 @@
+//! HTTP/1.1 for the routes. `axum::serve` gives hyper no clock, and waits without end for whoever never sends all of a
+//! request's head.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use axum::Router;
+use axum::serve::Listener;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, watch};
+
+/// How long a connection may lie unused and then take for a request's head. reqwest keeps one that is unused for 90 s,
+/// and should find it open when it asks again.
+const HEAD: Duration = Duration::from_secs(120);
+
+/// Serves until `stopped` says so, and then until what is under way has been answered.
+pub(crate) async fn serve(mut listener: impl Listener, router: Router, stopped: watch::Receiver<bool>) {
+    let (open, mut closed) = mpsc::channel::<()>(1);
+    loop {
+        let io = tokio::select! {
+            (io, _) = listener.accept() => io,
+            () = told(stopped.clone()) => break,
+        };
+        let (router, stopped, open) = (router.clone(), stopped.clone(), open.clone());
+        tokio::spawn(async move {
+            connection(io, router, stopped).await;
+            drop(open);
+        });
+    }
+    drop((listener, open));
+    closed.recv().await;
+}
+
+async fn told(mut stopped: watch::Receiver<bool>) {
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+async fn connection(
+    io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    stopped: watch::Receiver<bool>,
+) {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD);
+    let service = TowerToHyperService::new(router);
+    let mut connection = pin!(http.serve_connection(TokioIo::new(io), service).with_upgrades());
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = told(stopped) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    // Its client has broken off, sent what is no HTTP, or taken too long: nobody is left to be told.
+    drop(ended);
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::sync::Notify;
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+
+    /// The client's end of a connection, and what stops the server.
+    fn connect(router: Router) -> (DuplexStream, watch::Sender<bool>) {
+        let ((client, server), (stop, stopped)) = (duplex(4096), watch::channel(false));
+        tokio::spawn(connection(server, router, stopped));
+        (client, stop)
+    }
+
+    fn router() -> Router {
+        Router::new().route("/", get(async || "here"))
+    }
+
+    /// What comes until the server closes.
+    async fn rest(client: &mut DuplexStream) -> String {
+        let mut text = String::new();
+        client.read_to_string(&mut text).await.unwrap();
+        text
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_sends_a_head_byte_by_byte_is_not_waited_for_without_end() {
+        let (mut client, _stop) = connect(router());
+        let started = Instant::now();
+        for byte in "GET / HTTP/1.1\r\nhost: localhost\r\n".bytes() {
+            if client.write_all(&[byte]).await.is_err() {
+                break;
+            }
+            sleep(Duration::from_secs(10)).await;
+        }
+        assert_eq!(rest(&mut client).await, "");
+        assert!(started.elapsed() < HEAD + Duration::from_secs(11), "{:?}", started.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_nobody_uses_is_closed_but_not_while_clients_still_keep_it() {
+        let (mut client, _stop) = connect(router());
+        let mut answered = [0; 1024];
+        for _ in 0..3 {
+            client.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+            let length = client.read(&mut answered).await.unwrap();
+            assert!(answered[..length].ends_with(b"here"));
+            sleep(Duration::from_secs(90)).await;
+        }
+        assert_eq!(rest(&mut client).await, "");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_ends_what_is_unused_and_lets_what_is_under_way_finish() {
+        let (asked, go) = (std::sync::Arc::new(Notify::new()), std::sync::Arc::new(Notify::new()));
+        let (told, wait) = (asked.clone(), go.clone());
+        let slow = get(async move || {
+            told.notify_one();
+            wait.notified().await;
+            "late"
+        });
+        let (mut client, stop) = connect(router().route("/slow", slow));
+        client.write_all(b"GET /slow HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+        asked.notified().await;
+        let (mut idle, stop_idle) = connect(router());
+        stop.send(true).unwrap();
+        stop_idle.send(true).unwrap();
+        assert_eq!(rest(&mut idle).await, "");
+        go.notify_one();
+        let answer = rest(&mut client).await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("late"), "{answer}");
+    }
+}
