@@ -115,7 +115,7 @@ pub fn llm_called(call: &LlmCall, failed: bool) {
     }
 }
 
-/// A completion that the proxy has passed on, or has not got.
+/// A completion that chat has passed on, or has not got.
 pub struct Completion {
     pub failed: bool,
     pub prompt_tokens: u64,
@@ -123,7 +123,7 @@ pub struct Completion {
     pub cost_usd: Option<f64>,
     /// From the request to its end.
     pub duration: Duration,
-    /// From the request to the first byte of the answer.
+    /// From the request to the first byte of the answer; below `/v1/` alone.
     pub first_byte: Option<Duration>,
 }
 

@@ -5,10 +5,12 @@ use std::time::Duration;
 use reqwest::Response;
 use serde_json::{Value, json};
 
-use crate::support::llm_server::{Behaviour, LlmServer};
+use crate::support::llm_server::{Behaviour, LlmServer, completion};
 use crate::support::{LLM_KEY, Running, eventually};
 
 const QUESTION: &str = "What is a naevus?";
+/// Of what the LLM's server answers, so much is read.
+const MAX_ANSWER_BYTES: usize = 5 * 1024 * 1024 / 2;
 
 fn conversation() -> Value {
     json!({"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": QUESTION}]})
@@ -43,6 +45,26 @@ async fn an_answer_comes_whole_with_what_it_took() {
         "request_id": exchange,
     });
     assert_eq!(answer, expected);
+}
+
+#[tokio::test]
+async fn an_answer_of_a_megabyte_comes_whole_and_one_that_is_longer_than_is_read_is_refused_at_once() {
+    let llm = LlmServer::start([]).await;
+    let host = Running::asking(&llm, &[]).await;
+    // Letters of one, two and four bytes, and what JSON writes with two.
+    let megabyte = "A \"naevus\" é 🩺.\n".repeat(1024 * 1024 / 20 + 1);
+    assert!(megabyte.len() > 1024 * 1024);
+    let longest = "x".repeat(MAX_ANSWER_BYTES - completion("").to_string().len());
+    for content in [&megabyte, &longest] {
+        llm.script([Behaviour::Answer(content.clone())]);
+        let response = ask(&host, &conversation()).await;
+        assert_eq!(response.status(), 200, "{} bytes", content.len());
+        let answer: Value = response.json().await.unwrap();
+        assert!(answer["content"] == content.as_str(), "{} bytes are not what was said", content.len());
+    }
+    llm.script([Behaviour::Answer(longest + "x")]);
+    assert_eq!(refusal(ask(&host, &conversation()).await).await, (502, "llm_invalid_response".to_owned()));
+    assert_eq!(llm.calls(), 3, "it is not asked for once more");
 }
 
 #[tokio::test]

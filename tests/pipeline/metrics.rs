@@ -149,6 +149,48 @@ async fn every_completion_is_counted_once_with_what_it_took() {
     assert!(durations[1] >= 6.0 * PAUSE_MS && durations[1] - stream >= 2.0 * PAUSE_MS, "{durations:?}, {stream}");
 }
 
+/// An answer that does not say what it took.
+const UNSAID: &str = r#"{"choices": [{"message": {"content": "A growth."}}]}"#;
+
+#[tokio::test]
+async fn every_answer_to_a_conversation_is_counted_once_with_what_it_took() {
+    let kept = Kept::default();
+    let _listening = set_default_local_recorder(&kept);
+    let llm = LlmServer::start([]).await;
+    let prices = [("LLM_PROMPT_USD_PER_MILLION", "1"), ("LLM_COMPLETION_USD_PER_MILLION", "10")];
+    let host = Running::asking(&llm, &prices).await;
+    let (slow, down) = (Behaviour::Slow(PAUSE, "A growth.".into()), Behaviour::Status(503, Some(0)));
+    for (script, status) in [
+        (vec![slow.clone()], 200),
+        // Two tries, one call.
+        (vec![down.clone(), slow], 200),
+        (vec![Behaviour::Body(UNSAID)], 200),
+        (vec![Behaviour::Status(400, None)], 502),
+        (vec![down; 3], 502),
+    ] {
+        llm.script(script);
+        let body = json!({"messages": [{"role": "user", "content": "What is a naevus?"}]});
+        let response = host.http.post(format!("{}/chat", host.url)).json(&body).send().await.unwrap();
+        assert_eq!(response.status().as_u16(), status);
+    }
+    // Of which the LLM never hears.
+    let response = host.http.post(format!("{}/chat", host.url)).json(&json!({"messages": []})).send().await.unwrap();
+    assert_eq!((response.status().as_u16(), llm.calls()), (400, 8));
+    for (name, values) in [
+        ("LlmPromptTokens", vec![19.0, 19.0, 0.0, 0.0, 0.0]),
+        ("LlmCompletionTokens", vec![10.0, 10.0, 0.0, 0.0, 0.0]),
+        // What is not known is not a cost of 0.
+        ("LlmCost", vec![COST; 2]),
+        ("LlmFailures", vec![0.0, 0.0, 0.0, 1.0, 1.0]),
+        ("LlmFirstByteDuration", vec![]),
+        ("LlmCacheHits", vec![]),
+    ] {
+        assert_eq!(kept.of(name), values, "{name}");
+    }
+    let durations = kept.of("LlmDuration");
+    assert!(durations.len() == 5 && durations[..2].iter().all(|&duration| duration >= PAUSE_MS), "{durations:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_completion_has_one_line_in_the_log_that_says_what_it_took() {
     let data = tempfile::tempdir().unwrap();

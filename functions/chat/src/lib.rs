@@ -20,6 +20,7 @@ use shared::error::{Code, Error, ErrorBody, OpenAiErrorBody};
 use shared::http::{self, Caller};
 use shared::llm::models::Models;
 use shared::llm::{Answer, Llm, LlmError, Prompt};
+use shared::metrics::{self, Completion};
 use shared::ports::Callers;
 use utoipa::OpenApi;
 use uuid::Uuid;
@@ -112,16 +113,8 @@ impl<C> Chat<C> {
         }
         let started = Instant::now();
         let (answer, tries) = self.llm.complete(&prompt, started + TIME).await;
-        let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let tokens = |of: fn(&Answer) -> Option<u64>| answer.as_ref().ok().and_then(of);
-        tracing::info!(
-            llm.outcome = answer.as_ref().map_or_else(|error| error.code, |_| "ok"),
-            llm.latency_ms = latency_ms,
-            llm.tries = tries,
-            llm.prompt_tokens = tokens(|answer| answer.prompt_tokens),
-            llm.completion_tokens = tokens(|answer| answer.completion_tokens),
-            "llm called"
-        );
+        let duration = started.elapsed();
+        tell(&self.llm, &answer, tries, duration);
         let answer = answer.map_err(trouble)?;
         Ok(ChatAnswer {
             id: answer.id.unwrap_or_else(|| format!("chatcmpl-{}", Uuid::new_v4().simple())),
@@ -129,10 +122,38 @@ impl<C> Chat<C> {
             content: answer.text,
             finish_reason: answer.finish_reason,
             usage: TokenUsage { prompt_tokens: answer.prompt_tokens, completion_tokens: answer.completion_tokens },
-            latency_ms,
+            latency_ms: millis(duration),
             request_id: http::request_id(),
         })
     }
+}
+
+/// One line for each call, neither prompt nor answer, and its metrics.
+fn tell(llm: &Llm, answer: &Result<Answer, LlmError>, tries: u32, duration: Duration) {
+    let answered = answer.as_ref().ok();
+    let prompt_tokens = answered.and_then(|answer| answer.prompt_tokens);
+    let completion_tokens = answered.and_then(|answer| answer.completion_tokens);
+    metrics::completion_relayed(&Completion {
+        failed: answer.is_err(),
+        prompt_tokens: prompt_tokens.unwrap_or(0),
+        completion_tokens: completion_tokens.unwrap_or(0),
+        cost_usd: answered.and_then(|answer| llm.cost_usd(answer)),
+        duration,
+        // It comes whole.
+        first_byte: None,
+    });
+    tracing::info!(
+        llm.outcome = answer.as_ref().map_or_else(|error| error.code, |_| "ok"),
+        llm.latency_ms = millis(duration),
+        llm.tries = tries,
+        llm.prompt_tokens = prompt_tokens,
+        llm.completion_tokens = completion_tokens,
+        "llm called"
+    );
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What the caller is told of an LLM that gave no answer.
