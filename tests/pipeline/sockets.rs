@@ -1,6 +1,7 @@
 //! Results over a WebSocket: who may open one, what comes over it, and what happens to those who do
 //! not read.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::TimeDelta;
@@ -10,7 +11,9 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use shared::auth::Identity;
 use shared::embedded::Hub;
-use shared::ports::{Connection, Connections, Push, Pushed};
+use shared::error::Error;
+use shared::ports::{Connection, Connections, JobStore, Push, Pushed};
+use socket::Event;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
@@ -18,7 +21,7 @@ use crate::support::keyed::Keyed;
 use crate::support::llm_server::{Behaviour, Ending, LlmServer, chunks};
 use crate::support::process::Process;
 use crate::support::websocket::{Socket, Told, open, ticket};
-use crate::support::{Running, client, eventually, mole, numbered_mole};
+use crate::support::{Running, client, eventually, mole, numbered_mole, standing};
 
 const ANSWER: &str = "A growth of pigment cells, often round or oval, é and 🩺.";
 
@@ -424,6 +427,59 @@ async fn the_same_prompt_under_the_same_key_is_asked_once() {
     assert_eq!(socket.next().await.unwrap()["code"], "idempotency_conflict");
 }
 
+/// The way to clients, on which frames of one kind are lost.
+struct Lossy {
+    hub: Hub,
+    lost: &'static str,
+}
+
+impl Push for Lossy {
+    async fn push(&self, connection: &str, frame: String) -> Result<Pushed, Error> {
+        if serde_json::from_str::<Value>(&frame).unwrap()["type"] == self.lost {
+            return Err(Error::unavailable("the connection", "throttled"));
+        }
+        self.hub.push(connection, frame).await
+    }
+}
+
+#[tokio::test]
+async fn an_error_names_the_prompt_that_was_made_before_it_and_none_where_none_was() {
+    let (_folder, _, host) = standing(&[]).await;
+    for (caller, lost, has_llm, code) in [
+        ("ward-1", "accepted", true, "unavailable"),
+        ("ward-2", "status", true, "unavailable"),
+        ("ward-3", "accepted", false, "llm_not_configured"),
+    ] {
+        fill(&host.hub, caller, 1).await;
+        let connection = format!("{caller}-0");
+        let mut outbox = host.hub.outbox(&connection).unwrap();
+        let socket = socket::Socket {
+            jobs: host.store.clone(),
+            queue: host.queue.clone(),
+            blobs: host.blobs.clone(),
+            access: Arc::clone(&host.access),
+            connections: host.hub.clone(),
+            push: Lossy { hub: host.hub.clone(), lost },
+            clock: host.clock.clone(),
+            policy: host.config.policy,
+            max_queued_bytes: host.config.max_queued_bytes,
+            has_llm,
+        };
+        socket.handle(Event::Message { connection, text: question().to_string() }).await.unwrap();
+        let frame = loop {
+            let next = tokio::time::timeout(Duration::from_secs(60), outbox.next()).await;
+            let frame: Value = serde_json::from_str(&next.expect("no error is told").unwrap()).unwrap();
+            if frame["type"] == "error" {
+                break frame;
+            }
+        };
+        assert_eq!((&frame["code"], &frame["tag"]), (&json!(code), &json!("7")), "{frame}");
+        let made: Vec<_> = host.store.list(caller, None, 10).await.unwrap().iter().map(|job| job.id).collect();
+        assert_eq!(made.len(), usize::from(has_llm), "{caller}");
+        assert_eq!(frame["request_id"], json!(made.first()), "{caller}: who is not told of it asks the LLM again");
+    }
+}
+
 #[tokio::test]
 async fn what_is_not_understood_is_answered_and_what_is_too_large_ends_the_connection() {
     let host = Running::start(&[]).await;
@@ -450,16 +506,19 @@ async fn what_is_not_understood_is_answered_and_what_is_too_large_ends_the_conne
 #[tokio::test]
 async fn a_client_that_does_not_read_is_let_go_and_others_go_on() {
     let host = Running::start(&[]).await;
-    let slow = connect(&host).await;
+    let mut slow = connect(&host).await;
     let id = host.submit(&mole()).await;
-    let ids: Vec<String> = host.hub.ids();
+    slow.subscribe(&id).await;
+    // The answer is all that it reads.
+    slow.next().await.unwrap();
+    let followers = host.hub.subscribers(id.parse().unwrap()).await.unwrap();
     let mut quick = connect(&host).await;
     quick.subscribe(&id).await;
     quick.until_ended(&id).await.unwrap();
     // The system's buffers take some megabytes; behind them a bounded outbox fills up.
     let frame = "x".repeat(32 * 1024);
     let mut pushed = 0;
-    while host.hub.push(&ids[0], frame.clone()).await.unwrap() == Pushed::Sent {
+    while host.hub.push(&followers[0].connection, frame.clone()).await.unwrap() == Pushed::Sent {
         pushed += frame.len();
         assert!(pushed < 64 * 1024 * 1024, "it takes whatever comes");
         tokio::task::yield_now().await;
