@@ -8,7 +8,7 @@ const require = createRequire(`${process.env.OPENAI_NODE}/`);
 const OpenAI = require("openai").OpenAI;
 const { version } = JSON.parse(readFileSync(`${process.env.OPENAI_NODE}/node_modules/openai/package.json`));
 
-const { PROXY_URL: baseURL, PROXY_KEY: apiKey, FEW_KEY } = process.env;
+const { PROXY_URL: baseURL, PROXY_KEY: apiKey, FEW_KEY, SIX_KEY, POOR_KEY } = process.env;
 const TEXT = "A growth of pigment cells, often round, with an even colour.";
 const messages = [{ role: "user", content: "What is a naevus?" }];
 const tool = { type: "function", function: { name: "measure", parameters: { type: "object", properties: { unit: { type: "string" } } } } };
@@ -29,6 +29,17 @@ const text = async (stream) => {
     for (const choice of chunk.choices) text += choice.delta.content ?? "";
   }
   return text;
+};
+
+// A client that asks again by itself, and the statuses that it meets.
+const recording = (apiKey) => {
+  const met = [];
+  const record = async (...asked) => {
+    const answer = await fetch(...asked);
+    met.push(answer.status);
+    return answer;
+  };
+  return [new OpenAI({ baseURL, apiKey, maxRetries: 2, fetch: record }), met];
 };
 
 const checks = {
@@ -61,6 +72,24 @@ const checks = {
     const few = new OpenAI({ baseURL, apiKey: FEW_KEY, maxRetries: 0 });
     for (let asked = 0; asked < 2; asked += 1) await few.chat.completions.create({ model: "text", messages });
     await assert.rejects(few.chat.completions.create({ model: "text", messages }), OpenAI.RateLimitError);
+  },
+  async asked_again() {
+    const asked = (client, model) => client.chat.completions.create({ model, messages });
+    const [patient, met] = recording(apiKey);
+    const answer = count(await asked(patient, "comes-back"));
+    assert.deepEqual([answer.choices[0].message.content, met], [TEXT, [503, 200]]);
+    // The limit of the key gives a request back in ten seconds: who does not wait as told gets no answer.
+    const [limited, ofLimited] = recording(SIX_KEY);
+    while (!ofLimited.includes(429)) {
+      ofLimited.length = 0;
+      assert.equal((await asked(limited, "text")).choices[0].message.content, TEXT);
+    }
+    assert.deepEqual(ofLimited.slice(-2), [429, 200]);
+    // A budget that is used up is so for a month.
+    const [poor, ofPoor] = recording(POOR_KEY);
+    await asked(poor, "text");
+    await assert.rejects(asked(poor, "text"), (error) => error instanceof OpenAI.RateLimitError && error.code === "insufficient_quota");
+    assert.deepEqual(ofPoor, [200, 429]);
   },
   async timeouts_and_broken_streams() {
     await assert.rejects(ask("stalls", {}, { timeout: 1000 }), OpenAI.APIConnectionTimeoutError);

@@ -9,6 +9,7 @@ import openai
 import pydantic
 
 URL, KEY, FEW = os.environ["PROXY_URL"], os.environ["PROXY_KEY"], os.environ["FEW_KEY"]
+SIX, POOR = os.environ["SIX_KEY"], os.environ["POOR_KEY"]
 TEXT = "A growth of pigment cells, often round, with an even colour."
 QUESTION = [{"role": "user", "content": "What is a naevus?"}]
 TOOL = {"type": "function", "function": {"name": "measure", "parameters": {"type": "object", "properties": {"unit": {"type": "string"}}}}}
@@ -114,6 +115,32 @@ def errors():
     assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
 
 
+def recording(key):
+    """A client that asks again by itself, and the statuses that it meets."""
+    met = []
+    record = openai.DefaultHttpxClient(event_hooks={"response": [lambda answer: met.append(answer.status_code)]})
+    return openai.OpenAI(base_url=URL, api_key=key, max_retries=2, http_client=record), met
+
+
+def asked_again():
+    patient, met = recording(KEY)
+    answer = count(patient.chat.completions.create(model="comes-back", messages=QUESTION))
+    assert (answer.choices[0].message.content, met) == (TEXT, [503, 200]), met
+    # The limit of the key gives a request back in ten seconds: who does not wait as told gets no answer.
+    patient, met = recording(SIX)
+    while 429 not in met:
+        met.clear()
+        answer = patient.chat.completions.create(model="text", messages=QUESTION)
+        assert answer.choices[0].message.content == TEXT
+    assert met[-2:] == [429, 200], met
+    # A budget that is used up is so for a month.
+    patient, met = recording(POOR)
+    patient.chat.completions.create(model="text", messages=QUESTION)
+    error = raised(openai.RateLimitError, lambda: patient.chat.completions.create(model="text", messages=QUESTION))
+    assert (error.code, error.response.headers["x-should-retry"]) == ("insufficient_quota", "false"), error
+    assert met == [200, 429], met
+
+
 def timeouts_and_broken_streams():
     raised(openai.APITimeoutError, lambda: ask("stalls", timeout=1))
     seen["left"] += 1
@@ -144,7 +171,7 @@ async def concurrent():
     assert set(await asyncio.gather(*(one() for _ in range(20)))) == {TEXT}
 
 
-for check in (plain, streaming, tools, json_mode, models, errors, timeouts_and_broken_streams, cancelled):
+for check in (plain, streaming, tools, json_mode, models, errors, asked_again, timeouts_and_broken_streams, cancelled):
     check()
     print(f"python {openai.__version__}: {check.__name__}")
 asyncio.run(concurrent())

@@ -33,6 +33,12 @@ async fn main() {
         urls.insert(name.to_owned(), server.base_url().into());
         servers.push(server);
     }
+    // Away for what the proxy makes of one request, then back: once for each of the two clients.
+    let away = || Behaviour::Refuse(503, "Overloaded.".into());
+    let back = || Behaviour::Answer("A growth of pigment cells, often round, with an even colour.".into());
+    let server = LlmServer::start([away(), away(), back(), away(), away(), back()]).await;
+    urls.insert("comes-back".to_owned(), server.base_url().into());
+    servers.push(server);
     println!("{}", Value::Object(urls));
     tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new())).await.unwrap().unwrap();
 }

@@ -54,11 +54,16 @@ def drive(url, admin_key, node_modules):
     for client in ("python", "node"):
         made = admin(url, admin_key, "", {"caller": client, "budget_usd_per_month": 1})
         few = admin(url, admin_key, "", {"caller": client, "requests_per_minute": 2, "models": ["text"]})
+        six = admin(url, admin_key, "", {"caller": client, "requests_per_minute": 6})
+        # Used up by one request.
+        poor = admin(url, admin_key, "", {"caller": client, "budget_usd_per_month": 0.000001})
         command = [sys.executable, HERE / "drive.py"] if client == "python" else ["node", HERE / "drive.mjs"]
         environment = os.environ | {
             "PROXY_URL": f"{url}/v1",
             "PROXY_KEY": made["key"],
             "FEW_KEY": few["key"],
+            "SIX_KEY": six["key"],
+            "POOR_KEY": poor["key"],
             "OPENAI_NODE": node_modules,
         }
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=300)
