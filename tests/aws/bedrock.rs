@@ -21,10 +21,12 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use shared::api::chat::Role;
 use shared::config::Env;
+use shared::job::{AnswerContent, FailureCode, Status};
 use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt, session_of};
 use tokio::net::TcpListener;
 
 use crate::events::Functions;
+use crate::runtime::Function;
 use crate::support::sdk;
 
 const AGENT: &str = "AGENT12345";
@@ -70,14 +72,20 @@ struct Agent {
     asked: Mutex<Vec<Asked>>,
 }
 
-/// The stand-in, and a client of it.
-async fn agent(script: impl IntoIterator<Item = Behaviour>, extra: &[(&str, &str)]) -> (Arc<Agent>, Llm) {
+/// The stand-in, and its address.
+async fn stand_in(script: impl IntoIterator<Item = Behaviour>) -> (Arc<Agent>, String) {
     let agent = Arc::new(Agent { script: Mutex::new(script.into_iter().collect()), asked: Mutex::default() });
     let path = "/agents/{agent}/agentAliases/{alias}/sessions/{session}/text";
     let router = Router::new().route(path, post(invoke)).with_state(Arc::clone(&agent));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move { axum::serve(listener, router).await });
+    (agent, url)
+}
+
+/// The stand-in, and a client of it.
+async fn agent(script: impl IntoIterator<Item = Behaviour>, extra: &[(&str, &str)]) -> (Arc<Agent>, Llm) {
+    let (agent, url) = stand_in(script).await;
     // Not the loaded configuration with another address: the environment's would win.
     let loaded = sdk().await;
     let mut config = SdkConfig::builder().endpoint_url(url).region(loaded.region().cloned());
@@ -295,4 +303,69 @@ async fn enrichment_asks_the_agent_from_its_package_and_does_not_take_every_answ
     // The emulator's agent says that it is one, and not what a naevus is.
     assert_eq!(job.description.unwrap().fallback.as_deref(), Some("llm_invalid_answer"));
     assert_eq!(job.llm_calls.iter().map(|call| call.outcome.as_str()).collect::<Vec<_>>(), ["llm_invalid_answer"]);
+}
+
+/// The packaged functions, and chat, before the stand-in: the SDK has a variable for the address of each service.
+async fn packaged(caller: &str, script: impl IntoIterator<Item = Behaviour>) -> (Arc<Agent>, Functions, Function) {
+    let (agent, url) = stand_in(script).await;
+    let own = [("AWS_ENDPOINT_URL_BEDROCK_AGENT_RUNTIME", url.as_str()), ("BEDROCK_AGENT_MEMORY", "true")];
+    let settings = [&SETTINGS[..], &own].concat();
+    let functions = Functions::start(caller, &settings).await;
+    (agent, functions, Function::start("chat", &settings).await)
+}
+
+/// A conversation with the packaged chat: its status, and what it answers.
+async fn converse(chat: &mut Function, functions: &Functions, text: &str) -> (Value, Value) {
+    let body = json!({"messages": [{"role": "user", "content": text}]});
+    let answer = chat.invoke(&functions.request("/chat", &body)).await.unwrap();
+    (answer["statusCode"].clone(), serde_json::from_str(answer["body"].as_str().unwrap()).unwrap())
+}
+
+#[tokio::test]
+async fn prompts_and_conversations_are_answered_from_their_packages_by_the_agent_in_one_session_of_the_caller() {
+    let whole = || Behaviour::Frames(vec![usage("orchestrationTrace", 100, 10), chunk(b"A mole.")]);
+    let (agent, mut functions, mut chat) = packaged("berta", [whole(), whole()]).await;
+    let id = functions.ask(&json!({"prompt": "A naevus?", "system": "Be short."})).await;
+    let job = functions.enrich(id).await;
+    assert_eq!((job.status, job.attempts.enrichment), (Status::Completed, 1), "{:?}", job.failure);
+    let answer = job.answer.unwrap();
+    assert_eq!(answer.content, AnswerContent::Text("A mole.".to_owned()));
+    assert_eq!((answer.prompt_tokens, answer.completion_tokens), (Some(100), Some(10)));
+    assert!((answer.cost_usd.unwrap() - 140e-6).abs() < 1e-12, "{:?}", answer.cost_usd);
+
+    let (status, answer) = converse(&mut chat, &functions, "Another naevus?").await;
+    assert_eq!((&status, &answer["content"]), (&json!(200), &json!("A mole.")), "{answer}");
+    assert_eq!(answer["model"], format!("{AGENT}/{ALIAS}"));
+    assert_eq!(answer["usage"], json!({"prompt_tokens": 100, "completion_tokens": 10}));
+    // An agent is no model of the proxy.
+    let completion = functions.request("/v1/chat/completions", &json!({"model": AGENT, "messages": []}));
+    assert_eq!(chat.invoke(&completion).await.unwrap()["statusCode"], 404);
+
+    let asked = agent.asked.lock().unwrap().clone();
+    let texts: Vec<_> = asked.iter().map(|asked| asked.body["inputText"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["Be short.\n\nA naevus?", "Another naevus?"]);
+    for asked in asked {
+        let session = session_of("berta");
+        assert_eq!((asked.agent.as_str(), asked.alias.as_str(), &asked.session), (AGENT, ALIAS, &session));
+        assert_eq!(asked.body["memoryId"], session);
+    }
+    for function in [&functions.enrichment, &chat] {
+        let printed = function.printed("stdout") + &function.printed("stderr");
+        assert!(printed.contains("llm called"), "{printed}");
+        assert!(!printed.contains("naevus") && !printed.contains("A mole."), "{printed}");
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_the_packages_may_not_invoke_is_asked_once_for_each_and_shown_with_none_of_its_words() {
+    let denied = || Behaviour::Exception(403, "AccessDeniedException");
+    let (agent, mut functions, mut chat) = packaged("bruno", [denied(), denied()]).await;
+    let id = functions.ask(&json!({"prompt": "A naevus?"})).await;
+    let job = functions.enrich(id).await;
+    let failure = job.failure.as_ref().unwrap();
+    assert_eq!((job.status, failure.code, failure.retryable), (Status::Failed, FailureCode::LlmRefused, false));
+    let (status, answer) = converse(&mut chat, &functions, "A naevus?").await;
+    assert_eq!((&status, &answer["error"]["code"]), (&json!(502), &json!("llm_refused")), "{answer}");
+    assert!(!format!("{job:?}{answer}").contains("secret"), "{job:?}, {answer}");
+    assert_eq!(agent.asked.lock().unwrap().len(), 2);
 }

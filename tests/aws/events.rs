@@ -154,12 +154,15 @@ pub struct Functions {
 }
 
 impl Functions {
+    /// With settings of enrichment, of which submit gets those that say which LLM there is.
     pub async fn start(caller: &str, enrichment: &[(&str, &str)]) -> Self {
         let sdk = sdk().await;
         let table = fresh_table(&sdk, "TABLE_NAME").await;
         let own = [("TABLE_NAME", table.as_str())];
+        let which = |name: &str| name == "LLM_BASE_URL" || name == "BEDROCK_AGENT_ID";
+        let llm: Vec<_> = enrichment.iter().copied().filter(|(name, _)| which(name)).collect();
         Self {
-            submit: Function::start("submit", &own).await,
+            submit: Function::start("submit", &[&own[..], &llm[..]].concat()).await,
             inference: Function::start("inference", &own).await,
             enrichment: Function::start("enrichment", &[&own, enrichment].concat()).await,
             sweep: Function::start("sweep", &own).await,
@@ -193,6 +196,26 @@ impl Functions {
         self.job(id).await
     }
 
+    /// A request of the caller's, as a function behind HTTP gets it.
+    pub fn request(&self, path: &str, body: &Value) -> Value {
+        Variant::Documented.http("POST", path, &self.key, Some(("application/json", &body.to_string(), false)))
+    }
+
+    /// Submits a prompt, of whose change nobody is told yet.
+    pub async fn ask(&mut self, prompt: &Value) -> Uuid {
+        let request = self.request("/submit", prompt);
+        let id = submitted(self.submit.invoke(&request).await.unwrap());
+        assert_eq!(self.job(id).await.status, Status::AwaitingDescription);
+        id
+    }
+
+    /// Tells enrichment of a job's change; the job then.
+    pub async fn enrich(&mut self, id: Uuid) -> Job {
+        let answer = self.enrichment.invoke(&change(id)).await.unwrap();
+        assert_eq!(answer["batchItemFailures"], json!([]));
+        self.job(id).await
+    }
+
     /// One run of sweep; what it reports.
     pub async fn sweep(&mut self) -> Value {
         self.sweep.invoke(&Variant::Documented.schedule()).await.unwrap()
@@ -204,6 +227,11 @@ impl Functions {
         self.store.create(creation(&job, None)).await.unwrap();
         job.id
     }
+}
+
+/// The change of a job, as the stream tells it.
+pub fn change(id: Uuid) -> Value {
+    Variant::Documented.changes(id)
 }
 
 /// The id in the answer of submit, in API Gateway's response format 2.0.

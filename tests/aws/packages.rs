@@ -2,10 +2,11 @@
 
 use axum::http::HeaderMap;
 use serde_json::{Value, json};
-use shared::job::{DescriptionSource, Status};
+use shared::job::{AnswerContent, DescriptionSource, Job, Record, Status};
+use shared::ports::JobStore;
 use uuid::Uuid;
 
-use crate::events::Functions;
+use crate::events::{Functions, change};
 use crate::llm_server::{Behaviour, HONEST, LlmServer, explanation};
 use crate::runtime::Function;
 use crate::support::sdk;
@@ -79,4 +80,34 @@ async fn a_key_that_comes_into_the_secret_behind_a_functions_start_is_found_when
     let job = functions.run("mole-drawn.png").await;
     assert_eq!(job.description.unwrap().source, DescriptionSource::Llm);
     assert_eq!(keys(&llm), ["", "", "Bearer a-late-key"]);
+}
+
+#[tokio::test]
+async fn a_kill_while_the_llm_answers_a_prompt_costs_one_more_call_once_its_lease_is_over() {
+    let text = "A growth of pigment cells.";
+    let llm = LlmServer::start([Behaviour::Stall, Behaviour::Answer(text.into())]).await;
+    let base_url = llm.base_url();
+    let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
+    let mut functions = Functions::start("piers", &settings).await;
+    let id = functions.ask(&json!({"prompt": "What is a naevus?"})).await;
+    functions.enrichment.killed_over(&change(id), "the LLM is asked", async || llm.calls() == 1).await;
+    let claimed = functions.job(id).await;
+    let state = (claimed.status, claimed.attempts.enrichment, claimed.answer.is_some());
+    assert_eq!(state, (Status::AwaitingDescription, 1, false));
+
+    let own = [("TABLE_NAME", functions.table.as_str())];
+    functions.enrichment = Function::start("enrichment", &[&own[..], &settings[..]].concat()).await;
+    assert_eq!(functions.enrich(id).await, claimed, "it may still be at work");
+    // As when its lease has run out.
+    let past = Some(claimed.updated_at);
+    let lapsed = Job { version: claimed.version + 1, lease_until: past, due_at: past, ..claimed.clone() };
+    assert!(functions.store.replace(claimed.fence(), &Record::Job(lapsed)).await.unwrap());
+    assert_eq!(functions.sweep().await["marked"], 1);
+    assert_eq!(llm.calls(), 1);
+
+    let ended = functions.enrich(id).await;
+    assert_eq!((ended.status, ended.attempts.enrichment, llm.calls()), (Status::Completed, 2, 2));
+    assert_eq!(ended.answer.as_ref().unwrap().content, AnswerContent::Text(text.to_owned()));
+    assert_eq!(functions.enrich(id).await, ended);
+    assert_eq!(llm.calls(), 2, "a third delivery has asked");
 }

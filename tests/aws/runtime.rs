@@ -1,7 +1,8 @@
 //! One packaged function and, in Lambda's place, a test that hands it events: as much of the Runtime
 //! API as it takes.
 //!
-//! Wire format: Lambda developer guide, "Using the Lambda runtime API for custom runtimes".
+//! Wire format: Lambda developer guide, "Using the Lambda runtime API for custom runtimes"; of what is streamed, API
+//! Gateway's, "Set up a Lambda proxy integration with payload response streaming in API Gateway".
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -22,10 +23,12 @@ use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
 use tokio::sync::{Mutex, mpsc};
 
-use crate::support::{of_stage, root};
+use crate::support::{of_stage, root, within};
 
 /// Longer than any invocation here may take.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Behind the status and the headers of an answer that a function streams.
+const PRELUDE_END: [u8; 8] = [0; 8];
 
 struct Api {
     events: Mutex<mpsc::Receiver<Value>>,
@@ -136,6 +139,14 @@ impl Function {
         }
     }
 
+    /// Hands it an event, and kills it (SIGKILL) in the middle of that, once `holds`.
+    pub async fn killed_over(&mut self, event: &Value, what: &str, holds: impl AsyncFnMut() -> bool) {
+        self.events.send(event.clone()).await.unwrap();
+        within(what, holds).await;
+        self.process.child.kill().await.unwrap();
+        assert!(self.answers.try_recv().is_err(), "{what}, and it has answered");
+    }
+
     /// What it has printed once it has ended, which it did badly.
     pub async fn ended(&mut self) -> String {
         let status = tokio::time::timeout(PATIENCE, self.process.child.wait()).await.unwrap().unwrap();
@@ -161,14 +172,19 @@ async fn next(State(api): State<Arc<Api>>) -> impl IntoResponse {
     (headers, Json(event))
 }
 
-async fn answer(
-    State(api): State<Arc<Api>>,
-    Path((_, how)): Path<(String, String)>,
-    // JSON, though its type is not always said.
-    body: Bytes,
-) -> StatusCode {
-    let body = serde_json::from_slice(&body).unwrap();
+async fn answer(State(api): State<Arc<Api>>, Path((_, how)): Path<(String, String)>, body: Bytes) -> StatusCode {
+    let body = read(&body);
     let answer = if how == "response" { Ok(body) } else { Err(body) };
     api.answers.send(answer).await.unwrap();
     StatusCode::ACCEPTED
+}
+
+/// JSON, though its type is not always said. What is streamed becomes the answer that a function would give whole.
+fn read(body: &[u8]) -> Value {
+    let Some(end) = body.windows(PRELUDE_END.len()).position(|window| window == PRELUDE_END) else {
+        return serde_json::from_slice(body).unwrap();
+    };
+    let mut answer: Value = serde_json::from_slice(&body[..end]).unwrap();
+    answer["body"] = std::str::from_utf8(&body[end + PRELUDE_END.len()..]).unwrap().into();
+    answer
 }

@@ -11,8 +11,8 @@ use shared::clock::Clock;
 use shared::ports::Connections;
 use uuid::Uuid;
 
-use crate::llm_server::Behaviour;
-use crate::pipeline::User;
+use crate::llm_server::{Behaviour, HONEST, explanation};
+use crate::pipeline::{LLM_TURN, User};
 use crate::ports::{connections_suite, tickets_suite};
 use crate::runtime::Function;
 use crate::support::{fresh_table, llm, of_stage, sample, sdk, within};
@@ -69,8 +69,8 @@ async fn a_subscriber_is_told_the_end_of_a_photo_and_what_get_says_of_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_comes_as_text_and_then_whole() {
+    let (_alone, user) = (LLM_TURN.write().await, User::new("sockets-ask").await);
     llm().behave(Behaviour::Answer(ANSWER.into()));
-    let user = User::new("sockets-ask").await;
     let mut socket = connect(&user).await;
     socket.send(json!({"action": "ask", "prompt": "What is a naevus?", "tag": "7"})).await;
     let mut told = Told::default();
@@ -92,6 +92,7 @@ async fn an_answer_comes_as_text_and_then_whole() {
             break;
         }
     }
+    llm().behave(Behaviour::Answer(explanation(HONEST)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,9 +2,13 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use chat::{Closed, Meter};
 use chrono::TimeDelta;
+use futures_util::future::join_all;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use shared::account::{Ask, Refused, Used};
+use shared::api::admin::KeyLimits;
 use shared::aws::{DynamoCallers, DynamoJobStore, S3BlobStore, SqsJobQueue};
 use shared::clock::Clock;
 use shared::job::{AnswerContent, Dispatch, LlmAnswer, Policy, Record};
@@ -57,6 +61,48 @@ async fn an_account_holds_for_many_functions_at_once() {
     accounts_suite(DynamoCallers::new(&sdk, fresh_table(&sdk, "CALLERS_TABLE_NAME").await)).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_and_budgets_hold_for_many_functions_at_once_but_for_less_than_one_request() {
+    let sdk = sdk().await;
+    let callers = DynamoCallers::new(&sdk, fresh_table(&sdk, "CALLERS_TABLE_NAME").await);
+    let clock = Clock::manual(start());
+    // Two at once may take all of either limit. They take less: eight of them leave something, nine do not.
+    let ask = Ask { prompt_tokens: 100, completion_tokens: 50, cost_pico: 150 };
+    let used = Used { prompt_tokens: 20, completion_tokens: 15, cost_pico: 35, estimated: false };
+    let tokens = KeyLimits { tokens_per_minute: Some(300), ..KeyLimits::default() };
+    let budget = KeyLimits { budget_usd_per_month: Some(300e-12), ..KeyLimits::default() };
+    for (key, limits) in [("0123456789ab", tokens), ("ba9876543210", budget)] {
+        // What functions share is the store alone.
+        let function = || Meter::new(callers.clone(), clock.clone());
+        let let_in = async |meter: &Meter<DynamoCallers>| match meter.admit(key, &limits, ask).await {
+            Ok(admitted) => {
+                meter.settle(&admitted, used).await;
+                1_u64
+            }
+            Err(Closed::Limit(refused, _)) => match (refused, limits.tokens_per_minute) {
+                (Refused::Tokens(_), Some(_)) | (Refused::Budget(_), None) => 0,
+                other => panic!("{other:?}"),
+            },
+            Err(Closed::Store(error)) => panic!("{}", error.chain()),
+        };
+        let clients = (0..20).map(async |_| {
+            let meter = function();
+            let_in(&meter).await + let_in(&meter).await + let_in(&meter).await
+        });
+        let mut requests: u64 = join_all(clients).await.into_iter().sum();
+        // Alone, a client gets as far as the limit goes.
+        let alone = function();
+        while let_in(&alone).await == 1 {
+            requests += 1;
+        }
+        let account = callers.find_account(key).await.unwrap();
+        let month = account.months["2023-11"];
+        assert_eq!((requests, month.requests, account.under_way()), (9, 9, 0), "{limits:?}: {month:?}");
+        let took = (month.prompt_tokens, month.completion_tokens, month.cost_pico, month.estimated_requests);
+        assert_eq!(took, (9 * 20, 9 * 15, 9 * 35, 0), "{limits:?}");
+    }
+}
+
 #[tokio::test]
 async fn the_blob_store_keeps_its_contract() {
     let sdk = sdk().await;
@@ -91,7 +137,7 @@ async fn transactions_that_meet_are_tried_again() {
         let creation = Creation { max_queued_bytes: 30, ..creation(&job, None) };
         async { store.create(creation).await.unwrap() }
     };
-    let created = futures_util::future::join_all((0..50).map(create)).await;
+    let created = join_all((0..50).map(create)).await;
     let new = created.iter().filter(|created| **created == Created::New).count();
     assert_eq!(new, 30, "each counts one byte");
     assert_eq!(store.list("alice", None, 100).await.unwrap().len(), 30);
@@ -99,7 +145,7 @@ async fn transactions_that_meet_are_tried_again() {
     let policy = Policy::default();
     for job in store.list("alice", None, 3).await.unwrap() {
         let claimed = Record::Job(job.claim_inference(start(), start() + policy.lease, &policy).unwrap());
-        let wins = futures_util::future::join_all((0..20).map(|_| store.replace(job.fence(), &claimed))).await;
+        let wins = join_all((0..20).map(|_| store.replace(job.fence(), &claimed))).await;
         assert_eq!(wins.into_iter().filter(|won| *won.as_ref().unwrap()).count(), 1);
     }
 }
