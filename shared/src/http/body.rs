@@ -2,9 +2,10 @@
 //!
 //! No error repeats a byte of a body.
 
-use axum::body::{Body, Bytes, to_bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, header};
+use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Code, Error};
@@ -29,22 +30,32 @@ pub async fn json<T: DeserializeOwned>(request: Request, limit: usize, shape: &s
     object(&bytes(request.into_body(), limit, too_long).await?, shape)
 }
 
-/// The whole body, of at most `limit` bytes.
+/// The whole body, of at most `limit` bytes. Each piece is copied as it comes and let go: the body is never there twice.
 ///
 /// # Errors
 /// `too_long` where it is longer, 400 where it was cut off.
 pub async fn bytes(body: Body, limit: usize, too_long: impl FnOnce() -> Error) -> Result<Bytes, Error> {
-    to_bytes(body, limit).await.map_err(|error| {
-        // axum wraps the limit's error; the type below it is http-body-util's, which is not public here.
-        let mut cause: Option<&dyn std::error::Error> = Some(&error);
-        while let Some(error) = cause {
-            if error.to_string() == "length limit exceeded" {
-                return too_long();
-            }
-            cause = error.source();
+    let expected = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+    let mut pieces = body.into_data_stream();
+    let mut next = async || pieces.next().await.transpose().map_err(|_| invalid("The body ended early."));
+    let Some(first) = next().await? else { return Ok(Bytes::new()) };
+    if first.len() > limit || expected > limit {
+        return Err(too_long());
+    }
+    // Most bodies are one piece.
+    if first.len() == expected {
+        return Ok(first);
+    }
+    let mut whole = Vec::with_capacity(expected);
+    whole.extend_from_slice(&first);
+    drop(first);
+    while let Some(piece) = next().await? {
+        if piece.len() > limit - whole.len() {
+            return Err(too_long());
         }
-        invalid("The body ended early.")
-    })
+        whole.extend_from_slice(&piece);
+    }
+    Ok(whole.into())
 }
 
 /// One JSON object; `shape` tells the client what was expected.
@@ -114,5 +125,17 @@ mod tests {
         let error = bytes(Body::from("x".repeat(11)), 10, too_long).await.unwrap_err();
         assert_eq!(error.code(), Code::PayloadTooLarge);
         assert_eq!(bytes(Body::from("x".repeat(10)), 10, too_long).await.unwrap().len(), 10);
+        assert_eq!(bytes(Body::empty(), 10, too_long).await.unwrap().len(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_body_in_pieces_is_whole_and_no_longer_than_it_may() {
+        let too_long = || Error::new(Code::PayloadTooLarge, "Long.");
+        let body = |length: usize| {
+            let pieces = (0..length).map(|at| Ok::<_, io::Error>(Bytes::from(vec![b'a' + at as u8])));
+            Body::from_stream(stream::iter(pieces.collect::<Vec<_>>()))
+        };
+        assert_eq!(bytes(body(10), 10, too_long).await.unwrap(), "abcdefghij");
+        assert_eq!(bytes(body(11), 10, too_long).await.unwrap_err().code(), Code::PayloadTooLarge);
     }
 }

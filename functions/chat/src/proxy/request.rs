@@ -186,12 +186,22 @@ fn place(text: &str, value: &RawValue) -> Range<usize> {
 /// No tokenizer makes more tokens than there are bytes. The bytes of pictures that are sent along are
 /// none of the prompt's; nobody's pictures cost what their base64 is long.
 fn most_tokens(text: &str) -> u64 {
-    let text = text.as_bytes();
-    let end = |start: usize| memchr(b'"', &text[start..]).unwrap_or(text.len() - start);
-    let of = |pattern: &str| memmem::find_iter(text, pattern).map(|at| end(at + pattern.len())).sum::<usize>();
-    let data = of(r#""url":"data:"#) + of(r#""url": "data:"#);
-    let pictures = memmem::find_iter(text, "\"image_url\"").count();
-    (text.len() - data) as u64 + pictures as u64 * PICTURE_TOKENS
+    let (text, name) = (text.as_bytes(), memmem::Finder::new("url\""));
+    let (mut from, mut data, mut pictures) = (0, 0, 0);
+    // Once over the text, but for the pictures, of which only the end is looked for.
+    while let Some(at) = name.find(&text[from..]) {
+        let (before, after) = text[from..].split_at(at);
+        from += at + name.needle().len();
+        pictures += u64::from(before.ends_with(b"\"image_"));
+        let value = [b"url\":\"data:".as_slice(), b"url\": \"data:"].into_iter().find(|start| after.starts_with(start));
+        if let Some(start) = value.filter(|_| before.ends_with(b"\"")) {
+            let bytes = &after[start.len()..];
+            let length = memchr(b'"', bytes).unwrap_or(bytes.len());
+            data += length;
+            from += start.len() - name.needle().len() + length;
+        }
+    }
+    (text.len() - data) as u64 + pictures * PICTURE_TOKENS
 }
 
 #[cfg(test)]
@@ -294,10 +304,18 @@ mod tests {
         let text = r#"{"model":"a","messages":[{"role":"user","content":"hello"}]}"#;
         assert_eq!(read(text).most_prompt_tokens, text.len() as u64);
         let picture = "A".repeat(100_000);
-        let part = format!(r#"{{"type":"image_url","image_url":{{"url":"data:image/png;base64,{picture}"}}}}"#);
-        let body = format!(r#"{{"model":"a","messages":[{{"role":"user","content":[{part}]}}]}}"#);
-        let counted = read(&body).most_prompt_tokens;
-        assert!((3000..3200).contains(&counted), "{counted}");
+        for colon in [":", ": "] {
+            let part =
+                format!(r#"{{"type":"image_url","image_url":{{"url"{colon}"data:image/png;base64,{picture}"}}}}"#);
+            let body = format!(r#"{{"model":"a","messages":[{{"role":"user","content":[{part},{part}]}}]}}"#);
+            // Two mentions each, and what is around the pictures.
+            let counted = read(&body).most_prompt_tokens;
+            assert!((6000..6400).contains(&counted), "{counted}");
+        }
+        for text in ["\\\"url\\\":\\\"data:", "url\\\": \\\"data:", "curl\\\""] {
+            let body = format!(r#"{{"model":"a","messages":[{{"role":"user","content":"{text}{picture}"}}]}}"#);
+            assert_eq!(read(&body).most_prompt_tokens, body.len() as u64, "{text}");
+        }
     }
 
     #[test]
