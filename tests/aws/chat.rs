@@ -193,7 +193,7 @@ async fn twenty(user: &User, key: &str, caller: &str, times: usize) -> Vec<Answe
         let mut answers = Vec::new();
         for round in 0..times {
             let question = format!("of {caller}: {number} {round}");
-            answers.push(put(user, key, &question, (number + round) % 2 == 0).await);
+            answers.push(put(user, key, &question, (number + round).is_multiple_of(2)).await);
         }
         answers
     });
