@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from calibrate import load_network
 from network import MEAN, STD, Bundle, Strangeness
 from prepare import CODES, HEIGHT, MALIGNANT, WIDTH, Photos, resize
 from score import Runner, abstained, figures, score_non_lesions
+from simplify import simplify
 from strangers import HELD_OUT
 
 HERE = Path(__file__).parent
@@ -32,25 +32,6 @@ NAMES = {
     "nv": "Melanocytic naevus",
     "vasc": "Vascular lesion",
 }
-# Smaller tensors stay as they are: they save nothing.
-HALVED_FROM = 1000
-
-
-def halve(graph: onnx.GraphProto) -> None:
-    """Stores the large weights as float16 behind a Cast, which ONNX Runtime folds while loading: half the file, and
-    the sums stay in float32. The whitening matrix is left alone."""
-    casts, kept = [], []
-    for tensor in graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.size < HALVED_FROM or "strangeness" in tensor.name:
-            kept.append(tensor)
-            continue
-        kept.append(numpy_helper.from_array(values.astype(np.float16), tensor.name + ".half"))
-        casts.append(helper.make_node("Cast", [tensor.name + ".half"], [tensor.name], to=TensorProto.FLOAT))
-    nodes = list(graph.node)
-    for field, values in ((graph.initializer, kept), (graph.node, casts + nodes)):
-        del field[:]
-        field.extend(values)
 
 
 def export_network(work: Path, path: Path) -> dict:
@@ -58,19 +39,17 @@ def export_network(work: Path, path: Path) -> dict:
     saved, network = torch.load(work / "calibration.pt"), load_network(work, "all")
     strangeness = Strangeness(saved["strangeness"]["shift"].numel())
     strangeness.load_state_dict(saved["strangeness"])
-    raw, outputs = io.BytesIO(), ["logits", "ood", "map"]
+    raw = io.BytesIO()
     # The newer exporter writes stack traces with this machine's paths into the file.
     torch.onnx.export(
         Bundle(network, strangeness).eval(), (torch.zeros(1, 3, HEIGHT, WIDTH),), raw, dynamo=False, opset_version=17,
-        input_names=["input"], output_names=outputs, dynamic_axes={name: {0: "batch"} for name in ["input", *outputs]},
+        input_names=["input"], output_names=["logits", "ood", "map"],
     )
-    model = onnx.load_from_string(raw.getvalue())
+    model = simplify(onnx.load_from_string(raw.getvalue()))
     # Nothing of the machine that exported it, in either exporter's fields.
     for node in model.graph.node:
         node.ClearField("doc_string")
         del node.metadata_props[:]
-    halve(model.graph)
-    onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
     return saved["calibration"]
 
@@ -114,7 +93,7 @@ def main(work: Path) -> None:
     manifest = {
         "format": 1,
         "name": "lesion-demo",
-        "version": "0.4.0",
+        "version": "0.4.1",
         "licence": "CC-BY-NC-4.0",
         "network": {
             "file": network.name,

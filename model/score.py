@@ -32,8 +32,8 @@ class Runner:
     def outputs(self, photos: np.ndarray, names: list[str]) -> list[np.ndarray]:
         """uint8 [N, H, W, 3] to outputs of the graph."""
         parts = []
-        for i in range(0, len(photos), 32):
-            pixels = ((photos[i : i + 32] * np.float32(1 / 255) - self.mean) / self.std).transpose(0, 3, 1, 2)
+        for photo in photos:
+            pixels = ((photo * np.float32(1 / 255) - self.mean) / self.std).transpose(2, 0, 1)[None]
             parts.append(self.session.run(names, {"input": pixels}))
         return [np.concatenate(column) for column in zip(*parts)]
 
