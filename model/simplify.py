@@ -38,7 +38,7 @@ def replace(field, values: list) -> None:
 
 
 def pad_within(graph: onnx.GraphProto) -> None:
-    """Has each convolution pad with zeros what a node before it padded, copying the whole map: a sixth of a run's
+    """Has each convolution pad with zeros what a node before it padded, copying the whole map: an eighth of a run's
     time. PyTorch's convolutions pad both sides alike, TensorFlow's "same" does not."""
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
