@@ -152,6 +152,7 @@ struct Scene {
     kind: Kind,
     point: Point,
     folder: TempDir,
+    model: PathBuf,
     http: Client,
     llm: LlmServer,
     receiver: Receiver,
@@ -173,7 +174,8 @@ impl Scene {
             _ => ids(folder.path()).await,
         };
         let (llm, receiver, uploaded) = (LlmServer::start([]).await, Receiver::start(200).await, Arc::default());
-        let scene = Self { kind, point, folder, http: client(), llm, receiver, ids, uploaded, cut_off: 0 };
+        let model = folders.model();
+        let scene = Self { kind, point, folder, model, http: client(), llm, receiver, ids, uploaded, cut_off: 0 };
         let data = scene.folder.path();
         match kind {
             Kind::Unreadable => backlog::photos(data).iter().for_each(hide),
@@ -229,6 +231,7 @@ impl Scene {
         let base_url = self.llm.base_url();
         let times = if matches!(self.kind, Kind::Deleted | Kind::Buried) { ERASING } else { UNHURRIED };
         let mut extra = times.to_vec();
+        extra.push(("MODEL_DIR", self.model.to_str().unwrap()));
         if !self.is_offline() {
             extra.extend([("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")]);
         }

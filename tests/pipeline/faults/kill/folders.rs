@@ -1,6 +1,6 @@
 //! What the scenes begin with: filled once, copied for each.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::{TimeDelta, Utc};
@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use super::clients::{delete_all, submit_all_told};
 use super::{ERASING, Kind, UNHURRIED, ids};
 use crate::support::backlog::{self, JOBS, PATIENCE};
+use crate::support::network::Network;
 use crate::support::process::Process;
 use crate::support::receiver::Receiver;
 use crate::support::{client, numbered_mole, open, within};
@@ -21,6 +22,8 @@ use crate::webhooks::variables;
 
 /// The folders that scenes begin with.
 pub(super) struct Folders {
+    /// Draws a map of every photo, and takes no time: it is not the network that is tried.
+    model: TempDir,
     /// Nothing but the model.
     empty: TempDir,
     queued: TempDir,
@@ -35,34 +38,38 @@ pub(super) struct Folders {
 
 impl Folders {
     pub(super) async fn fill() -> Self {
-        let [empty, queued, reserved, failed, completed, buried, untold] =
+        let [model, empty, queued, reserved, failed, completed, buried, untold] =
             std::array::from_fn(|_| tempfile::tempdir().unwrap());
-        drop(open(empty.path(), Clock::System, &[]).await);
+        // Of skin it says what the LLM's description speaks of.
+        let classes = vec![("melanocytic naevus", [9.0, 0.0, 0.0]), ("other", [0.0, 0.0, 9.0])];
+        Network { classes, ..Network::default() }.write(model.path());
+        let model_dir = [("MODEL_DIR", model.path().to_str().unwrap())];
+        drop(open(empty.path(), Clock::System, &model_dir).await);
         backlog::closed(empty.path()).await;
         backlog::copy(empty.path(), queued.path());
-        backlog::accept(&open(queued.path(), Clock::System, &[]).await, JOBS).await;
+        backlog::accept(&open(queued.path(), Clock::System, &model_dir).await, JOBS).await;
         backlog::closed(queued.path()).await;
 
         backlog::copy(queued.path(), reserved.path());
-        reserve(&open(reserved.path(), Clock::System, &[]).await).await;
+        reserve(&open(reserved.path(), Clock::System, &model_dir).await).await;
         backlog::closed(reserved.path()).await;
 
         backlog::copy(queued.path(), failed.path());
         let two_days_on = Clock::manual(Utc::now() + TimeDelta::days(2));
-        let host = open(failed.path(), two_days_on, &[]).await;
+        let host = open(failed.path(), two_days_on, &model_dir).await;
         assert_eq!(host.sweep.handle(EventBridgeEvent::default()).await.unwrap().ended, JOBS as u32);
         drop(host);
         backlog::closed(failed.path()).await;
         backlog::lose_messages(failed.path());
 
         backlog::copy(queued.path(), completed.path());
-        let host = Process::start(completed.path(), UNHURRIED).await.unwrap();
+        let host = Process::start(completed.path(), &[UNHURRIED, &model_dir].concat()).await.unwrap();
         within(PATIENCE, "all are completed", async || backlog::is_quiet(completed.path())).await;
         host.terminate().await;
         backlog::closed(completed.path()).await;
 
         backlog::copy(completed.path(), buried.path());
-        let unswept = [ERASING, &[("SWEEP_INTERVAL_SECONDS", "3600")]].concat();
+        let unswept = [ERASING, &model_dir, &[("SWEEP_INTERVAL_SECONDS", "3600")]].concat();
         let ids = ids(buried.path()).await;
         let host = Process::start(buried.path(), &unswept).await.unwrap();
         assert!(delete_all(&client(), &host.url, &ids).await);
@@ -72,13 +79,18 @@ impl Folders {
         backlog::copy(empty.path(), untold.path());
         let receiver = Receiver::start(503).await;
         let address = receiver.host();
-        let host = Process::start(untold.path(), &[UNHURRIED, &variables(&address)].concat()).await.unwrap();
+        let host =
+            Process::start(untold.path(), &[UNHURRIED, &model_dir, &variables(&address)].concat()).await.unwrap();
         submit_all_told(&client(), &host.url, &receiver).await.unwrap();
         within(PATIENCE, "all are refused", async || backlog::refused_deliveries(untold.path()) == JOBS).await;
         host.terminate().await;
         backlog::closed(untold.path()).await;
         backlog::leave_one_try(untold.path());
-        Self { empty, queued, reserved, failed, completed, buried, untold }
+        Self { model, empty, queued, reserved, failed, completed, buried, untold }
+    }
+
+    pub(super) fn model(&self) -> PathBuf {
+        self.model.path().to_owned()
     }
 
     pub(super) fn of(&self, kind: Kind) -> &Path {
