@@ -231,6 +231,14 @@ pub struct Job {
     pub timings_ms: Timings,
 }
 
+impl Job {
+    /// Puts a claim's call into the ledger, in the place of what its begin left there; `None` where nobody was asked.
+    pub fn settle_call(&mut self, claim: u64, call: Option<LlmCall>) {
+        self.llm_calls.retain(|known| known.claim != claim);
+        self.llm_calls.extend(call);
+    }
+}
+
 /// What a new job is made from; see [`Job::new`].
 #[derive(Debug, Clone)]
 pub struct NewJob {

@@ -239,8 +239,8 @@ async fn each_exception_has_the_code_of_its_kind() {
     for (status, name, code, tries) in [
         (429, "ThrottlingException", "llm_rate_limited", 3),
         (400, "ServiceQuotaExceededException", "llm_rate_limited", 3),
-        (403, "AccessDeniedException", "llm_refused", 1),
-        (404, "ResourceNotFoundException", "llm_refused", 1),
+        (403, "AccessDeniedException", "llm_denied", 1),
+        (404, "ResourceNotFoundException", "llm_denied", 1),
         (400, "ValidationException", "llm_refused", 1),
         (500, "InternalServerException", "llm_unavailable", 3),
     ] {

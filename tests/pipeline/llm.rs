@@ -101,7 +101,7 @@ async fn a_complete_answer_that_cannot_be_shown_is_replaced_and_not_asked_for_ag
         (Behaviour::Answer(explanation("Short.")), "llm_text_length"),
         (Behaviour::Body("<html>no JSON at all</html>"), "llm_invalid_response"),
         (Behaviour::Body(r#"{"choices": []}"#), "llm_invalid_response"),
-        (Behaviour::Status(401, None), "llm_refused"),
+        (Behaviour::Status(401, None), "llm_denied"),
         (Behaviour::Status(400, None), "llm_refused"),
     ] {
         let (result, llm) = described([behaviour.clone()], &[]).await;

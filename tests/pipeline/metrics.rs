@@ -9,6 +9,7 @@ use ::metrics::{
     Counter, CounterFn, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, Recorder, SharedString, Unit,
     set_default_local_recorder,
 };
+use reqwest::RequestBuilder;
 use serde_json::{Value, json};
 
 use crate::proxy::models_file;
@@ -152,6 +153,11 @@ async fn every_completion_is_counted_once_with_what_it_took() {
 /// An answer that does not say what it took.
 const UNSAID: &str = r#"{"choices": [{"message": {"content": "A growth."}}]}"#;
 
+fn converse(url: &str) -> RequestBuilder {
+    let body = json!({"messages": [{"role": "user", "content": "What is a naevus?"}]});
+    client().post(format!("{url}/chat")).json(&body)
+}
+
 #[tokio::test]
 async fn every_answer_to_a_conversation_is_counted_once_with_what_it_took() {
     let kept = Kept::default();
@@ -166,29 +172,57 @@ async fn every_answer_to_a_conversation_is_counted_once_with_what_it_took() {
         (vec![down.clone(), slow], 200),
         (vec![Behaviour::Body(UNSAID)], 200),
         (vec![Behaviour::Status(400, None)], 502),
+        (vec![Behaviour::Status(401, None)], 502),
         (vec![down; 3], 502),
     ] {
         llm.script(script);
-        let body = json!({"messages": [{"role": "user", "content": "What is a naevus?"}]});
-        let response = host.http.post(format!("{}/chat", host.url)).json(&body).send().await.unwrap();
-        assert_eq!(response.status().as_u16(), status);
+        assert_eq!(converse(&host.url).send().await.unwrap().status().as_u16(), status);
     }
+    llm.script([Behaviour::Stall]);
+    assert!(converse(&host.url).timeout(PAUSE).send().await.unwrap_err().is_timeout());
+    eventually("who has left is counted", async || kept.of("LlmDuration").len() == 7).await;
     // Of which the LLM never hears.
     let response = host.http.post(format!("{}/chat", host.url)).json(&json!({"messages": []})).send().await.unwrap();
-    assert_eq!((response.status().as_u16(), llm.calls()), (400, 8));
+    assert_eq!((response.status().as_u16(), llm.calls()), (400, 10));
     for (name, values) in [
-        ("LlmPromptTokens", vec![19.0, 19.0, 0.0, 0.0, 0.0]),
-        ("LlmCompletionTokens", vec![10.0, 10.0, 0.0, 0.0, 0.0]),
+        ("LlmPromptTokens", vec![19.0, 19.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        ("LlmCompletionTokens", vec![10.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
         // What is not known is not a cost of 0.
         ("LlmCost", vec![COST; 2]),
-        ("LlmFailures", vec![0.0, 0.0, 0.0, 1.0, 1.0]),
+        // A conversation that is refused is its caller's failure, as leaving is; the key is the operator's.
+        ("LlmFailures", vec![0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0]),
         ("LlmFirstByteDuration", vec![]),
         ("LlmCacheHits", vec![]),
     ] {
         assert_eq!(kept.of(name), values, "{name}");
     }
     let durations = kept.of("LlmDuration");
-    assert!(durations.len() == 5 && durations[..2].iter().all(|&duration| duration >= PAUSE_MS), "{durations:?}");
+    assert!(durations.len() == 7 && durations[..2].iter().all(|&duration| duration >= PAUSE_MS), "{durations:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_call_for_a_conversation_has_one_line_in_the_log_that_says_how_it_ended() {
+    let (data, llm) = (tempfile::tempdir().unwrap(), LlmServer::start([]).await);
+    let base_url = llm.base_url();
+    let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m"), ("LOG_LEVEL", "info")];
+    let host = Process::start(data.path(), &settings).await.unwrap();
+    let refused = [Behaviour::Status(400, None), Behaviour::Status(401, None)];
+    llm.script([Behaviour::Answer("A growth.".into())].into_iter().chain(refused));
+    for status in [200, 502, 502] {
+        assert_eq!(converse(&host.url).send().await.unwrap().status().as_u16(), status);
+    }
+    llm.script([Behaviour::Stall]);
+    assert!(converse(&host.url).timeout(PAUSE).send().await.unwrap_err().is_timeout());
+    let lines = || -> Vec<Value> {
+        let lines = host.log().into_iter().map(|line| serde_json::from_str::<Value>(&line).unwrap());
+        lines.filter(|line| line["message"] == "llm called").collect()
+    };
+    eventually("all four are logged", async || lines().len() == 4).await;
+    let outcomes = lines().into_iter().map(|line| (line["llm.outcome"].clone(), line["llm.completion_tokens"].clone()));
+    let expected =
+        [("ok", json!(10)), ("llm_refused", json!(null)), ("llm_denied", json!(null)), ("left", json!(null))];
+    assert!(outcomes.eq(expected.map(|(outcome, tokens)| (json!(outcome), tokens))), "{:?}", lines());
+    assert!(lines().iter().all(|line| line["span"]["request.id"].is_string()), "{:?}", lines());
 }
 
 #[tokio::test(flavor = "multi_thread")]

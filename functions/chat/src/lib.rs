@@ -111,10 +111,9 @@ impl<C> Chat<C> {
         if self.llm.is_offline() {
             return Err(Error::new(Code::LlmNotConfigured, "This host has no LLM; its operator sets LLM_BASE_URL."));
         }
-        let started = Instant::now();
-        let (answer, tries) = self.llm.complete(&prompt, started + TIME).await;
-        let duration = started.elapsed();
-        tell(&self.llm, &answer, tries, duration);
+        let mut call = Call::begun();
+        let (answer, tries) = self.llm.complete(&prompt, call.started + TIME).await;
+        call.end(&self.llm, &answer, tries);
         let answer = answer.map_err(trouble)?;
         Ok(ChatAnswer {
             id: answer.id.unwrap_or_else(|| format!("chatcmpl-{}", Uuid::new_v4().simple())),
@@ -122,34 +121,73 @@ impl<C> Chat<C> {
             content: answer.text,
             finish_reason: answer.finish_reason,
             usage: TokenUsage { prompt_tokens: answer.prompt_tokens, completion_tokens: answer.completion_tokens },
-            latency_ms: millis(duration),
+            latency_ms: millis(call.started.elapsed()),
             request_id: http::request_id(),
         })
     }
 }
 
-/// One line for each call, neither prompt nor answer, and its metrics.
-fn tell(llm: &Llm, answer: &Result<Answer, LlmError>, tries: u32, duration: Duration) {
-    let answered = answer.as_ref().ok();
-    let prompt_tokens = answered.and_then(|answer| answer.prompt_tokens);
-    let completion_tokens = answered.and_then(|answer| answer.completion_tokens);
-    metrics::completion_relayed(&Completion {
-        failed: answer.is_err(),
-        prompt_tokens: prompt_tokens.unwrap_or(0),
-        completion_tokens: completion_tokens.unwrap_or(0),
-        cost_usd: answered.and_then(|answer| llm.cost_usd(answer)),
-        duration,
-        // It comes whole.
-        first_byte: None,
-    });
-    tracing::info!(
-        llm.outcome = answer.as_ref().map_or_else(|error| error.code, |_| "ok"),
-        llm.latency_ms = millis(duration),
-        llm.tries = tries,
-        llm.prompt_tokens = prompt_tokens,
-        llm.completion_tokens = completion_tokens,
-        "llm called"
-    );
+/// A call to the LLM. One line, neither prompt nor answer, and its metrics when it goes out of scope: ended, or
+/// dropped because the caller has left.
+struct Call {
+    started: Instant,
+    outcome: &'static str,
+    /// By the LLM's fault or the operator's.
+    failed: bool,
+    tries: Option<u32>,
+    prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
+    cost_usd: Option<f64>,
+}
+
+impl Call {
+    fn begun() -> Self {
+        Self {
+            started: Instant::now(),
+            outcome: "left",
+            failed: false,
+            tries: None,
+            prompt_tokens: None,
+            completion_tokens: None,
+            cost_usd: None,
+        }
+    }
+
+    fn end(&mut self, llm: &Llm, answer: &Result<Answer, LlmError>, tries: u32) {
+        self.tries = Some(tries);
+        match answer {
+            Ok(answer) => {
+                self.outcome = "ok";
+                self.prompt_tokens = answer.prompt_tokens;
+                self.completion_tokens = answer.completion_tokens;
+                self.cost_usd = llm.cost_usd(answer);
+            }
+            Err(error) => (self.outcome, self.failed) = (error.code, !error.is_of_the_request()),
+        }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let duration = self.started.elapsed();
+        metrics::completion_relayed(&Completion {
+            failed: self.failed,
+            prompt_tokens: self.prompt_tokens.unwrap_or(0),
+            completion_tokens: self.completion_tokens.unwrap_or(0),
+            cost_usd: self.cost_usd,
+            duration,
+            // It comes whole.
+            first_byte: None,
+        });
+        tracing::info!(
+            llm.outcome = self.outcome,
+            llm.latency_ms = millis(duration),
+            llm.tries = self.tries,
+            llm.prompt_tokens = self.prompt_tokens,
+            llm.completion_tokens = self.completion_tokens,
+            "llm called"
+        );
+    }
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -161,6 +199,7 @@ fn trouble(error: LlmError) -> Error {
     let (code, message) = match error.code {
         "llm_timeout" => (Code::LlmTimeout, "The LLM took too long. Ask for less, or try again."),
         "llm_rate_limited" => (Code::LlmRateLimited, "The LLM takes no more requests at the moment. Try again."),
+        "llm_denied" => (Code::LlmRefused, "The LLM does not take this host's key or model."),
         "llm_refused" => (Code::LlmRefused, "The LLM refused the request."),
         "llm_invalid_response" => (Code::LlmInvalidResponse, "The LLM answered something that is no completion."),
         _ => (Code::LlmUnavailable, "The LLM is not available at the moment. Try again."),

@@ -41,15 +41,15 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         let format = request.format;
         let (answer, mut call) = self.ask(&prompt(request, &job.caller), job).await;
         crash::here(Point::EnrichmentAnswered);
-        let failed = answer.is_err();
+        let failure = answer.as_ref().err().cloned();
         let usable = answer.map_err(|error| (trouble(&error), error.wait())).and_then(|answer| {
             let text = text_of(&answer, format).ok_or((NO_JSON, None))?.to_owned();
             Ok(Answer { text, ..answer })
         });
-        if let (Err((NO_JSON, _)), false) = (&usable, failed) {
+        if let (Err((NO_JSON, _)), None) = (&usable, &failure) {
             call.outcome = "llm_invalid_json".to_owned();
         }
-        told(&call, failed);
+        told(&call, failure.is_some_and(|error| !error.is_of_the_request()));
         match usable {
             Ok(answer) => self.commit(job, answer, call).await,
             Err((trouble, wait)) => self.release(job, trouble, wait, Some(call)).await,
@@ -85,7 +85,7 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         let now = self.clock.now();
         let finish = |current: &Job| {
             let mut next = current.finish_answer(job.claim, answer.clone(), now, &self.policy)?;
-            next.llm_calls.push(call.clone());
+            next.settle_call(job.claim, Some(call.clone()));
             Ok((next, ()))
         };
         let finished = transition(&self.jobs, job, finish).await;
@@ -109,7 +109,7 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         let now = self.clock.now();
         let release = |current: &Job| {
             let mut next = current.release_answer(job.claim, trouble, wait, now, &self.policy)?;
-            next.llm_calls.extend(call.clone());
+            next.settle_call(job.claim, call.clone());
             Ok((next, ()))
         };
         let released = transition(&self.jobs, job, release).await;
@@ -145,7 +145,7 @@ fn text_of(answer: &Answer, format: AnswerFormat) -> Option<&str> {
 
 fn trouble(error: &LlmError) -> LlmTrouble {
     let code = match error.code {
-        "llm_refused" => FailureCode::LlmRefused,
+        "llm_denied" | "llm_refused" => FailureCode::LlmRefused,
         "llm_invalid_response" => FailureCode::LlmInvalidResponse,
         "llm_rate_limited" => FailureCode::LlmRateLimited,
         "llm_timeout" => FailureCode::LlmTimeout,

@@ -101,7 +101,12 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
             return self.describe_at_once(job).await;
         }
         let now = self.clock.now();
-        let claim = |job: &Job| Ok((job.claim_enrichment(now, lease_until, &self.policy)?, ()));
+        let claim = |job: &Job| {
+            let mut next = job.claim_enrichment(now, lease_until, &self.policy)?;
+            // Whoever is killed from here on may have asked.
+            next.llm_calls.push(LlmCall::begun(next.claim, now));
+            Ok((next, ()))
+        };
         let job = match transition(&self.jobs, job, claim).await {
             Ok((job, ())) => job,
             // A second delivery, a job that has moved on, or one that sweep must end.
@@ -197,7 +202,7 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         let now = self.clock.now();
         let finish = |current: &Job| {
             let mut next = current.finish_description(job.claim, description.clone(), now, &self.policy)?;
-            next.llm_calls.push(call.clone());
+            next.settle_call(job.claim, Some(call.clone()));
             next.timings_ms.describe = Some(millis);
             Ok((next, ()))
         };
@@ -220,7 +225,7 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
         let now = self.clock.now();
         let defer = |current: &Job| {
             let mut next = current.defer_description(job.claim, error.wait(), now, &self.policy)?;
-            next.llm_calls.push(call.clone());
+            next.settle_call(job.claim, Some(call.clone()));
             Ok((next, ()))
         };
         let deferred = transition(&self.jobs, job, defer).await;

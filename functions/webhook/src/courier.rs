@@ -173,8 +173,8 @@ impl Courier {
         let secret = match &self.key {
             Key::Fixed(secret) => secret.clone(),
             #[cfg(feature = "aws")]
-            // Also what was set since this instance began.
-            Key::Stage(secrets) => secrets.renewed(SECRET_NAME, None).await?,
+            // Also what was set since this instance began: no receiver says which key it takes.
+            Key::Stage(secrets) => secrets.recent(SECRET_NAME).await?,
         };
         let missing = || Error::unavailable("the key of webhooks", "WEBHOOK_SECRET is missing, or no key");
         secret.as_ref().and_then(Keyring::read).ok_or_else(missing)

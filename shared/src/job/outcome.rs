@@ -95,7 +95,7 @@ pub struct Description {
     pub fallback: Option<String>,
 }
 
-/// One call to the LLM, for the ledger. No prompt and no answer.
+/// One call to the LLM, for the ledger, begun with the claim and settled with its end. No prompt and no answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LlmCall {
     pub claim: u64,
@@ -103,13 +103,39 @@ pub struct LlmCall {
     pub latency_ms: u64,
     /// Requests that the call took; all but the last failed.
     pub tries: u32,
-    /// `ok`, or the code of what went wrong.
+    /// `ok`, or the code of what went wrong; `unknown` until it is settled, and for good where the worker was lost:
+    /// then it may have been made or not.
     pub outcome: String,
     pub finish_reason: Option<String>,
     pub prompt_tokens: Option<u64>,
     pub completion_tokens: Option<u64>,
     /// By the prices that were set; absent where none are.
     pub cost_usd: Option<f64>,
+}
+
+impl LlmCall {
+    /// The [`Self::outcome`] of one that is not settled.
+    pub const UNKNOWN: &str = "unknown";
+
+    #[must_use]
+    pub fn begun(claim: u64, at: Timestamp) -> Self {
+        Self {
+            claim,
+            at,
+            latency_ms: 0,
+            tries: 0,
+            outcome: Self::UNKNOWN.to_owned(),
+            finish_reason: None,
+            prompt_tokens: None,
+            completion_tokens: None,
+            cost_usd: None,
+        }
+    }
+
+    #[must_use]
+    pub fn is_unknown(&self) -> bool {
+        self.outcome == Self::UNKNOWN
+    }
 }
 
 /// How a job ended badly.

@@ -142,33 +142,32 @@ fn add(usage: &mut Option<(u64, u64)>, part: &TracePart) {
 
 /// Why there is no stream.
 fn refused(error: SdkError<InvokeAgentError>) -> LlmError {
-    error.as_service_error().map_or(trouble(false, false), |error| {
+    error.as_service_error().map_or(trouble(false, false, false), |error| {
         trouble(
             error.is_throttling_exception() || error.is_service_quota_exceeded_exception(),
-            error.is_access_denied_exception()
-                || error.is_resource_not_found_exception()
-                || error.is_validation_exception(),
+            error.is_access_denied_exception() || error.is_resource_not_found_exception(),
+            error.is_validation_exception(),
         )
     })
 }
 
 /// What ended a stream too early. The same exceptions, of another type.
 fn broken_off<R>(error: SdkError<ResponseStreamError, R>) -> LlmError {
-    error.as_service_error().map_or(trouble(false, false), |error| {
+    error.as_service_error().map_or(trouble(false, false, false), |error| {
         trouble(
             error.is_throttling_exception() || error.is_service_quota_exceeded_exception(),
-            error.is_access_denied_exception()
-                || error.is_resource_not_found_exception()
-                || error.is_validation_exception(),
+            error.is_access_denied_exception() || error.is_resource_not_found_exception(),
+            error.is_validation_exception(),
         )
     })
 }
 
 /// The same codes as those of other providers.
-fn trouble(is_throttled: bool, is_refused: bool) -> LlmError {
-    match (is_throttled, is_refused) {
-        (true, _) => retryable("llm_rate_limited"),
-        (_, true) => finally("llm_refused"),
+fn trouble(is_throttled: bool, is_denied: bool, is_invalid: bool) -> LlmError {
+    match (is_throttled, is_denied, is_invalid) {
+        (true, ..) => retryable("llm_rate_limited"),
+        (_, true, _) => finally("llm_denied"),
+        (.., true) => finally("llm_refused"),
         _ => retryable("llm_unavailable"),
     }
 }

@@ -79,7 +79,7 @@ mod tests {
     /// The store of the stage's secret, and the LLM's server.
     #[derive(Default)]
     struct Servers {
-        /// The key that is in the secret now.
+        /// The key that is in the secret now; empty where the secret cannot be read.
         stored: &'static str,
         /// The only one that the LLM's server takes.
         taken: &'static str,
@@ -143,8 +143,8 @@ mod tests {
     async fn secret(State(servers): State<Arc<Mutex<Servers>>>) -> Json<Value> {
         let mut servers = servers.lock().unwrap();
         servers.reads += 1;
-        let values = json!({NAME: servers.stored});
-        Json(json!({"SecretString": values.to_string()}))
+        let values = json!({NAME: servers.stored}).to_string();
+        Json(json!({"SecretString": if servers.stored.is_empty() { "no JSON" } else { &values }}))
     }
 
     async fn complete(State(servers): State<Arc<Mutex<Servers>>>, headers: HeaderMap) -> StatusCode {
@@ -173,6 +173,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_nobody_refuses_is_read_again_after_five_minutes_and_kept_where_it_cannot_be_read() {
+        let scene = Scene::start("old", "old").await;
+        let recent = async || scene.secrets.recent(NAME).await.unwrap().unwrap().expose_secret().to_owned();
+        let five_minutes = async || {
+            tokio::time::pause();
+            tokio::time::advance(Duration::from_secs(5 * 60)).await;
+            tokio::time::resume();
+        };
+        assert_eq!((recent().await, scene.seen().0), ("old".to_owned(), 1));
+        scene.rotate("new");
+        assert_eq!((recent().await, scene.seen().0), ("old".to_owned(), 1));
+        five_minutes().await;
+        assert_eq!((recent().await, scene.seen().0), ("new".to_owned(), 2));
+        scene.rotate("");
+        five_minutes().await;
+        assert_eq!((recent().await, scene.seen().0), ("new".to_owned(), 3));
+        scene.rotate("newer");
+        assert_eq!(recent().await, "newer");
+    }
+
+    #[tokio::test]
     async fn a_key_that_is_wrong_in_the_secret_too_is_read_once_more_a_call_and_not_sent_again() {
         let scene = Scene::start("wrong", "right").await;
         assert_eq!(scene.call().await, 401);
@@ -182,7 +203,7 @@ mod tests {
         let prompt =
             Prompt { messages: Vec::new(), max_tokens: None, temperature: None, format: Format::Text, session: None };
         let (answer, tries) = scene.llm.complete(&prompt, Instant::now() + Duration::from_secs(60)).await;
-        assert_eq!((answer.unwrap_err().code, tries), ("llm_refused", 1));
+        assert_eq!((answer.unwrap_err().code, tries), ("llm_denied", 1));
         assert_eq!(scene.seen(), (4, keys(&["wrong", "wrong", "wrong"])));
     }
 }

@@ -126,8 +126,8 @@ impl Live {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{code}")]
 pub struct LlmError {
-    /// For the ledger and the log: `llm_rate_limited`, `llm_unavailable`, `llm_timeout`,
-    /// `llm_refused`, `llm_invalid_response`, `llm_not_configured`.
+    /// For the ledger and the log: `llm_rate_limited`, `llm_unavailable`, `llm_timeout`, `llm_denied` (the operator's
+    /// key, rights or model), `llm_refused` (the request), `llm_invalid_response`, `llm_not_configured`.
     pub code: &'static str,
     /// Whether another try may succeed.
     pub retryable: bool,
@@ -136,6 +136,12 @@ pub struct LlmError {
 }
 
 impl LlmError {
+    /// Whether who wrote the request has to change it; the rest is the LLM's fault or the operator's.
+    #[must_use]
+    pub fn is_of_the_request(&self) -> bool {
+        self.code == "llm_refused"
+    }
+
     /// [`Self::retry_after`] as the state machine wants it.
     #[must_use]
     pub fn wait(&self) -> Option<TimeDelta> {

@@ -194,6 +194,8 @@ fn refusal(status: StatusCode, headers: &HeaderMap) -> LlmError {
     match status.as_u16() {
         429 => LlmError { retry_after: retry_after(headers), ..retryable("llm_rate_limited") },
         408 | 500..=599 => LlmError { retry_after: retry_after(headers), ..retryable("llm_unavailable") },
+        // The key, its rights, or a model that is gone.
+        401 | 403 | 404 | 407 => finally("llm_denied"),
         _ => finally("llm_refused"),
     }
 }

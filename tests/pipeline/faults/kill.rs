@@ -160,8 +160,6 @@ struct Scene {
     ids: Vec<Uuid>,
     /// The uploads that have arrived, by the number of their photo: they are not sent again.
     uploaded: Arc<Mutex<BTreeMap<usize, String>>>,
-    /// Claims of enrichment whose answer a kill may have cut off.
-    cut_off: usize,
 }
 
 impl Scene {
@@ -175,7 +173,7 @@ impl Scene {
         };
         let (llm, receiver, uploaded) = (LlmServer::start([]).await, Receiver::start(200).await, Arc::default());
         let model = folders.model();
-        let scene = Self { kind, point, folder, model, http: client(), llm, receiver, ids, uploaded, cut_off: 0 };
+        let scene = Self { kind, point, folder, model, http: client(), llm, receiver, ids, uploaded };
         let data = scene.folder.path();
         match kind {
             Kind::Unreadable => backlog::photos(data).iter().for_each(hide),
@@ -288,8 +286,6 @@ impl Scene {
             host.killed().await;
         }
         let standing = backlog::standing(self.data()).await;
-        let described = |job: &&Job| job.status == Status::AwaitingDescription && job.lease_until.is_some();
-        self.cut_off += backlog::jobs(self.data()).await.iter().filter(described).count();
         let whose = match self.kind {
             // The next start takes them up itself.
             Kind::CutOff => return standing,
@@ -375,10 +371,12 @@ impl Scene {
         if self.kind == Kind::Asked {
             self.none_was_asked_too_often(&jobs);
         }
-        let refused = jobs.iter().flat_map(|job| &job.llm_calls).filter(|call| call.outcome != "ok").count();
+        // Every call is in the ledger; those that a kill cut off may have been made or not.
+        let ledger = || jobs.iter().flat_map(|job| &job.llm_calls);
+        let cut_off = ledger().filter(|call| call.is_unknown()).count();
         let calls = self.llm.calls();
-        let asked = if self.is_offline() { 0 } else { kept.len() + refused };
-        let (least, most) = (asked, asked + self.cut_off);
+        let (least, most) = (ledger().count() - cut_off, ledger().count());
+        assert!(least >= if self.is_offline() { 0 } else { kept.len() }, "{what}: {least} calls");
         assert!((least..=most).contains(&calls), "{what}: {calls} calls, expected {least} to {most}");
         format!(
             "{:<28} {:<10} {:>4} + {:<4} {:>4} {:>6} {:>8} {:>8}",
@@ -388,7 +386,7 @@ impl Scene {
             kills[1].1,
             JOBS,
             calls,
-            self.cut_off,
+            cut_off,
             kills.len()
         )
     }

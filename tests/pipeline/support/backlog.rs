@@ -223,6 +223,9 @@ pub async fn ended_once(data: &Path, ids: impl IntoIterator<Item = Uuid>, what: 
         let claims = u64::from(job.attempts.inference + job.attempts.enrichment);
         assert_eq!(job.claim, claims, "{what}: {}", job.id);
         assert!(job.llm_calls.iter().filter(|call| call.outcome == "ok").count() <= 1, "{what}: {}", job.id);
+        // Where an LLM was asked at all, each claim's call is in the ledger.
+        let asked = if job.llm_calls.is_empty() { 0 } else { job.attempts.enrichment as usize };
+        assert_eq!(job.llm_calls.len(), asked, "{what}: {}: {:?}", job.id, job.llm_calls);
     }
     jobs
 }
