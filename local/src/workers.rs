@@ -23,8 +23,8 @@ pub(crate) const POLL: Duration = Duration::from_millis(500);
 pub(crate) const PAUSE: Duration = Duration::from_secs(1);
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(3600);
 const LATE_UPLOAD_TTL: TimeDelta = TimeDelta::days(1);
-/// Messages under way for each photo on the processor: while one is worked, others are received,
-/// claimed, finished and acknowledged, and share the flushes that this takes.
+/// Messages under way for each photo on the processor: while one is worked, others are finished and
+/// acknowledged, and share the flushes that this takes.
 pub(crate) const AHEAD: usize = 16;
 /// Webhooks that are sent at once, to all receivers together.
 pub(crate) const WEBHOOKS: usize = 16;
@@ -72,17 +72,19 @@ pub(crate) async fn take_over(host: &Host) -> Result<(), Error> {
 pub(crate) async fn inference(host: Arc<Host>, stopped: Receiver<bool>) {
     let lease = host.config.policy.lease;
     let host = &*host;
-    let work = |delivery: Delivery| async move {
-        let response = host.inference.handle(sqs_event(&delivery), host.clock.now() + lease).await;
-        response.batch_item_failures.is_empty()
+    // A message is received for a place that is there: what waits, waits in the queue.
+    let ready = || async { host.inference.room.place().await.ok() };
+    let work = |delivery: Delivery, place| async move {
+        let deadline = host.clock.now() + lease;
+        host.inference.handle(sqs_event(&delivery), deadline, place).await.batch_item_failures.is_empty()
     };
-    consume(&host.queue, lease + VISIBILITY_MARGIN, work, stopped).await;
+    consume(&host.queue, lease + VISIBILITY_MARGIN, ready, work, stopped).await;
 }
 
 /// Beside inference and with a queue of its own: a receiver that takes its time holds up no photo.
 pub(crate) async fn webhooks(host: Arc<Host>, stopped: Receiver<bool>) {
     let host = &*host;
-    let work = |delivery: Delivery| async move {
+    let work = |delivery: Delivery, ()| async move {
         let Some(receiver) = host.webhook.receiver(&delivery.body).await else {
             return host.webhook.handle(sqs_event(&delivery)).await.batch_item_failures.is_empty();
         };
@@ -94,28 +96,37 @@ pub(crate) async fn webhooks(host: Arc<Host>, stopped: Receiver<bool>) {
         };
         host.webhook.handle(sqs_event(&delivery)).await.batch_item_failures.is_empty()
     };
-    consume(&host.webhooks, WEBHOOK_VISIBILITY, work, stopped).await;
+    consume(&host.webhooks, WEBHOOK_VISIBILITY, || async {}, work, stopped).await;
 }
 
-/// `work` says whether the message is to be acknowledged.
-async fn consume<F: Future<Output = bool> + Send>(
+/// Waits for what `ready` gives before it receives. `work` says whether the message is to be acknowledged.
+async fn consume<P, R: Future<Output = P> + Send, F: Future<Output = bool> + Send>(
     queue: &Queue,
     visibility: TimeDelta,
-    work: impl Fn(Delivery) -> F,
+    ready: impl Fn() -> R,
+    work: impl Fn(Delivery, P) -> F,
     mut stopped: Receiver<bool>,
 ) {
     while !*stopped.borrow() {
+        let ready = ready().await;
+        if *stopped.borrow() {
+            break;
+        }
         match queue.receive(visibility).await {
             Ok(Some(delivery)) => {
                 crash::here(Point::QueueReceived);
-                if work(delivery.clone()).await
+                if work(delivery.clone(), ready).await
                     && let Err(error) = acknowledge(queue, &delivery).await
                 {
                     failed("message not acknowledged", &error);
                 }
             }
-            Ok(None) => idle(queue.sent(), POLL, &mut stopped).await,
+            Ok(None) => {
+                drop(ready);
+                idle(queue.sent(), POLL, &mut stopped).await;
+            }
             Err(error) => {
+                drop(ready);
                 failed("queue not read", &error);
                 idle(std::future::pending(), PAUSE, &mut stopped).await;
             }

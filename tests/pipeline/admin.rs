@@ -102,7 +102,7 @@ pub async fn undescribed_job(folder: &Path) -> Uuid {
     let submission = Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
     let deadline = host.clock.now() + host.config.policy.lease;
-    assert_eq!(host.inference.process(Message::Infer { id }, deadline).await, inference::Outcome::Acknowledge);
+    assert_eq!(host.inference.process(Message::Infer { id }, deadline, None).await, inference::Outcome::Acknowledge);
     let Some(Record::Job(job)) = host.store.get(id).await.unwrap() else { panic!() };
     assert_eq!(job.status, Status::AwaitingDescription);
     let failure = Failure { stage: Stage::Enrichment, code: FailureCode::AttemptsExhausted, retryable: true };

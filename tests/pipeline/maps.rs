@@ -140,7 +140,7 @@ async fn a_map_that_cannot_be_stored_holds_up_no_reading_and_no_record_names_it(
     // A folder in its place: the store answers with an error.
     std::fs::create_dir_all(place.join("in the way")).unwrap();
     let deadline = clock.now() + TimeDelta::seconds(60);
-    assert_eq!(host.inference.process(Message::Infer { id }, deadline).await, inference::Outcome::Acknowledge);
+    assert_eq!(host.inference.process(Message::Infer { id }, deadline, None).await, inference::Outcome::Acknowledge);
     let job = host.store.get(id).await.unwrap().unwrap().into_job().unwrap();
     assert_eq!((job.status, job.reading.unwrap().has_map), (Status::Completed, false));
 }

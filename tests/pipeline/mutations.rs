@@ -246,7 +246,7 @@ async fn no_damaged_message_stops_the_queue_or_touches_a_job() {
         message.body = Some(body.clone());
         let mut event = aws_lambda_events::event::sqs::SqsEvent::default();
         event.records.push(message);
-        let response = host.inference.handle(event, clock.now() + chrono::TimeDelta::seconds(60)).await;
+        let response = host.inference.handle(event, clock.now() + chrono::TimeDelta::seconds(60), None).await;
         let about = Message::decode(&body).ok();
         readable += u32::from(about.is_some());
         assert_eq!(response.batch_item_failures.len(), usize::from(!is_for_inference(about)), "{body}");

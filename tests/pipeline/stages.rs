@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::TimeDelta;
+use futures_util::FutureExt;
 use image::{ImageFormat, RgbImage};
 use serde_json::Value;
 use shared::clock::Clock;
@@ -151,6 +152,24 @@ async fn a_message_that_was_never_sent_is_sent_by_sweep() {
 }
 
 #[tokio::test]
+async fn a_photo_that_waits_for_its_place_is_not_claimed_before() {
+    let (_folder, clock, host) = standing(&[("INFERENCE_WORKERS", "1")]).await;
+    let id = make_job(&host, mole()).await;
+    let mut places = Vec::new();
+    while let Some(place) = host.inference.room.place().now_or_never() {
+        places.push(place.unwrap());
+    }
+    let deadline = clock.now() + TimeDelta::seconds(60);
+    let mut waiting = std::pin::pin!(host.inference.process(Message::Infer { id }, deadline, None));
+    assert!(tokio::time::timeout(Duration::from_millis(200), &mut waiting).await.is_err());
+    let before = job(&host, id).await;
+    assert_eq!((before.status, before.attempts.inference, before.lease_until), (Status::Pending, 0, None));
+    places.pop();
+    assert_eq!(waiting.await, inference::Outcome::Acknowledge);
+    assert_eq!(job(&host, id).await.attempts.inference, 1);
+}
+
+#[tokio::test]
 async fn a_photo_that_cannot_be_read_for_now_is_tried_again_and_then_given_up() {
     let (folder, clock, host) = standing(&[("MAX_ATTEMPTS", "2")]).await;
     let id = make_job(&host, mole()).await;
@@ -159,10 +178,10 @@ async fn a_photo_that_cannot_be_read_for_now_is_tried_again_and_then_given_up() 
     std::fs::remove_file(&photo).unwrap();
     std::fs::create_dir(&photo).unwrap();
     let deadline = clock.now() + TimeDelta::seconds(60);
-    let outcome = host.inference.process(Message::Infer { id }, deadline).await;
+    let outcome = host.inference.process(Message::Infer { id }, deadline, None).await;
     assert_eq!(outcome, inference::Outcome::Retry(TimeDelta::seconds(5)));
     assert_eq!(job(&host, id).await.status, Status::Pending);
-    let outcome = host.inference.process(Message::Infer { id }, deadline).await;
+    let outcome = host.inference.process(Message::Infer { id }, deadline, None).await;
     assert_eq!(outcome, inference::Outcome::Acknowledge);
     let failed = job(&host, id).await;
     assert_eq!(failed.status, Status::Failed);
@@ -174,7 +193,7 @@ async fn a_photo_that_is_gone_fails_the_job() {
     let (_folder, clock, host) = standing(&[]).await;
     let id = make_job(&host, mole()).await;
     host.blobs.delete_prefix(&blob_prefix(id)).await.unwrap();
-    host.inference.process(Message::Infer { id }, clock.now() + TimeDelta::seconds(60)).await;
+    host.inference.process(Message::Infer { id }, clock.now() + TimeDelta::seconds(60), None).await;
     let failure = job(&host, id).await.failure.unwrap();
     assert_eq!(failure.code, shared::job::FailureCode::PhotoMissing);
 }
@@ -184,15 +203,15 @@ async fn a_second_delivery_and_a_late_worker_change_nothing() {
     let (_folder, clock, host) = standing(&[]).await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
-    host.inference.process(Message::Infer { id }, deadline).await;
+    host.inference.process(Message::Infer { id }, deadline, None).await;
     let after_first = job(&host, id).await;
-    host.inference.process(Message::Infer { id }, deadline).await;
+    host.inference.process(Message::Infer { id }, deadline, None).await;
     assert_eq!(job(&host, id).await, after_first);
     host.enrichment.process(id, deadline).await.unwrap();
     let completed = job(&host, id).await;
     assert_eq!(completed.status, Status::Completed);
     host.enrichment.process(id, deadline).await.unwrap();
-    host.inference.process(Message::Infer { id }, deadline).await;
+    host.inference.process(Message::Infer { id }, deadline, None).await;
     assert_eq!(job(&host, id).await, completed);
 }
 
@@ -226,7 +245,7 @@ async fn a_deleted_photos_words_are_in_no_file_and_its_key_may_come_again() {
     let submission = || Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&caller, Some("key".into()), submission()).await.unwrap();
     let deadline = clock.now() + TimeDelta::seconds(60);
-    host.inference.process(Message::Infer { id }, deadline).await;
+    host.inference.process(Message::Infer { id }, deadline, None).await;
     host.enrichment.process(id, deadline).await.unwrap();
     let holds = |text: &str| {
         ["jobs.sqlite", "jobs.sqlite-wal"].iter().any(|file| {
@@ -267,11 +286,11 @@ async fn an_order_to_erase_outlives_a_cache_that_is_away() {
     let (_folder, clock, host) = standing(&[("REDIS_URL", "redis://127.0.0.1:1")]).await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
-    host.inference.process(Message::Infer { id }, deadline).await;
+    host.inference.process(Message::Infer { id }, deadline, None).await;
     host.results.delete(&Caller("local".into()), &id.to_string()).await.unwrap();
     for _ in 0..20 {
         clock.advance(TimeDelta::hours(1));
-        assert_eq!(host.inference.process(Message::Forget { id }, deadline).await, inference::Outcome::Again);
+        assert_eq!(host.inference.process(Message::Forget { id }, deadline, None).await, inference::Outcome::Again);
         assert_eq!(host.sweep.handle(schedule()).await.unwrap().erased, 1, "still due, order sent again");
     }
 }
@@ -323,7 +342,7 @@ async fn photos_expire_before_results_and_results_expire() {
     let (_folder, clock, host) = standing(&[]).await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
-    host.inference.process(Message::Infer { id }, deadline).await;
+    host.inference.process(Message::Infer { id }, deadline, None).await;
     host.enrichment.process(id, deadline).await.unwrap();
     let in_a_moment = std::time::SystemTime::now() + Duration::from_secs(1);
     assert_eq!(host.blobs.remove_older("jobs/", in_a_moment - Duration::from_secs(3600)).await.unwrap(), 0);

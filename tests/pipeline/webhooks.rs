@@ -246,7 +246,7 @@ impl Still {
         let submission = Submission { image: mole(), describe: false, callback_url };
         let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
         let deadline = clock.now() + host.config.policy.lease;
-        host.inference.process(Message::Infer { id }, deadline).await;
+        host.inference.process(Message::Infer { id }, deadline, None).await;
         let it = Self { host, clock, receiver, id, _folder: folder };
         assert_eq!(it.job().await.dispatch, Some(Dispatch::Webhook));
         it
@@ -444,7 +444,7 @@ async fn a_message_of_another_queue_or_of_none_becomes_a_dead_letter() {
     assert_eq!((it.host.webhooks.depth().await.unwrap(), it.requests()), ((0, 2), 0));
     // And a delivery is none of inference's.
     let deadline = it.clock.now() + TimeDelta::minutes(1);
-    let outcome = it.host.inference.process(Message::Deliver { id: it.id }, deadline).await;
+    let outcome = it.host.inference.process(Message::Deliver { id: it.id }, deadline, None).await;
     assert_eq!((outcome, it.requests()), (inference::Outcome::Again, 0));
 }
 

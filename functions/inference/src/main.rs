@@ -45,7 +45,7 @@ async fn main() -> Result<(), Error> {
     let (inference, metrics) = (&inference, &stage.metrics);
     lambda_runtime::run(service_fn(async move |event: LambdaEvent<SqsEvent>| {
         let deadline = clock::from_millis(i64::try_from(event.context.deadline)?);
-        let response = inference.handle(event.payload, deadline).await;
+        let response = inference.handle(event.payload, deadline, None).await;
         metrics.flush();
         Ok::<_, Error>(response)
     }))

@@ -1,7 +1,6 @@
 //! How much is worked at once: photos on the processor, and bytes of decoded pixels in memory.
 //!
-//! Entered by each photo between its claim and its decoding, left when its reading is made. The
-//! photos are worked by threads of the room's own, which give way to whatever else the process has
+//! Entered by each photo before its claim, left when its reading is made. The photos are worked by threads of the room's own, which give way to whatever else the process has
 //! to do: a request that is taken in or a record that is written waits for no photo.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

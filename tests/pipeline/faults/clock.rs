@@ -41,7 +41,7 @@ async fn a_clock_set_back_an_hour_delays_and_loses_nothing() {
                 host.queue.acknowledge(&delivery.receipt).await.unwrap();
                 continue;
             }
-            host.inference.process(message, deadline).await;
+            host.inference.process(message, deadline, None).await;
             host.queue.acknowledge(&delivery.receipt).await.unwrap();
         }
         for id in [lost, abandoned, later] {

@@ -157,7 +157,7 @@ impl Bench {
 
     async fn infer(&self, id: Uuid) {
         let until = self.host.clock.now() + self.host.config.policy.lease;
-        self.inference.process(Message::Infer { id }, until).await;
+        self.inference.process(Message::Infer { id }, until, None).await;
     }
 
     async fn describe(&self, id: Uuid) {
@@ -233,7 +233,7 @@ impl Bench {
             assert_eq!(report.failed, 0, "{report:?}");
             while let Some(delivery) = self.host.queue.receive(TimeDelta::seconds(30)).await.unwrap() {
                 let until = self.host.clock.now() + self.host.config.policy.lease;
-                let outcome = self.inference.process(Message::decode(&delivery.body).unwrap(), until).await;
+                let outcome = self.inference.process(Message::decode(&delivery.body).unwrap(), until, None).await;
                 assert_eq!(outcome, Outcome::Acknowledge, "{}", delivery.body);
                 self.host.queue.acknowledge(&delivery.receipt).await.unwrap();
             }
@@ -383,7 +383,7 @@ async fn an_order_to_forget_that_comes_before_the_entry_is_not_the_last() {
         let until = bench.host.clock.now() + bench.host.config.policy.lease;
         bench.interrupt.arm(moment, async move {
             delete.await;
-            assert_eq!(inference.process(Message::Forget { id }, until).await, Outcome::Acknowledge);
+            assert_eq!(inference.process(Message::Forget { id }, until, None).await, Outcome::Acknowledge);
         });
         bench.infer(id).await;
         if bench.interrupt.disarm() {

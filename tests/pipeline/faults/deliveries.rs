@@ -116,7 +116,7 @@ async fn deliver_twice(host: &Arc<Host>, messages: &[Message], random: &mut Smal
     for message in twice {
         let (host, until) = (Arc::clone(host), host.clock.now() + host.config.policy.lease);
         deliveries.spawn(async move {
-            assert_eq!(host.inference.process(message, until).await, Outcome::Acknowledge, "{message:?}");
+            assert_eq!(host.inference.process(message, until, None).await, Outcome::Acknowledge, "{message:?}");
         });
     }
     deliveries.join_all().await;
@@ -209,7 +209,7 @@ async fn orders_to_forget_doubled_and_shuffled_erase_what_was_deleted_and_nothin
     for photo in (0..pairs.len()).filter(is_read).filter(|photo| photo % 3 == 1) {
         let id = submit(photo).await;
         for message in [Message::Infer { id }, Message::Forget { id: pairs[photo][0] }, Message::Forget { id }] {
-            assert_eq!(host.inference.process(message, clock.now() + lease).await, Outcome::Acknowledge);
+            assert_eq!(host.inference.process(message, clock.now() + lease, None).await, Outcome::Acknowledge);
         }
         assert!(is_cached(&keys[&photo]).await, "photo {photo}: the entry of another job is gone");
         host.enrichment.process(id, clock.now() + lease).await.unwrap();
@@ -229,14 +229,14 @@ async fn an_order_to_forget_reaches_no_other_callers_entry_of_the_same_photo() {
     for caller in ["local", "ward"] {
         let submission = Submission { image: mole(), describe: true, callback_url: None };
         let id = host.submit.accept(&Caller(caller.into()), None, submission).await.unwrap();
-        host.inference.process(Message::Infer { id }, clock.now() + lease).await;
+        host.inference.process(Message::Infer { id }, clock.now() + lease, None).await;
         let job = host.store.get(id).await.unwrap().and_then(Record::into_job);
         entries.push((id, job.unwrap().cache_key.unwrap()));
     }
     let (id, key) = entries.remove(0);
     host.results.delete(&Caller("local".into()), &id.to_string()).await.unwrap();
     for _ in 0..3 {
-        let outcome = host.inference.process(Message::Forget { id }, clock.now() + lease).await;
+        let outcome = host.inference.process(Message::Forget { id }, clock.now() + lease, None).await;
         assert_eq!(outcome, Outcome::Acknowledge);
         clock.advance(lease);
     }

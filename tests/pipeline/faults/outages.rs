@@ -83,7 +83,7 @@ async fn work(host: &Host) {
     host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
     let until = || host.clock.now() + host.config.policy.lease;
     while let Some(delivery) = host.queue.receive(host.config.policy.lease).await.unwrap() {
-        host.inference.process(Message::decode(&delivery.body).unwrap(), until()).await;
+        host.inference.process(Message::decode(&delivery.body).unwrap(), until(), None).await;
         host.queue.acknowledge(&delivery.receipt).await.unwrap();
     }
     let changes = host.store.changes_behind("enrichment", 0, "enrichment", 1000).await.unwrap();
