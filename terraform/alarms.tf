@@ -38,17 +38,25 @@ locals {
         namespace  = "AWS/Lambda", metric = "IteratorAge", statistic = "Maximum"
         dimensions = local.lambdas["notify"], above = 60 * 1000
       }
-      # Connections and messages that the function answered with an error, or not at all.
+      # Connections and messages that the function answered with an error.
       socket-errors = {
         namespace  = "AWS/ApiGateway", metric = "IntegrationError", statistic = "Sum"
+        dimensions = { ApiId = aws_apigatewayv2_api.socket.id }, above = 5
+      }
+      # Those for which it could not be called.
+      socket-unreachable = {
+        namespace  = "AWS/ApiGateway", metric = "ExecutionError", statistic = "Sum"
         dimensions = { ApiId = aws_apigatewayv2_api.socket.id }, above = 5
       }
       api-errors = {
         namespace  = "AWS/ApiGateway", metric = "5xx", statistic = "Sum"
         dimensions = { ApiId = aws_apigatewayv2_api.http.id }, above = 5
       }
-      # Jobs that sweep found past their deadline or out of attempts.
-      stuck-jobs   = merge(local.of_code, { metric = local.names.metrics.stuck_jobs, statistic = "Maximum", above = 0 })
+      # Jobs that sweep found past their deadline or out of attempts. It counts none as well: silence is a sweep
+      # that does not run.
+      stuck-jobs = merge(local.of_code, {
+        metric = local.names.metrics.stuck_jobs, statistic = "Maximum", above = 0, missing = "breaching"
+      })
       llm-failures = merge(local.of_code, { metric = local.names.metrics.llm_failures, statistic = "Sum", above = 5 })
     },
     {
@@ -94,7 +102,7 @@ resource "aws_cloudwatch_metric_alarm" "this" {
   threshold           = each.value.above
   period              = 300
   evaluation_periods  = 1
-  treat_missing_data  = "notBreaching"
+  treat_missing_data  = try(each.value.missing, "notBreaching")
   alarm_actions       = [aws_sns_topic.alarms.arn]
   ok_actions          = [aws_sns_topic.alarms.arn]
 }

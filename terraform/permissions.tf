@@ -50,6 +50,8 @@ locals {
     local.may_list_blobs,
     { actions = ["s3:PutObject"], resources = ["${local.blobs}/jobs/*", "${local.blobs}/incoming/*"] },
     { actions = ["s3:GetObject", "s3:DeleteObject"], resources = ["${local.blobs}/incoming/*"] },
+    # Of what was stored for a job that was then not made.
+    { actions = ["s3:DeleteObject"], resources = ["${local.blobs}/jobs/*/photo", "${local.blobs}/jobs/*/prompt.json"] },
   ]
 
   may_answer = [

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::Subcommand;
-use shared::api::admin::RedriveDeadLetters;
+use shared::api::admin::{RedriveDeadLetters, RedrivenDeadLetters};
 use uuid::Uuid;
 
 use crate::client::Client;
@@ -36,7 +36,15 @@ pub(crate) async fn run(client: &Client, command: Command, json: bool) -> anyhow
         }
         Command::Redrive { ids } => {
             let ids = (!ids.is_empty()).then_some(ids);
-            let answer = client.redrive_dead_letters(&RedriveDeadLetters { ids }).await?;
+            let (chosen, mut answer) = (RedriveDeadLetters { ids }, RedrivenDeadLetters { redriven: 0 });
+            // One call on AWS moves some hundreds.
+            loop {
+                let RedrivenDeadLetters { redriven } = client.redrive_dead_letters(&chosen).await?;
+                answer.redriven += redriven;
+                if redriven == 0 || chosen.ids.is_some() {
+                    break;
+                }
+            }
             if json {
                 println!("{}", serde_json::to_string(&answer)?);
             } else {

@@ -21,7 +21,7 @@ use crate::ports::{BlobStore, Created, Creation, Idempotency, JobQueue, JobStore
 use crate::telemetry;
 
 /// How long a client may repeat a request under its `Idempotency-Key`.
-const IDEMPOTENCY_TTL: TimeDelta = TimeDelta::hours(24);
+pub(crate) const IDEMPOTENCY_TTL: TimeDelta = TimeDelta::hours(24);
 /// The longest `Idempotency-Key`, in bytes.
 pub const MAX_KEY_BYTES: usize = 255;
 /// What a client is told to wait where too much is queued: a good many photos are worked meanwhile.
@@ -141,8 +141,10 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Maker<'_, J, Q, B> {
         let creation = Creation { job, idempotency: idempotency.clone(), upload, max_queued_bytes };
         let created = create_job(self.jobs, self.queue, creation).await?;
         if created != Created::New {
-            // What this request has stored is not needed.
-            self.blobs.delete_prefix(&job::blob_prefix(id)).await?;
+            // What this request has stored is not needed. What stays, sweep erases.
+            if let Err(error) = self.blobs.delete_prefix(&job::blob_prefix(id)).await {
+                tracing::warn!(error.code = error.code().as_str(), error.chain = error.chain(), "blobs left for sweep");
+            }
         }
         match created {
             Created::New => Ok(id),

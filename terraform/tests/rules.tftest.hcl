@@ -218,6 +218,11 @@ run "every_alarm_on_the_codes_metrics_names_one_that_the_code_emits" {
     condition     = aws_cloudwatch_metric_alarm.this["stuck-jobs"].metric_name == "StuckJobs" && aws_cloudwatch_metric_alarm.this["llm-failures"].metric_name == "LlmFailures"
     error_message = "Two alarms have changed their metrics."
   }
+
+  assert {
+    condition     = [for key, it in aws_cloudwatch_metric_alarm.this : key if it.treat_missing_data != "notBreaching"] == ["stuck-jobs"]
+    error_message = "Nobody would hear that sweep does not run."
+  }
 }
 
 run "the_access_log_holds_no_path_query_or_address" {

@@ -166,6 +166,12 @@ async fn a_presigned_put_takes_what_was_signed_and_nothing_else() {
     };
     let signed = store.presign_put(&key, &terms).await.unwrap();
     assert!(signed.url.contains("content-length"), "the length is signed: {:?}", signed.headers);
+    let names = signed.headers.keys().map(String::as_str).collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(
+        names.into_iter().collect::<Vec<_>>(),
+        ["content-type", "x-amz-checksum-sha256"],
+        "the bucket's CORS lets pages send these"
+    );
     let send = async |url: &str, content_type: &str, body: &[u8]| {
         let request = signed.headers.iter().fold(http.put(url).body(body.to_vec()), |request, (name, value)| {
             request.header(name, if name == "content-type" { content_type } else { value })
@@ -271,6 +277,19 @@ async fn dead_letters_are_shown_and_those_chosen_go_back() {
     assert_eq!(queue.dead_letters(100).await.unwrap(), []);
     let all_back = SqsJobQueue::new(&sdk, url.clone(), Some(url));
     assert_eq!(all_back.dead_letters(100).await.unwrap().len(), 23);
+
+    // A function that an admin waits for moves as many as it has time for.
+    let entry = |id: usize| {
+        let entry = aws_sdk_sqs::types::SendMessageBatchRequestEntry::builder().id(id.to_string());
+        entry.message_body("letter").build().unwrap()
+    };
+    for _ in 0..52 {
+        let batch = sqs.send_message_batch().queue_url(&dead_url).set_entries(Some((0..10).map(entry).collect()));
+        batch.send().await.unwrap();
+    }
+    let moved = queue.redrive_dead_letters(None).await.unwrap();
+    assert!((500..510).contains(&moved), "{moved}");
+    assert_eq!(queue.redrive_dead_letters(None).await.unwrap(), 520 - moved);
 }
 
 /// Terraform writes the stream's filter from these names.
@@ -354,6 +373,12 @@ async fn a_role_is_denied_what_terraform_did_not_give_it() {
     let queue = SqsJobQueue::new(&enrichment, of_stage("QUEUE_URL"), None);
     let denied = queue.send(Message::Infer { id: Uuid::new_v4() }).await.unwrap_err().chain();
     assert!(denied.contains("AccessDenied"), "enrichment sends: {denied}");
+    let blobs = S3BlobStore::new(&assume("submit").await, of_stage("BUCKET"), true, Clock::System);
+    let id = Uuid::new_v4();
+    for name in ["photo", "prompt.json"] {
+        blobs.put(&format!("jobs/{id}/{name}"), Vec::new()).await.expect("submit stores both");
+    }
+    blobs.delete_prefix(&format!("jobs/{id}/")).await.expect("and erases them where no job was made");
     let callers = DynamoCallers::new(&assume("inference").await, of_stage("CALLERS_TABLE_NAME"));
     let denied = callers.keys().await.unwrap_err().chain();
     assert!(denied.contains("AccessDenied"), "inference reads keys: {denied}");

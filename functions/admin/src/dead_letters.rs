@@ -70,7 +70,8 @@ fn shown(letter: DeadLetter) -> DeadLetterInfo {
 /// Redrive dead letters
 ///
 /// Moves them back into their queues with a fresh receive count: those with these ids, or all (`{}`).
-/// An id that is no dead letter's is passed by, so the call may be repeated.
+/// An id that is no dead letter's is passed by, so the call may be repeated. On AWS one call moves some hundreds
+/// out of each queue: repeat it until it has moved none.
 #[utoipa::path(
     post,
     path = "/admin/dead-letters/redrive",

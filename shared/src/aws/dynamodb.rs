@@ -24,6 +24,7 @@ use rand::RngExt;
 use uuid::Uuid;
 
 use crate::clock::{Timestamp, from_millis};
+use crate::create::IDEMPOTENCY_TTL;
 use crate::error::Error;
 use crate::job::{Dispatch, Fence, Job, Record, Tombstone, Upload};
 use crate::ports::{Created, Creation, Due, Idempotency, JobStore};
@@ -227,7 +228,9 @@ impl JobStore for DynamoJobStore {
 
     async fn bury(&self, job: &Job, tombstone: &Tombstone) -> Result<bool, Error> {
         let mut writes = self.replacement(job.fence(), &Record::Tombstone(tombstone.clone()))?;
-        if let Some(key) = &job.idempotency_key {
+        // Later the item may be another job's. A condition would not do: it is no reason to bury nothing.
+        let is_own = tombstone.erase_after < job.created_at + IDEMPOTENCY_TTL;
+        if let Some(key) = job.idempotency_key.as_ref().filter(|_| is_own) {
             let delete = Delete::builder().table_name(&self.table).key("id", text(key_id(&job.caller, key)));
             writes.push(TransactWriteItem::builder().set_delete(delete.build().ok()).build());
         }

@@ -9,7 +9,7 @@ use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::{GetObjectError, GetObjectOutput};
 use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::primitives::ByteStream;
-use aws_sdk_s3::types::{ChecksumAlgorithm, Delete, ObjectIdentifier};
+use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 use futures_util::stream::{self, StreamExt};
 
 use crate::clock::{Clock, Timestamp};
@@ -78,7 +78,7 @@ impl BlobStore for S3BlobStore {
         let put = put
             .content_type(&terms.content_type)
             .content_length(i64::try_from(terms.size_bytes).map_err(Error::internal)?)
-            .checksum_algorithm(ChecksumAlgorithm::Sha256)
+            // Its own header, which the bucket's CORS lets pages send; another would name the algorithm.
             .checksum_sha256(&terms.checksum_sha256);
         let signed = put.presigned(self.until(terms.expires_at)?).await.map_err(unavailable)?;
         let headers = signed.headers().filter(|(name, _)| !name.eq_ignore_ascii_case("content-length"));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use aws_config::SdkConfig;
 use aws_sdk_sqs::Client;
-use aws_sdk_sqs::error::SdkError;
+use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::operation::change_message_visibility::ChangeMessageVisibilityError;
 use aws_sdk_sqs::types::{Message as SqsMessage, MessageSystemAttributeName};
 
@@ -24,6 +24,9 @@ const PAGE: i32 = 10;
 /// How long a dead letter is hidden while somebody looks at it, in seconds. Who is killed then shows
 /// it again after this.
 const LOOKED_AT: i32 = 30;
+/// Dead letters that one call moves at most, and a page more: some seconds' work, of the 29 that API Gateway waits for
+/// two queues.
+const MOST_REDRIVEN: u64 = 500;
 /// Asked of all of SQS's servers, where a shorter wait asks some and may find nothing.
 const LONG_POLL: i32 = 1;
 
@@ -70,7 +73,12 @@ impl SqsJobQueue {
 
     async fn show_dead_letter_again(&self, receipt: &str) -> Result<(), Error> {
         let change = self.client.change_message_visibility().queue_url(self.dead_letters_url()?);
-        change.receipt_handle(receipt).visibility_timeout(0).send().await.map(|_| ()).map_err(unavailable)
+        match change.receipt_handle(receipt).visibility_timeout(0).send().await {
+            Ok(_) => Ok(()),
+            // It is shown already, or gone.
+            Err(SdkError::ServiceError(error)) if is_stale(error.err()) => Ok(()),
+            Err(error) => Err(unavailable(error)),
+        }
     }
 
     fn dead_letters_url(&self) -> Result<&str, Error> {
@@ -155,8 +163,8 @@ impl JobQueue for SqsJobQueue {
                     passed_by.insert(id, letter.receipt);
                 }
             }
-            // Nothing is left, or only what was passed by and is seen again.
-            if before == (moved, passed_by.len()) {
+            // Nothing is left, or only what was passed by and is seen again. Or the function's time would end.
+            if before == (moved, passed_by.len()) || moved >= MOST_REDRIVEN {
                 break;
             }
         }
@@ -168,9 +176,27 @@ impl JobQueue for SqsJobQueue {
 }
 
 fn is_stale(error: &ChangeMessageVisibilityError) -> bool {
-    error.is_message_not_inflight() || error.is_receipt_handle_is_invalid()
+    // Of a receipt that was valid once SQS says the last, which its model does not name
+    // (https://github.com/aws/aws-sdk-java/issues/1628).
+    error.is_message_not_inflight()
+        || error.is_receipt_handle_is_invalid()
+        || error.code() == Some("InvalidParameterValue")
 }
 
 fn unavailable(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
     Error::unavailable(WHAT, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_sdk_sqs::error::ErrorMetadata;
+
+    use super::*;
+
+    #[test]
+    fn a_receipt_that_was_valid_once_is_stale_and_other_trouble_is_not() {
+        let of = |code| ChangeMessageVisibilityError::generic(ErrorMetadata::builder().code(code).build());
+        assert!(is_stale(&of("InvalidParameterValue")));
+        assert!(!is_stale(&of("AccessDenied")) && !is_stale(&of("RequestThrottled")));
+    }
 }

@@ -317,7 +317,9 @@ impl JobStore for SqliteJobStore {
             .scrub(move |db| {
                 let written = row.write(db, fence)?;
                 if written && let Some(key) = key {
-                    db.execute("DELETE FROM idempotency WHERE caller = ?1 AND key = ?2", [caller, key])?;
+                    // Another job's, where the key was used again since.
+                    let own = "DELETE FROM idempotency WHERE caller = ?1 AND key = ?2 AND id = ?3";
+                    db.execute(own, [caller, key, fence.id.to_string()])?;
                 }
                 Ok((written, note))
             })
