@@ -96,7 +96,7 @@ pub(crate) async fn enrichment(host: Arc<Host>, mut stopped: Receiver<bool>) {
 impl Feed {
     /// Reads on, and begins to work what was found.
     async fn look(&mut self, stopped: &Receiver<bool>) -> Result<(), Error> {
-        let room = u32::try_from(WINDOW.saturating_sub(self.under_way.len())).unwrap_or(0);
+        let room = room(&self.under_way);
         if room == 0 {
             return Ok(());
         }
@@ -138,6 +138,12 @@ impl Feed {
             failed("feed not moved on", &error);
         }
     }
+}
+
+/// How many changes may be read. What is done and lies behind a slow prompt takes no room: others would wait for it.
+fn room(under_way: &BTreeMap<i64, bool>) -> u32 {
+    let open = under_way.values().filter(|done| !**done).count();
+    u32::try_from(WINDOW.saturating_sub(open)).unwrap_or(0)
 }
 
 /// Works one change, again where the store could not be reached, and keeps its turn until then: what
@@ -182,4 +188,17 @@ fn event(change: &Change) -> serde_json::Value {
             "StreamViewType": "NEW_IMAGE",
         },
     }]})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_done_behind_a_slow_prompt_keeps_nothing_from_being_read() {
+        let behind = |open: i64, done: i64| (0..open + done).map(|seq| (seq, seq >= open)).collect();
+        assert_eq!(room(&behind(1, 5000)), WINDOW as u32 - 1);
+        assert_eq!(room(&behind(WINDOW as i64, 0)), 0);
+        assert_eq!(room(&behind(WINDOW as i64 + 1, 1)), 0);
+    }
 }

@@ -263,7 +263,7 @@ impl Host {
             // Whoever reads no more would be waited for as long as they stay, and what they asked for be held.
             let _ = set_tcp_user_timeout(&*stream, UNREAD);
         });
-        let server = tokio::spawn(server::serve(listener, routes::router(&host)?, stopped));
+        let server = tokio::spawn(server::serve(listener, routes::router(&host)?, server::most_connections(), stopped));
 
         let ended = tokio::select! {
             () = stop => None,

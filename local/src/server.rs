@@ -2,6 +2,7 @@
 //! request's head.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -9,25 +10,52 @@ use axum::serve::Listener;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 /// How long a connection may lie unused and then take for a request's head. reqwest keeps one that is unused for 90 s,
 /// and should find it open when it asks again.
 const HEAD: Duration = Duration::from_secs(120);
 
-/// Serves until `stopped` says so, and then until what is under way has been answered.
-pub(crate) async fn serve(mut listener: impl Listener, router: Router, stopped: watch::Receiver<bool>) {
+/// Files that a process may have open and that connections leave to databases, photos and what the host asks itself.
+const OTHER_FILES: u64 = 512;
+/// Connections at once, where the system allows for more files.
+const MOST_CONNECTIONS: u64 = 16_384;
+
+/// How many connections are taken at once: a photo is not failed because strangers hold all files. Raises the limit
+/// of this process as far as it may.
+pub(crate) fn most_connections() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(MOST_CONNECTIONS + OTHER_FILES, |most| most.min(MOST_CONNECTIONS + OTHER_FILES));
+    let files = match limit.current {
+        Some(current) if current < wanted => {
+            let raised = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum });
+            raised.map_or(current, |()| wanted)
+        }
+        _ => wanted,
+    };
+    usize::try_from(files.saturating_sub(OTHER_FILES).max(files / 2)).unwrap_or(usize::MAX)
+}
+
+/// Serves `most` connections at once until `stopped` says so, and then until what is under way has been answered.
+/// Those beyond wait to be taken.
+pub(crate) async fn serve(mut listener: impl Listener, router: Router, most: usize, stopped: watch::Receiver<bool>) {
     let (open, mut closed) = mpsc::channel::<()>(1);
+    let places = Arc::new(Semaphore::new(most));
     loop {
-        let io = tokio::select! {
-            (io, _) = listener.accept() => io,
+        let accept = async {
+            let place = Arc::clone(&places).acquire_owned().await;
+            (listener.accept().await.0, place)
+        };
+        let (io, place) = tokio::select! {
+            taken = accept => taken,
             () = told(stopped.clone()) => break,
         };
         let (router, stopped, open) = (router.clone(), stopped.clone(), open.clone());
         tokio::spawn(async move {
             connection(io, router, stopped).await;
-            drop(open);
+            drop((open, place));
         });
     }
     drop((listener, open));
@@ -110,6 +138,32 @@ mod tests {
             sleep(Duration::from_secs(90)).await;
         }
         assert_eq!(rest(&mut client).await, "");
+    }
+
+    #[tokio::test]
+    async fn connections_beyond_the_most_wait_until_another_ends() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, (_stop, stopped)) = (listener.local_addr().unwrap(), watch::channel(false));
+        tokio::spawn(serve(listener, router(), 1, stopped));
+        let connect = async || {
+            let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+            client.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+            client
+        };
+        let (mut first, mut answered) = (connect().await, [0; 1024]);
+        assert!(first.read(&mut answered).await.unwrap() > 0);
+        let mut second = connect().await;
+        let early = tokio::time::timeout(Duration::from_millis(200), second.read(&mut answered)).await;
+        assert!(early.is_err(), "it was let in");
+        drop(first);
+        assert!(second.read(&mut answered).await.unwrap() > 0);
+    }
+
+    #[test]
+    fn connections_leave_files_for_the_rest_of_the_host() {
+        let most = most_connections() as u64;
+        let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        assert!(most >= 1 && most + OTHER_FILES.min(files / 2) <= files, "{most} connections, {files} files");
     }
 
     #[tokio::test(start_paused = true)]

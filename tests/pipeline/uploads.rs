@@ -189,6 +189,24 @@ async fn an_upload_is_exactly_what_was_signed_or_nothing() {
     let request = http.put(format!("{url}{}", signed.url)).header("content-type", "image/jpeg");
     let response = request.header("x-amz-checksum-sha256", &good).body(chunked).send().await.unwrap();
     assert_eq!(response.status().as_u16(), 403);
+    // One permit is one place on the disk: what is sent beside it is not taken.
+    let (sender, pieces) = tokio::sync::mpsc::channel::<Vec<u8>>(1);
+    let pieces = futures_util::stream::unfold(pieces, async |mut pieces| Some((pieces.recv().await?, pieces)));
+    let slow = reqwest::Body::wrap_stream(futures_util::StreamExt::map(pieces, Ok::<_, std::io::Error>));
+    let request = http.put(format!("{url}{}", signed.url)).header("content-type", "image/jpeg");
+    let request = request.header("x-amz-checksum-sha256", &good).header("content-length", body.len()).body(slow);
+    let first = tokio::spawn(request.send());
+    sender.send(body[..3].to_vec()).await.unwrap();
+    let is_begun = async || {
+        let mut found = Vec::new();
+        files(folder.path(), &mut found);
+        !found.is_empty()
+    };
+    eventually("the first is under way", is_begun).await;
+    assert_eq!(send(&signed.url, "image/jpeg", &good, &body).await, 429);
+    sender.send(body[3..].to_vec()).await.unwrap();
+    drop(sender);
+    assert_eq!(first.await.unwrap().unwrap().status().as_u16(), 200);
     // As signed, and again: the same bytes.
     assert_eq!(send(&signed.url, "image/jpeg", &good, &body).await, 200);
     assert_eq!(send(&signed.url, "image/jpeg", &good, &body).await, 200);

@@ -183,6 +183,7 @@ impl Sqlite {
 fn connect(path: &Path, version: u32, schema: &str, changes: &[&str]) -> rusqlite::Result<Connection> {
     create_private(path)?;
     let mut connection = Connection::open(path)?;
+    keep_temporary_files_beside(&connection, path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
     keep_statements(&connection)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
@@ -205,6 +206,21 @@ fn connect(path: &Path, version: u32, schema: &str, changes: &[&str]) -> rusqlit
     }
     transaction.commit()?;
     Ok(connection)
+}
+
+/// SQLite's temporary files hold pages of the database, and VACUUM's all of them: they belong where that lies, which
+/// may be encrypted, and not into `/var/tmp`.
+///
+/// The setting is the process's, and must not change while another connection works: the first one makes it.
+fn keep_temporary_files_beside(connection: &Connection, path: &Path) -> rusqlite::Result<()> {
+    static SET: Mutex<bool> = Mutex::new(false);
+    let mut is_set = SET.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*is_set && let Some(folder) = path.parent().and_then(Path::to_str).filter(|folder| !folder.is_empty()) {
+        // Deprecated for being the process's; SQLITE_TMPDIR is as well, and nobody may set that here.
+        connection.pragma_update(None, "temp_store_directory", folder)?;
+        *is_set = true;
+    }
+    Ok(())
 }
 
 fn connect_reader(path: &Path) -> rusqlite::Result<Connection> {

@@ -4,6 +4,8 @@
 //! Triggered by `PUT /uploads/{key}`. Writes one blob. The signature is the credential: no caller is
 //! asked for.
 
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -32,6 +34,27 @@ const TIMEOUT: Duration = Duration::from_secs(15 * 60);
 struct Uploads {
     blobs: DirBlobStore,
     clock: Clock,
+    /// The keys that are being put. What one permit holds on the disk is what was reserved for it, and no more.
+    under_way: Arc<Mutex<HashSet<String>>>,
+}
+
+/// A put of a key, the only one until it is dropped.
+struct Put<'a> {
+    key: &'a str,
+    under_way: &'a Mutex<HashSet<String>>,
+}
+
+impl<'a> Put<'a> {
+    fn begin(key: &'a str, under_way: &'a Mutex<HashSet<String>>) -> Option<Self> {
+        let is_new = under_way.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned());
+        is_new.then_some(Self { key, under_way })
+    }
+}
+
+impl Drop for Put<'_> {
+    fn drop(&mut self) {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(self.key);
+    }
 }
 
 #[derive(Deserialize)]
@@ -42,7 +65,7 @@ struct Signed {
 
 /// The route that honours [`BlobStore::presign_put`](crate::ports::BlobStore::presign_put).
 pub fn router(blobs: DirBlobStore, clock: Clock) -> Router {
-    Router::new().route("/uploads/{*key}", put(upload)).with_state(Uploads { blobs, clock })
+    Router::new().route("/uploads/{*key}", put(upload)).with_state(Uploads { blobs, clock, under_way: Arc::default() })
 }
 
 async fn upload(
@@ -61,6 +84,8 @@ async fn upload(
     if !uploads.blobs.signer().allows_put(&key, &terms, &signed.signature) || uploads.clock.now() >= terms.expires_at {
         return Err(refused());
     }
+    let busy = || Error::too_many_requests("These bytes are arriving already. Try again when that has ended.", 5);
+    let _put = Put::begin(&key, &uploads.under_way).ok_or_else(busy)?;
     let received = tokio::time::timeout(TIMEOUT, receive(&uploads.blobs, &key, &terms, body)).await;
     received.map_err(|_| invalid("The body took too long."))??;
     Ok(StatusCode::OK)

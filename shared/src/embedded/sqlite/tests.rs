@@ -36,6 +36,16 @@ fn a_statement_is_parsed_once_whatever_limit_it_is_given() {
     }
 }
 
+#[test]
+fn temporary_files_lie_beside_the_databases() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("numbers.sqlite");
+    let connection = connect(&path, 1, "CREATE TABLE numbers (number INTEGER) STRICT", &[]).unwrap();
+    let set: String = connection.pragma_query_value(None, "temp_store_directory", |row| row.get(0)).unwrap();
+    // Or where the first database of this process was.
+    assert!(!set.is_empty() && Path::new(&set).parent() == folder.path().parent(), "{set:?}");
+}
+
 const PEOPLE: &str = "CREATE TABLE people (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT, WITHOUT ROWID";
 
 fn id(number: usize) -> String {
