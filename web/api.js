@@ -34,12 +34,18 @@ export async function open() {
 
 // Of this tab alone and gone with it: what localStorage holds, the next one to use the device finds.
 export function setKey(value) {
+  const before = key;
   key = value || null;
   try {
     if (key) sessionStorage.setItem(KEY, key);
     else sessionStorage.removeItem(KEY);
   } catch { /* Then until the page is closed. */ }
+  if (key !== before) changed();
 }
+
+let changed = () => {};
+// Hears that requests are another caller's from now on.
+export const onKey = (listener) => { changed = listener; };
 
 export const hasKey = () => key !== null;
 

@@ -114,9 +114,9 @@ function openHistory() {
   $("forget").addEventListener("click", async () => {
     if (!(await confirm(t("history.forget.question"), t("history.forget.yes")))) return;
     history.forget();
-    api.setKey(null);
     photo.forget();
-    ask.view.clear();
+    ask.forget();
+    api.setKey(null);
     tellHistory(() => t("history.forgotten"));
     $("history-heading").focus();
   });

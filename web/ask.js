@@ -26,19 +26,29 @@ export function open() {
 export const render = () => view.render();
 export const show = (id) => view.show(id);
 
+export function forget() {
+  view.clear();
+  $("question").value = "";
+}
+
 async function send(prompt) {
   if (!prompt || asking) return;
   asking = true;
   view.clear();
   view.say(() => t("ask.sending"));
-  const key = random();
+  const [key, age] = [random(), history.age()];
   try {
     const id = (await live.ask({ prompt, idempotency_key: key })) ?? (await submit(JSON.stringify({ prompt }), "application/json", key));
+    if (history.age() !== age) {
+      live.unfollow(id);
+      return;
+    }
     history.add(id, "prompt");
     view.show(id, { question: prompt, words: () => t("answering") });
     $("question").value = "";
   } catch (error) {
     // A frame of the socket has the API's codes too.
+    if (history.age() !== age) return;
     const failure = error instanceof ApiError ? error : new ApiError(error.code, 0, error);
     view.say(() => failure.words);
   } finally {

@@ -42,7 +42,12 @@ export function remove(id) {
   removed(id);
 }
 
+// Rises with each `forget`: what was begun before is not to come back.
+let forgotten = 0;
+export const age = () => forgotten;
+
 export function forget() {
+  forgotten += 1;
   entries = [];
   try { localStorage.removeItem(HISTORY); } catch { /* There is nothing then. */ }
 }

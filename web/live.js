@@ -1,5 +1,5 @@
 // Follows jobs until they end: over a WebSocket, and by long poll for as long as there is none.
-import { pause, random, request, resolve } from "./api.js";
+import { ApiError, onKey, pause, random, request, resolve } from "./api.js";
 
 const POLL_SECONDS = 25;
 // After so long without a word the job is asked for: frames may be lost.
@@ -20,6 +20,8 @@ const asked = new Map();
 let heard = {};
 let socket = null;
 let opening = null;
+// Of the key: a connection that another one has opened is not used.
+let generation = 0;
 let failures = 0;
 let state = "";
 
@@ -32,7 +34,24 @@ export function listen(listeners) {
     if (last) lost(last);
     tell();
   });
+  onKey(startAnew);
   setInterval(watch, 5_000);
+}
+
+// Another key is another caller: who connected before is not asked in its name, nor told of its jobs.
+function startAnew() {
+  generation += 1;
+  const last = socket;
+  socket = opening = null;
+  last?.close();
+  for (const { reject } of asked.values()) reject(new ApiError("unauthorized", 401));
+  for (const [id, job] of jobs) {
+    job.poll?.abort();
+    job.etag = null;
+    poll(id);
+  }
+  if (jobs.size) connect();
+  tell();
 }
 
 export function follow(id) {
@@ -80,11 +99,14 @@ function tell() {
 // Gives up quietly: long polls go on, and `watch` tries again.
 function connect() {
   if (isOpen() || !navigator.onLine) return Promise.resolve();
-  opening ??= dial().catch(() => { failures += 1; }).finally(() => { opening = null; tell(); });
-  return opening;
+  const mine = opening ??= dial(generation).catch(() => { failures += 1; }).finally(() => {
+    if (opening === mine) opening = null;
+    tell();
+  });
+  return mine;
 }
 
-async function dial() {
+async function dial(age) {
   const { json } = await request("POST", "/socket-tickets", { timeoutMs: OPEN_MS });
   const url = new URL(resolve(json.url));
   url.protocol = url.protocol.replace("http", "ws");
@@ -94,6 +116,10 @@ async function dial() {
     next.onopen = () => { clearTimeout(timer); opened(); };
     next.onclose = () => { clearTimeout(timer); failed(new Error("closed")); };
   });
+  if (age !== generation) {
+    next.close();
+    throw new Error("another caller");
+  }
   socket = next;
   const alive = setTimeout(() => { failures = 0; }, LIVED_MS);
   next.onmessage = (message) => receive(JSON.parse(message.data));

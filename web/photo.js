@@ -155,12 +155,13 @@ async function shrink(file) {
 
 // Under one idempotency key, however often it takes: a photo whose answer was lost is not worked twice.
 async function send() {
-  const sent = draft;
+  const [sent, age] = [draft, history.age()];
   $("send").disabled = true;
   view.say(() => t("photo.sending"));
   while (draft === sent) {
     try {
       const id = await submit(sent.blob, "image/jpeg", sent.key);
+      if (history.age() !== age) return;
       history.add(id, "photo");
       photos.set(id, sent.address);
       if (draft !== sent) return;

@@ -207,6 +207,35 @@ export async function forgetting_this_device(visit) {
   assert.equal((await get(visit, id)).status, 200, "forgetting is not deleting");
 }
 
+// What is on its way when all is forgotten does not come back with its answer.
+export async function forgetting_what_is_being_sent(visit) {
+  const page = await visit.page();
+  await send(page, sample("mole-drawn"));
+  await says(status(page), "Done.");
+  await page.getByRole("button", { name: "New photo" }).click();
+  let answer;
+  const answered = new Promise((resolve) => { answer = resolve; });
+  await page.route(/\/submit$/, async (route) => {
+    const response = await route.fetch();
+    await answered;
+    await route.fulfill({ response });
+  });
+  await choose(page, sample("red-spot-drawn"));
+  await page.locator("#send").click();
+  await page.getByRole("tab", { name: "Ask" }).click();
+  await page.getByLabel("Your question").fill("What is a naevus?");
+  await page.getByRole("tab", { name: "History" }).click();
+  await page.getByRole("button", { name: "Forget all this" }).click();
+  await page.locator("#confirm-yes").click();
+  await says(status(page, "history"), "forgotten everything");
+  const heard = page.waitForResponse(/\/submit$/);
+  answer();
+  await (await heard).finished();
+  await page.waitForTimeout(500);
+  assert.deepEqual(await history(page), []);
+  assert.equal(await page.locator("#question").inputValue(), "");
+}
+
 export async function a_host_with_keys(visit) {
   const { url, api, key } = visit.target.keyed;
   const page = await visit.page(null, { url });
@@ -239,6 +268,28 @@ export async function a_host_with_keys(visit) {
   await says(status(page, "ask"), "no language model");
 }
 a_host_with_keys.only = "embedded";
+
+// A connection is that of the key which has opened it.
+export async function another_key_is_another_caller(visit) {
+  const { url, api, key } = visit.target.keyed;
+  const headers = { authorization: `Bearer ${key}`, "content-type": "application/json" };
+  const body = JSON.stringify({ name: "another", caller: "another", scopes: ["jobs"] });
+  const other = (await (await fetch(`${api}/admin/keys`, { method: "POST", headers, body })).json()).key;
+  const page = await visit.page(null, { url, key });
+  const first = await send(page, sample("mole-drawn"));
+  await says(status(page), "Done.");
+  await page.locator("#key-open").click();
+  await page.locator("#key").fill(other);
+  await page.keyboard.press("Enter");
+  await page.getByRole("button", { name: "New photo" }).click();
+  const second = await send(page, sample("red-spot-drawn"));
+  await says(status(page), "Done.");
+  const tickets = visit.requests.filter((request) => request.url().endsWith("/socket-tickets") && request.method() === "POST");
+  assert.deepEqual(tickets.map((request) => request.headers().authorization), [`Bearer ${key}`, `Bearer ${other}`]);
+  assert.equal((await get(visit, first, { api, key: other })).status, 404);
+  assert.equal((await get(visit, second, { api, key: other })).status, 200);
+}
+another_key_is_another_caller.only = "embedded";
 
 // Without a key, where the host lets guests in: photos by their ids, and no questions.
 export async function a_guest(visit) {
