@@ -9,7 +9,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /lesion
 # What the build reads, and nothing of target/ or .cache/.
-COPY Cargo.toml Cargo.lock ./
+COPY Cargo.toml Cargo.lock NOTICE LICENSE-APACHE ./
 COPY scripts scripts
 COPY model model
 COPY shared shared
@@ -17,6 +17,7 @@ COPY functions functions
 COPY local local
 COPY cli cli
 COPY tests tests
+# --with-model puts the bundle into inference's zip, as scripts/deploy does.
 ARG OPTIONS=
 RUN scripts/package $OPTIONS
 
