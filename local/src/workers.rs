@@ -72,11 +72,11 @@ pub(crate) async fn take_over(host: &Host) -> Result<(), Error> {
 pub(crate) async fn inference(host: Arc<Host>, stopped: Receiver<bool>) {
     let lease = host.config.policy.lease;
     let host = &*host;
-    // A message is received for a place that is there: what waits, waits in the queue.
-    let ready = || async { host.inference.room.place().await.ok() };
-    let work = |delivery: Delivery, place| async move {
+    // A message is received when it is its turn: what waits, waits in the queue.
+    let ready = || async { host.inference.room.turn().await.ok() };
+    let work = |delivery: Delivery, turn| async move {
         let deadline = host.clock.now() + lease;
-        host.inference.handle(sqs_event(&delivery), deadline, place).await.batch_item_failures.is_empty()
+        host.inference.handle(sqs_event(&delivery), deadline, turn).await.batch_item_failures.is_empty()
     };
     consume(&host.queue, lease + VISIBILITY_MARGIN, ready, work, stopped).await;
 }

@@ -152,19 +152,19 @@ async fn a_message_that_was_never_sent_is_sent_by_sweep() {
 }
 
 #[tokio::test]
-async fn a_photo_that_waits_for_its_place_is_not_claimed_before() {
+async fn a_photo_is_not_claimed_before_its_turn() {
     let (_folder, clock, host) = standing(&[("INFERENCE_WORKERS", "1")]).await;
     let id = make_job(&host, mole()).await;
-    let mut places = Vec::new();
-    while let Some(place) = host.inference.room.place().now_or_never() {
-        places.push(place.unwrap());
+    let mut turns = Vec::new();
+    while let Some(turn) = host.inference.room.turn().now_or_never() {
+        turns.push(turn.unwrap());
     }
     let deadline = clock.now() + TimeDelta::seconds(60);
     let mut waiting = std::pin::pin!(host.inference.process(Message::Infer { id }, deadline, None));
     assert!(tokio::time::timeout(Duration::from_millis(200), &mut waiting).await.is_err());
     let before = job(&host, id).await;
     assert_eq!((before.status, before.attempts.inference, before.lease_until), (Status::Pending, 0, None));
-    places.pop();
+    turns.pop();
     assert_eq!(waiting.await, inference::Outcome::Acknowledge);
     assert_eq!(job(&host, id).await.attempts.inference, 1);
 }

@@ -85,11 +85,11 @@ impl Worked {
 
 impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
     /// Works a batch, each message by itself. `deadline` is the invocation's end, and with it that
-    /// of every lease taken here. The first message has its place already, where `place` is one.
-    pub async fn handle(&self, event: SqsEvent, deadline: Timestamp, mut place: Option<Held>) -> SqsBatchResponse {
+    /// of every lease taken here. It is the first message's turn already, where `turn` is one.
+    pub async fn handle(&self, event: SqsEvent, deadline: Timestamp, mut turn: Option<Held>) -> SqsBatchResponse {
         let mut response = SqsBatchResponse::default();
         for record in event.records {
-            if !self.settle(&record, deadline, place.take()).await {
+            if !self.settle(&record, deadline, turn.take()).await {
                 let mut failure = BatchItemFailure::default();
                 failure.item_identifier = record.message_id.unwrap_or_default();
                 response.batch_item_failures.push(failure);
@@ -99,9 +99,9 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
     }
 
     /// Works one message; `false` where it must come back.
-    async fn settle(&self, record: &SqsMessage, deadline: Timestamp, place: Option<Held>) -> bool {
+    async fn settle(&self, record: &SqsMessage, deadline: Timestamp, turn: Option<Held>) -> bool {
         let outcome = match Message::decode(record.body.as_deref().unwrap_or("")) {
-            Ok(message) => self.process(message, deadline, place).await,
+            Ok(message) => self.process(message, deadline, turn).await,
             Err(error) => {
                 let message_id = record.message_id.as_deref().unwrap_or("");
                 tracing::error!(message.id = message_id, error.code = "unreadable_message", error.chain = %error, "message not read");
@@ -129,10 +129,10 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         }
     }
 
-    /// The rule for one message. Without a `place` it waits for one.
-    pub async fn process(&self, message: Message, lease_until: Timestamp, place: Option<Held>) -> Outcome {
+    /// The rule for one message. Without a `turn` it waits for one.
+    pub async fn process(&self, message: Message, lease_until: Timestamp, turn: Option<Held>) -> Outcome {
         let result = match message {
-            Message::Infer { id } => self.infer(id, lease_until, place).await,
+            Message::Infer { id } => self.infer(id, lease_until, turn).await,
             Message::Forget { id } => self.forget(id).await,
             // Another queue's: here it becomes a dead letter, and somebody looks.
             Message::Deliver { .. } => Err(Error::internal("a message of another queue")),
@@ -140,21 +140,20 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         result.unwrap_or_else(not_worked)
     }
 
-    async fn infer(&self, id: uuid::Uuid, lease_until: Timestamp, place: Option<Held>) -> Result<Outcome, Error> {
-        // Before the claim: a lease runs, and an attempt counts, for photos that are worked. Those who wait hold no
-        // bytes either.
-        let place = match place {
-            Some(place) => place,
-            None => self.room.place().await?,
+    async fn infer(&self, id: uuid::Uuid, lease_until: Timestamp, turn: Option<Held>) -> Result<Outcome, Error> {
+        // A lease runs, and an attempt counts, for photos that are nearly there.
+        let turn = match turn {
+            Some(turn) => turn,
+            None => self.room.turn().await?,
         };
         let Some(Record::Job(job)) = self.jobs.get(id).await? else { return Ok(Outcome::Acknowledge) };
         let span = telemetry::job_span(job.id, &job.trace_id);
-        let infer = async { self.infer_job(&job, lease_until, place).await.unwrap_or_else(not_worked) };
+        let infer = async { self.infer_job(&job, lease_until, turn).await.unwrap_or_else(not_worked) };
         // Boxed: with every store's futures inside, the compiler finds the hosts' nested too deep.
         Ok(Box::pin(infer).instrument(span).await)
     }
 
-    async fn infer_job(&self, job: &Job, lease_until: Timestamp, place: Held) -> Result<Outcome, Error> {
+    async fn infer_job(&self, job: &Job, lease_until: Timestamp, turn: Held) -> Result<Outcome, Error> {
         let now = self.clock.now();
         let claim = |job: &Job| Ok((job.claim_inference(now, lease_until, &self.policy)?, ()));
         let job = match transition(&self.jobs, job, claim).await {
@@ -164,7 +163,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             Err(NotMoved::Store(error)) => return Err(error),
         };
         crash::here(Point::InferenceClaimed);
-        match self.work(&job, place).await {
+        match self.work(&job, turn).await {
             Ok(worked) => {
                 let worked = self.with_map(&job, worked).await;
                 self.finish(&job, worked).await
@@ -257,8 +256,10 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
     }
 
     /// From the stored photo to an outcome. Errors are those that another attempt may cure.
-    async fn work(&self, job: &Job, place: Held) -> Result<Worked, Error> {
+    async fn work(&self, job: &Job, turn: Held) -> Result<Worked, Error> {
         let Input::Photo(photo) = &job.input else { return Err(Error::internal("a job of no photo is pending")) };
+        // Before the photo is fetched: those who wait hold no bytes.
+        let place = self.room.place().await?;
         let mut timings = Timings::default();
         let started = Instant::now();
         let Some(bytes) = self.blobs.get(&job::photo_key(job.id)).await? else {
@@ -273,7 +274,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         let span = Span::current();
         let work = move || {
             // Given back by the thread that works: it outlives a caller that has gone.
-            let _held = (place, memory);
+            let _held = (turn, place, memory);
             let _entered = span.entered();
             read_photo(&model, &bytes, orientation, cached, key, timings)
         };

@@ -1,6 +1,7 @@
 //! How much is worked at once: photos on the processor, and bytes of decoded pixels in memory.
 //!
-//! Entered by each photo before its claim, left when its reading is made. The photos are worked by threads of the room's own, which give way to whatever else the process has
+//! A photo has its turn before it is claimed and its place before it is fetched, and leaves both when its reading is
+//! made: few leases run, and fewer photos lie in memory, than there are photos that wait. The photos are worked by threads of the room's own, which give way to whatever else the process has
 //! to do: a request that is taken in or a record that is written waits for no photo.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,6 +17,9 @@ const MEMORY: u32 = 80_000_000;
 /// Photos let in for each thread: while one is worked the next is fetched, and no thread waits for
 /// the disk or the network.
 const PLACES: usize = 2;
+/// Photos that may be claimed for each thread, those with a place included: a claim waits for the disk, which must
+/// leave no thread without work.
+const TURNS: usize = 4;
 /// Of the threads that work photos; a tenth of the usual share where the processor is wanted
 /// elsewhere (sched(7)).
 const NICE: i32 = 10;
@@ -24,6 +28,7 @@ type Work = Box<dyn FnOnce() + Send>;
 
 /// Places for photos, fetched or being worked, and bytes in memory.
 pub struct Room {
+    turns: Arc<Semaphore>,
     places: Arc<Semaphore>,
     memory: Arc<Semaphore>,
     /// The threads end with it.
@@ -48,9 +53,9 @@ impl Room {
             let thread = std::thread::Builder::new().name("photo".to_owned());
             thread.spawn(move || serve(&inbox)).map_err(|error| Error::unavailable("a thread", error))?;
         }
-        let places = Arc::new(Semaphore::new(threads * PLACES));
+        let [turns, places] = [TURNS, PLACES].map(|each| Arc::new(Semaphore::new(threads * each)));
         let memory = Arc::new(Semaphore::new(MEMORY as usize));
-        Ok(Self { places, memory, work })
+        Ok(Self { turns, places, memory, work })
     }
 
     /// Runs `work` on one of the room's threads, as soon as one is free.
@@ -68,13 +73,20 @@ impl Room {
         receiver.await.map_err(|_| unavailable("its thread panicked"))
     }
 
+    /// A photo's turn to be claimed, first come first served.
+    ///
+    /// # Errors
+    /// Never, for as long as nobody closes the room.
+    pub async fn turn(&self) -> Result<Held, Error> {
+        held(&self.turns, 1).await
+    }
+
     /// A place for a photo, first come first served.
     ///
     /// # Errors
     /// Never, for as long as nobody closes the room.
     pub async fn place(&self) -> Result<Held, Error> {
-        let permit = Arc::clone(&self.places).acquire_owned().await;
-        permit.map(|permit| Held { _permit: permit }).map_err(Error::internal)
+        held(&self.places, 1).await
     }
 
     /// Memory for a photo that takes `bytes` to decode.
@@ -83,9 +95,13 @@ impl Room {
     /// Never, for as long as nobody closes the room.
     pub async fn memory(&self, bytes: u64) -> Result<Held, Error> {
         let bytes = u32::try_from(bytes).unwrap_or(MEMORY).min(MEMORY);
-        let permit = Arc::clone(&self.memory).acquire_many_owned(bytes).await;
-        permit.map(|permit| Held { _permit: permit }).map_err(Error::internal)
+        held(&self.memory, bytes).await
     }
+}
+
+async fn held(of: &Arc<Semaphore>, permits: u32) -> Result<Held, Error> {
+    let permit = Arc::clone(of).acquire_many_owned(permits).await;
+    permit.map(|permit| Held { _permit: permit }).map_err(Error::internal)
 }
 
 fn serve(inbox: &Mutex<Receiver<Work>>) {
@@ -120,12 +136,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn two_photos_are_let_in_for_each_thread() {
+    async fn two_photos_are_let_in_for_each_thread_and_four_claimed() {
         let room = Room::new(1).unwrap();
         let held = (room.place().await.unwrap(), room.place().await.unwrap());
         assert!(room.place().now_or_never().is_none());
         drop(held);
         assert!(room.place().now_or_never().is_some());
+        let turns: Vec<_> = (0..4).map(|_| room.turn().now_or_never().unwrap().unwrap()).collect();
+        assert!(room.turn().now_or_never().is_none());
+        drop(turns);
+        assert!(room.turn().now_or_never().is_some());
     }
 
     #[tokio::test]
