@@ -85,7 +85,7 @@ impl Worked {
 
 impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
     /// Works a batch, each message by itself. `deadline` is the invocation's end, and with it that
-    /// of every lease taken here. It is the first message's turn already, where `turn` is one.
+    /// of every lease taken here. `turn` is the first message's, where it has one already.
     pub async fn handle(&self, event: SqsEvent, deadline: Timestamp, mut turn: Option<Held>) -> SqsBatchResponse {
         let mut response = SqsBatchResponse::default();
         for record in event.records {
