@@ -55,13 +55,16 @@ pub struct Month {
     pub estimated_cost_pico: u64,
 }
 
-/// The most that a request can take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ask {
+/// Tokens and what they cost, in picodollars.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Taken {
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
     pub cost_pico: u64,
 }
+
+/// The most that a request can take.
+pub type Ask = Taken;
 
 /// What was asked, in fields of its own: serde reads a flattened struct several times as slowly, and in
 /// DynamoDB an account is read with every write.
@@ -87,13 +90,12 @@ impl Reservation {
 }
 
 /// What a request has taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Used {
-    pub prompt_tokens: u64,
-    pub completion_tokens: u64,
-    pub cost_pico: u64,
-    /// Nobody has told: it counts as no more than what was reserved.
-    pub estimated: bool,
+    /// As the server has told.
+    pub told: Taken,
+    /// What nobody has told besides: it counts as no more than what was reserved.
+    pub estimated: Taken,
 }
 
 /// Why a request is not let in, and after how many seconds it may be.
@@ -203,26 +205,25 @@ impl Account {
         self.tokens = self.tokens.at(now, limits.tokens_per_minute.unwrap_or(u32::MAX));
         let due: Vec<_> = self.reservations.extract_if(.., |_, reservation| reservation.due_at <= now).collect();
         for (_, reservation) in due {
-            let Ask { prompt_tokens, completion_tokens, cost_pico } = reservation.ask();
-            self.enter(&reservation, Used { prompt_tokens, completion_tokens, cost_pico, estimated: true });
+            self.enter(&reservation, Used { told: Taken::default(), estimated: reservation.ask() });
         }
     }
 
     fn enter(&mut self, reservation: &Reservation, used: Used) {
         let ask = reservation.ask();
-        let used = if used.estimated { used.within(ask) } else { used };
-        let tokens = used.prompt_tokens.saturating_add(used.completion_tokens);
-        self.tokens.taken = (self.tokens.taken + tokens as f64 - ask.tokens() as f64).max(0.0);
+        let estimated = used.estimated.within(ask);
+        let used = used.told.and(estimated);
+        self.tokens.taken = (self.tokens.taken + used.tokens() as f64 - ask.tokens() as f64).max(0.0);
         let month = self.months.entry(reservation.month.clone()).or_default();
         let add = |sum: &mut u64, part: u64| *sum = sum.saturating_add(part);
         add(&mut month.requests, 1);
         add(&mut month.prompt_tokens, used.prompt_tokens);
         add(&mut month.completion_tokens, used.completion_tokens);
         add(&mut month.cost_pico, used.cost_pico);
-        if used.estimated {
+        if estimated != Taken::default() {
             add(&mut month.estimated_requests, 1);
-            add(&mut month.estimated_tokens, tokens);
-            add(&mut month.estimated_cost_pico, used.cost_pico);
+            add(&mut month.estimated_tokens, estimated.tokens());
+            add(&mut month.estimated_cost_pico, estimated.cost_pico);
         }
     }
 
@@ -253,20 +254,34 @@ impl Account {
     }
 }
 
-impl Ask {
+impl Taken {
     fn tokens(self) -> u64 {
         self.prompt_tokens.saturating_add(self.completion_tokens)
     }
-}
 
-impl Used {
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            prompt_tokens: self.prompt_tokens.saturating_add(other.prompt_tokens),
+            completion_tokens: self.completion_tokens.saturating_add(other.completion_tokens),
+            cost_pico: self.cost_pico.saturating_add(other.cost_pico),
+        }
+    }
+
     fn within(self, ask: Ask) -> Self {
         Self {
             prompt_tokens: self.prompt_tokens.min(ask.prompt_tokens),
             completion_tokens: self.completion_tokens.min(ask.completion_tokens),
             cost_pico: self.cost_pico.min(ask.cost_pico),
-            estimated: true,
         }
+    }
+}
+
+impl From<Taken> for Used {
+    /// All of it told.
+    fn from(told: Taken) -> Self {
+        Self { told, estimated: Taken::default() }
     }
 }
 
@@ -286,7 +301,10 @@ mod tests {
     use crate::clock::from_millis;
 
     const ASK: Ask = Ask { prompt_tokens: 100, completion_tokens: 50, cost_pico: 500 };
-    const USED: Used = Used { prompt_tokens: 20, completion_tokens: 10, cost_pico: 90, estimated: false };
+    const USED: Used = Used {
+        told: Taken { prompt_tokens: 20, completion_tokens: 10, cost_pico: 90 },
+        estimated: Taken { prompt_tokens: 0, completion_tokens: 0, cost_pico: 0 },
+    };
 
     /// 2026-11-30T23:59:00Z.
     fn start() -> Timestamp {
@@ -386,12 +404,16 @@ mod tests {
             assert!(account.settle(Uuid::nil(), used, &none, start()));
             account.months["2026-11"]
         };
-        let wild = Used { prompt_tokens: 7, completion_tokens: 9999, cost_pico: 9999, estimated: true };
-        let month = after(wild);
+        let wild = Taken { prompt_tokens: 7, completion_tokens: 9999, cost_pico: 9999 };
+        let month = after(Used { told: Taken::default(), estimated: wild });
         assert_eq!((month.prompt_tokens, month.completion_tokens, month.cost_pico), (7, 50, 500));
         assert_eq!((month.estimated_requests, month.estimated_tokens, month.estimated_cost_pico), (1, 57, 500));
-        // What the server says counts, more or less.
-        assert_eq!(after(Used { estimated: false, ..wild }).completion_tokens, 9999);
+        // What the server says counts, more or less, whatever is estimated besides.
+        assert_eq!(after(wild.into()).completion_tokens, 9999);
+        let again = Taken { prompt_tokens: 5, completion_tokens: 0, cost_pico: 3 };
+        let month = after(Used { told: wild, estimated: again });
+        assert_eq!((month.prompt_tokens, month.completion_tokens, month.cost_pico), (12, 9999, 10_002));
+        assert_eq!((month.estimated_requests, month.estimated_tokens, month.estimated_cost_pico), (1, 5, 3));
     }
 
     #[test]

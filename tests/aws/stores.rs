@@ -7,7 +7,7 @@ use chrono::TimeDelta;
 use futures_util::future::join_all;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use shared::account::{Ask, Refused, Used};
+use shared::account::{Ask, Refused, Taken, Used};
 use shared::api::admin::KeyLimits;
 use shared::aws::{DynamoCallers, DynamoJobStore, S3BlobStore, SqsJobQueue};
 use shared::clock::Clock;
@@ -68,7 +68,7 @@ async fn tokens_and_budgets_hold_for_many_functions_at_once_but_for_less_than_on
     let clock = Clock::manual(start());
     // Two at once may take all of either limit. They take less: eight of them leave something, nine do not.
     let ask = Ask { prompt_tokens: 100, completion_tokens: 50, cost_pico: 150 };
-    let used = Used { prompt_tokens: 20, completion_tokens: 15, cost_pico: 35, estimated: false };
+    let used = Used::from(Taken { prompt_tokens: 20, completion_tokens: 15, cost_pico: 35 });
     let tokens = KeyLimits { tokens_per_minute: Some(300), ..KeyLimits::default() };
     let budget = KeyLimits { budget_usd_per_month: Some(300e-12), ..KeyLimits::default() };
     for (key, limits) in [("0123456789ab", tokens), ("ba9876543210", budget)] {

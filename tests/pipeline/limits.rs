@@ -239,6 +239,37 @@ async fn what_a_model_answers_that_stands_in_is_entered_at_its_own_price() {
 }
 
 #[tokio::test]
+async fn a_try_that_may_be_billed_is_entered_at_the_price_of_its_model_beside_what_is_told_exactly() {
+    let (silent, llm) = (LlmServer::start([]).await, LlmServer::start([]).await);
+    // Twice it breaks off, having perhaps worked.
+    silent.behave(Behaviour::CutOff);
+    let dear = json!({"base_url": silent.base_url(), "fallback": "free",
+        "prompt_usd_per_million": 1000, "completion_usd_per_million": 1000});
+    let free = json!({"base_url": llm.base_url()});
+    let scene = Scene::of(llm, &json!({"fast": dear, "free": free})).await;
+    let key = scene.key(json!({})).await;
+    assert_eq!(scene.ask(&key, &asked(false)).await.status(), 200);
+    let month = scene.ledger(&key).await;
+    let number = |name: &str| month[name].as_u64().unwrap();
+    let again = number("estimated_tokens");
+    assert!(silent.calls() == 2 && again > 0 && again % 2 == 0, "{month}");
+    assert_eq!((number("prompt_tokens"), number("completion_tokens")), (PROMPT + again, COMPLETION), "{month}");
+    assert!((month["cost_usd"].as_f64().unwrap() - again as f64 / 1000.0).abs() < 1e-9, "{month}");
+}
+
+#[tokio::test]
+async fn what_is_told_exactly_is_entered_whole_whatever_an_earlier_try_may_have_taken() {
+    // More than is reserved for an answer of 5 tokens.
+    let scene = Scene::new([Behaviour::CutOff]).await;
+    let key = scene.key(json!({})).await;
+    let mut body = asked(false);
+    body["max_tokens"] = json!(5);
+    assert_eq!(scene.ask(&key, &body).await.status(), 200);
+    let month = scene.ledger(&key).await;
+    assert_eq!((&month["completion_tokens"], &month["estimated_requests"]), (&json!(COMPLETION), &json!(1)), "{month}");
+}
+
+#[tokio::test]
 async fn what_is_reserved_is_the_price_of_the_dearer_model_whichever_of_the_two_will_answer() {
     // About 90 bytes and 20 tokens: 0.11 USD with the cheap one, 1.1 USD with the dear one.
     for (prices, let_in) in [([1000, 1000], true), ([1000, 10_000], false), ([10_000, 1000], false)] {

@@ -145,6 +145,25 @@ async fn a_stream_that_the_server_leaves_without_a_word_is_ended_and_one_that_br
 }
 
 #[tokio::test]
+async fn a_stream_is_not_whole_while_a_choice_is_not_or_only_because_it_says_what_it_took_so_far() {
+    let chunk = |rest: &str| format!("data: {{\"object\":\"chat.completion.chunk\",{rest}}}\n\n");
+    let end = r#""choices":[{"index":0,"delta":{},"finish_reason":"stop"}]"#;
+    let begun = r#""choices":[{"index":1,"delta":{"content":"A"}}]"#;
+    let so_far = r#""choices":[{"index":0,"delta":{"content":"A"}}],"usage":{"prompt_tokens":3,"completion_tokens":1}"#;
+    let llm = LlmServer::start([]).await;
+    let host = host(&llm).await;
+    for (pieces, choices) in [(vec![chunk(end), chunk(begun)], 2), (vec![chunk(so_far)], 1)] {
+        for ending in [Ending::Close, Ending::CutOff] {
+            llm.behave(Behaviour::Stream(pieces.clone(), ending));
+            let mut body = asked(true);
+            body["n"] = json!(choices);
+            let text = streamed(&host, &body).await;
+            assert!(text.contains("llm_unavailable") && !text.contains("[DONE]"), "{ending:?}: {text}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn passing_trouble_is_tried_again_until_the_first_byte() {
     let error = r#"data: {"error": {"message": "overloaded", "code": 503}}"#;
     for (trouble, stream) in [

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use chat::{Closed, Meter};
 use chrono::TimeDelta;
 use futures_util::future::join_all;
-use shared::account::{Account, Ask, Refused, Used};
+use shared::account::{Account, Ask, Refused, Taken, Used};
 use shared::api::admin::{KeyLimits, NewKey, Scope};
 use shared::auth::keys::ApiKey;
 use shared::clock::Clock;
@@ -77,7 +77,7 @@ pub async fn accounts_suite(callers: impl Callers + Clone) {
     let clock = Clock::manual(start());
     let limits = KeyLimits { requests_per_minute: Some(30), ..KeyLimits::default() };
     let ask = Ask { prompt_tokens: 100, completion_tokens: 50, cost_pico: 7 };
-    let used = Used { prompt_tokens: 10, completion_tokens: 5, cost_pico: 3, estimated: false };
+    let used = Used::from(Taken { prompt_tokens: 10, completion_tokens: 5, cost_pico: 3 });
     // What processes share is the store alone.
     let meter = || Arc::new(Meter::new(callers.clone(), clock.clone()));
     let (shared, apart) = (vec![meter(); 20], (0..20).map(|_| meter()).collect::<Vec<_>>());
@@ -118,7 +118,7 @@ async fn full_account_suite(callers: impl Callers + Clone, clock: Clock) {
     let closed = meter.admit(key, &limits, ask).await;
     assert!(matches!(closed, Err(Closed::Limit(Refused::UnderWay(1), _))), "{closed:?}");
     // One of them ends.
-    let used = Used { prompt_tokens: 1, completion_tokens: 1, cost_pico: 1, estimated: false };
+    let used = Used::from(Taken { prompt_tokens: 1, completion_tokens: 1, cost_pico: 1 });
     let mut after = full.clone();
     assert!(after.settle(Uuid::nil(), used, &limits, now));
     assert!(callers.replace_account(key, full.version, &after).await.unwrap());

@@ -29,7 +29,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures_util::StreamExt;
 use futures_util::stream::poll_fn;
-use shared::account::{Ask, Lefts, Refused, Used};
+use shared::account::{Ask, Lefts, Refused, Taken, Used};
 use shared::api::chat::{ModelInfo, ModelList};
 use shared::auth::Identity;
 use shared::error::{Code, Error, OpenAiErrorBody};
@@ -344,12 +344,13 @@ fn told(failure: &Failure) -> Error {
 
 /// One line for each request, neither prompt nor answer, and its metrics.
 fn tell(outcome: &Outcome, used: Used, started: Instant, streamed: bool) {
+    let all = used.told.and(used.estimated);
     metrics::completion_relayed(&Completion {
         // A request that the server refuses is its client's failure.
         failed: matches!(outcome.end, End::Failed(kind) if kind != Kind::Refused),
-        prompt_tokens: used.prompt_tokens,
-        completion_tokens: used.completion_tokens,
-        cost_usd: (used.cost_pico > 0).then_some(used.cost_pico as f64 / 1e12),
+        prompt_tokens: all.prompt_tokens,
+        completion_tokens: all.completion_tokens,
+        cost_usd: (all.cost_pico > 0).then_some(all.cost_pico as f64 / 1e12),
         duration: started.elapsed(),
         first_byte: outcome.first_byte,
     });
@@ -361,10 +362,10 @@ fn tell(outcome: &Outcome, used: Used, started: Instant, streamed: bool) {
         llm.tries = outcome.effort.tries,
         llm.streamed = streamed,
         llm.client_left = outcome.left,
-        llm.prompt_tokens = used.prompt_tokens,
-        llm.completion_tokens = used.completion_tokens,
-        llm.estimated = used.estimated,
-        llm.cost_usd = used.cost_pico as f64 / 1e12,
+        llm.prompt_tokens = all.prompt_tokens,
+        llm.completion_tokens = all.completion_tokens,
+        llm.estimated = used.estimated != Taken::default(),
+        llm.cost_usd = all.cost_pico as f64 / 1e12,
         llm.first_byte_ms = outcome.first_byte.map(millis),
         llm.latency_ms = millis(started.elapsed()),
         "completion relayed"

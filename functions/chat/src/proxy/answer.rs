@@ -8,9 +8,7 @@ use shared::llm::sse::Event;
 /// What a server says that an answer took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 pub(crate) struct Usage {
-    #[serde(default)]
     pub(crate) prompt_tokens: u64,
-    #[serde(default)]
     pub(crate) completion_tokens: u64,
 }
 
@@ -25,8 +23,8 @@ struct Body<'a> {
 
 #[derive(Deserialize)]
 struct Chunk<'a> {
-    #[serde(borrow, default)]
-    choices: Vec<Choice<'a>>,
+    #[serde(borrow)]
+    choices: Option<Vec<Choice<'a>>>,
     #[serde(borrow)]
     usage: Option<&'a RawValue>,
     error: Option<IgnoredAny>,
@@ -46,7 +44,7 @@ impl Choice<'_> {
     }
 }
 
-/// An answer is good without it, so also with one that is not understood.
+/// An answer is good without it, so also with one that is not understood or says half of it.
 fn read(usage: Option<&RawValue>) -> Option<Usage> {
     serde_json::from_str(usage?.get()).ok()
 }
@@ -63,8 +61,8 @@ pub(crate) enum Seen {
     Done,
     /// The chunk with the usage and nothing else, which only who asked for it gets.
     UsageAlone(Usage),
-    /// A part of the answer. `tokens` are about as many as it has, `ends` where one choice is whole.
-    Part { tokens: u64, ends: bool, usage: Option<Usage> },
+    /// A part of the answer. `tokens` are about as many as it has, and so many choices are whole with it.
+    Part { tokens: u64, ends: u64, usage: Option<Usage> },
     /// The server has given up.
     Error,
     /// Nothing that the proxy understands; passed on.
@@ -82,6 +80,7 @@ pub(crate) fn look(event: &Event) -> Seen {
     let Ok(Chunk { choices, usage, error }) = serde_json::from_str::<Chunk<'_>>(data) else {
         return if event.name == "error" { Seen::Error } else { Seen::Other };
     };
+    let choices = choices.unwrap_or_default();
     match read(usage) {
         _ if error.is_some() => Seen::Error,
         Some(usage) if choices.iter().all(Choice::is_empty) => Seen::UsageAlone(usage),
@@ -91,7 +90,7 @@ pub(crate) fn look(event: &Event) -> Seen {
                 let bytes = choice.delta.map_or(0, |delta| delta.get().len() as u64);
                 (bytes.saturating_sub(DELTA_BYTES) / 4).max(1)
             };
-            let ends = choices.iter().any(|choice| choice.finish_reason.is_some());
+            let ends = choices.iter().filter(|choice| choice.finish_reason.is_some()).count() as u64;
             Seen::Part { tokens: choices.iter().map(of).sum(), ends, usage }
         }
     }
@@ -112,19 +111,22 @@ mod tests {
     fn the_events_of_a_stream_are_told_apart() {
         let part = |tokens, ends, usage| Seen::Part { tokens, ends, usage };
         check("[DONE]", Seen::Done);
-        check(r#"{"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}"#, part(1, false, None));
-        check(r#"{"choices":[{"delta":{"content":"some more words than one"}}],"usage":null}"#, part(6, false, None));
-        check(r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#, part(1, true, None));
+        check(r#"{"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}"#, part(1, 0, None));
+        check(r#"{"choices":[{"delta":{"content":"some more words than one"}}],"usage":null}"#, part(6, 0, None));
+        check(r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#, part(1, 1, None));
         let numbers = r#""usage":{"prompt_tokens":3,"completion_tokens":5,"total_tokens":8}"#;
         check(&format!(r#"{{"choices":[],{numbers}}}"#), Seen::UsageAlone(USAGE));
         check(&format!(r#"{{"choices":[{{"index":0,"delta":{{}}}}],{numbers}}}"#), Seen::UsageAlone(USAGE));
         check(
             &format!(r#"{{"choices":[{{"delta":{{}},"finish_reason":"stop"}}],{numbers}}}"#),
-            part(1, true, Some(USAGE)),
+            part(1, 1, Some(USAGE)),
         );
         check(r#"{"error":{"message":"x"}}"#, Seen::Error);
+        check(r#"{"id":null,"choices":null,"error":{"message":"x"}}"#, Seen::Error);
+        let two = r#"{"choices":[{"finish_reason":"stop"},{"index":1,"finish_reason":"length"}]}"#;
+        check(two, part(2, 2, None));
         let odd = r#"{"choices":[{"delta":{"content":"Hi"}}],"usage":{"prompt_tokens":null}}"#;
-        check(odd, part(1, false, None));
+        check(odd, part(1, 0, None));
         check("no JSON", Seen::Other);
         assert_eq!(look(&Event { name: "error".into(), data: "gone".into() }), Seen::Error);
     }
@@ -133,7 +135,9 @@ mod tests {
     fn a_whole_answer_says_its_usage_or_not() {
         let numbers = r#"{"prompt_tokens":3,"completion_tokens":5}"#;
         assert_eq!(usage_of(format!(r#"{{"choices":[{{}}],"usage":{numbers}}}"#).as_bytes()), Some(Some(USAGE)));
-        for usage in ["null", "7", r#"{"prompt_tokens":null}"#, r#"{"prompt_tokens":12.5}"#] {
+        for usage in
+            ["null", "7", r#"{"prompt_tokens":null}"#, r#"{"prompt_tokens":12.5}"#, "{}", r#"{"total_tokens":8}"#]
+        {
             let body = format!(r#"{{"choices":[],"usage":{usage}}}"#);
             assert_eq!(usage_of(body.as_bytes()), Some(None), "{usage}");
         }

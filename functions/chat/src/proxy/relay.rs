@@ -8,7 +8,7 @@ use axum::body::Bytes;
 use futures_util::FutureExt;
 use reqwest::Response;
 use serde_json::{Map, Value};
-use shared::account::Used;
+use shared::account::{Taken, Used};
 use shared::error::{Error, OpenAiErrorBody};
 use shared::llm::models::{Model, Models};
 use shared::llm::sse::Event;
@@ -17,7 +17,7 @@ use tokio::task::yield_now;
 use tokio::time::{Interval, interval_at, sleep, timeout};
 
 use super::answer::{self, Seen, Usage};
-use super::request::Asked;
+use super::request::{Asked, TOKEN_BYTES};
 use super::told;
 use super::upstream::{self, Begun, Effort, Failure, Kind, Stream};
 use crate::OnLeave;
@@ -35,8 +35,6 @@ const AHEAD: usize = 32;
 const AT_ONCE: usize = 64 * 1024;
 /// How long a server may take to close a stream that it has ended.
 const LAST_BYTES: Duration = Duration::from_secs(1);
-/// About so many bytes of a prompt or an answer are a token, where nobody has counted.
-const TOKEN_BYTES: u64 = 4;
 
 /// What the client is answered.
 pub(crate) type Head = Result<Answer, Failure>;
@@ -75,8 +73,6 @@ pub(crate) struct Outcome {
     pub(crate) usage: Option<Usage>,
     /// Where it does not, by what was seen of the answer.
     pub(crate) guessed: Usage,
-    /// About so many are in the prompt.
-    prompt_tokens: u64,
     /// From the request to the first byte of the answer.
     pub(crate) first_byte: Option<Duration>,
     /// The client left before the end, whether or not the answer was read on.
@@ -104,16 +100,34 @@ impl Outcome {
         }
     }
 
+    /// What was said on the way is not what the whole has taken.
+    fn usage_was_of_a_part(&mut self) {
+        if let Some(Usage { prompt_tokens, completion_tokens }) = self.usage.take() {
+            let completion_tokens = completion_tokens.max(self.guessed.completion_tokens);
+            self.guessed = Usage { prompt_tokens, completion_tokens };
+        }
+    }
+
     /// What it took: as the server says, or as it is guessed where nobody says, tries that may be
     /// billed included.
     pub(crate) fn used(&self) -> Used {
-        let Usage { prompt_tokens, completion_tokens } = self.usage.unwrap_or(self.guessed);
-        let again = self.effort.perhaps_billed * self.prompt_tokens;
-        let estimated = again > 0 || (self.usage.is_none() && self.guessed != Usage::default());
-        let prompt_tokens = prompt_tokens + again;
-        let cost_pico = self.model.cost_pico(prompt_tokens, completion_tokens);
-        Used { prompt_tokens, completion_tokens, cost_pico, estimated }
+        let priced = |usage: Option<Usage>| {
+            let Usage { prompt_tokens, completion_tokens } = usage.unwrap_or_default();
+            let cost_pico = self.model.cost_pico(prompt_tokens, completion_tokens);
+            Taken { prompt_tokens, completion_tokens, cost_pico }
+        };
+        let guessed = self.usage.is_none().then_some(self.guessed);
+        Used { told: priced(self.usage), estimated: priced(guessed).and(self.effort.perhaps_billed) }
     }
+}
+
+/// What a stream has said of its end, before it breaks off or ends without a word.
+#[derive(Default)]
+struct Ended {
+    /// So many choices are whole.
+    choices: u64,
+    /// The usage stood alone: nothing comes behind it.
+    usage: bool,
 }
 
 /// The way to the client.
@@ -174,10 +188,9 @@ impl Relay {
         let started = Instant::now();
         let mut client =
             Client { held: Held::default(), head: Some(head), body: None, on_leave: self.on_leave, left: false };
-        let prompt_tokens = self.asked.most_prompt_tokens.div_ceil(TOKEN_BYTES);
+        let prompt_tokens = self.asked.about_prompt_tokens();
         let mut outcome = Outcome {
             end: End::Left,
-            prompt_tokens,
             model: Arc::clone(&self.model),
             effort: Effort::default(),
             usage: None,
@@ -191,7 +204,10 @@ impl Relay {
         outcome.first_byte = first_byte.map(|moment| moment.duration_since(started));
         match begun {
             // What was under way then may have been worked on.
-            None => outcome.effort.perhaps_billed += 1,
+            None => {
+                outcome.effort.perhaps_billed(&self.asked);
+                outcome.model = outcome.effort.model.clone().unwrap_or(outcome.model);
+            }
             Some(Err(failure)) => {
                 outcome.end = End::Failed(failure.kind);
                 client.fail(failure, &self.request_id).await;
@@ -250,7 +266,7 @@ impl Relay {
 
     async fn stream(&self, stream: Stream, deadline: Instant, client: &mut Client, outcome: &mut Outcome) {
         let Stream { mut response, mut parser, mut events } = stream;
-        let (mut ended, mut out, mut beat) = (false, Vec::new(), heartbeats());
+        let (mut ended, mut out, mut beat) = (Ended::default(), Vec::new(), heartbeats());
         loop {
             let end = self.take(&events, outcome, &mut out, &mut ended).await;
             // What has come meanwhile goes out in one piece with it.
@@ -269,6 +285,9 @@ impl Relay {
             }
             if let Some(end) = end {
                 outcome.end = end;
+                if end != End::Complete {
+                    outcome.usage_was_of_a_part();
+                }
                 if self.on_leave == OnLeave::Cancel {
                     // Whoever reads may go.
                     client.body = None;
@@ -297,11 +316,12 @@ impl Relay {
                 return;
             }
             // Not every server says [DONE]; what it has ended it has ended.
-            if ended || outcome.usage.is_some() {
+            if ended.usage || ended.choices >= self.asked.choices {
                 outcome.end = End::Complete;
                 client.send(Bytes::from_static(DONE)).await;
             } else {
                 outcome.end = End::Failed(failure);
+                outcome.usage_was_of_a_part();
                 client.fail(Failure::new(failure, true), &self.request_id).await;
             }
             return;
@@ -334,15 +354,16 @@ impl Relay {
         }
     }
 
-    /// Reads what there is to know of some events, and writes those that the client gets behind `out`. `ended` is set
-    /// where a choice is whole; returns how the stream has ended, if it has.
-    async fn take(&self, events: &[Event], outcome: &mut Outcome, out: &mut Vec<u8>, ended: &mut bool) -> Option<End> {
+    /// Reads what there is to know of some events, and writes those that the client gets behind `out`. Returns how
+    /// the stream has ended, if it has.
+    async fn take(&self, events: &[Event], outcome: &mut Outcome, out: &mut Vec<u8>, ended: &mut Ended) -> Option<End> {
         for event in events {
-            let mut end = None;
-            match answer::look(event) {
+            let (mut end, seen) = (None, answer::look(event));
+            match seen {
                 Seen::Done => end = Some(End::Complete),
                 Seen::UsageAlone(usage) => {
                     outcome.usage = Some(usage);
+                    ended.usage = true;
                     if !self.asked.wants_usage {
                         continue;
                     }
@@ -350,13 +371,15 @@ impl Relay {
                 Seen::Part { tokens, ends, usage } => {
                     outcome.guessed.completion_tokens += tokens;
                     outcome.usage = usage.or(outcome.usage);
-                    *ended |= ends;
+                    ended.choices += ends;
                 }
                 Seen::Error => end = Some(End::Failed(Kind::Unavailable)),
                 Seen::Other => {}
             }
-            if matches!(end, Some(End::Failed(_))) && outcome.model.quotes_key(event.data.as_bytes()).await {
+            // What is no part of an answer may quote the key.
+            if matches!(seen, Seen::Error | Seen::Other) && outcome.model.quotes_key(event.data.as_bytes()).await {
                 let failure = Failure::new(Kind::Unavailable, true);
+                end = Some(End::Failed(failure.kind));
                 out.extend_from_slice(&error_event(&told(&failure), &self.request_id));
             } else {
                 event.write(out);

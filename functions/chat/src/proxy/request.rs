@@ -18,6 +18,10 @@ use super::fields::Fields;
 
 /// What one mention of a picture counts in a bound of the prompt's tokens; a picture has two.
 const PICTURE_TOKENS: u64 = 1500;
+/// About so many bytes of a prompt or an answer are a token, where nobody has counted.
+pub(crate) const TOKEN_BYTES: u64 = 4;
+/// Nobody answers with more; a bucket counts so many exactly.
+const MOST_TOKENS: u64 = 1_000_000_000;
 const WITH_USAGE: &str = r#"{"include_usage":true}"#;
 
 /// What tells of the cache in an answer, and lets it be used in a request.
@@ -112,13 +116,14 @@ impl Asked {
         let stream = fields.stream.unwrap_or(false);
         let (wants_usage, usage) = if stream { usage(text, fields.stream_options)? } else { (true, Edit::None) };
         let choices = fields.n.unwrap_or(1).max(1);
-        let max_tokens = fields.max_completion_tokens.max(fields.max_tokens);
+        // To some servers 0 is no bound.
+        let max_tokens = fields.max_completion_tokens.max(fields.max_tokens).filter(|tokens| *tokens > 0);
         Ok(Self {
             model,
             stream,
             wants_usage,
             most_prompt_tokens: most_tokens(text),
-            max_completion_tokens: max_tokens.map(|tokens| tokens.saturating_mul(choices)),
+            max_completion_tokens: max_tokens.map(|tokens| tokens.saturating_mul(choices).min(MOST_TOKENS)),
             choices,
             deterministic: fields.temperature.is_some_and(|value| value.get().parse() == Ok(0.0)),
             name: place(text, name),
@@ -131,6 +136,11 @@ impl Asked {
     pub(crate) fn key(&self, caller: &str, wish: Wish) -> Option<Key> {
         let may = !self.stream && (wish == Wish::Use || wish == Wish::Default && self.deterministic);
         may.then(|| Key::of(caller, &self.body))
+    }
+
+    /// About so many tokens are in the prompt, where nobody has counted.
+    pub(crate) fn about_prompt_tokens(&self) -> u64 {
+        self.most_prompt_tokens.div_ceil(TOKEN_BYTES)
     }
 
     /// The body for the upstream, which calls the model `name`.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use reqwest::Response;
+use shared::account::Taken;
 use shared::llm::models::{Model, Models, SendError};
 use shared::llm::openai::retry_after;
 use shared::llm::sse::{Event, Parser};
@@ -74,14 +75,27 @@ impl Failure {
 }
 
 /// How it went, beside the answer.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Effort {
     pub(crate) tries: u32,
-    /// Tries that gave nothing, and that the server may have worked for all the same.
-    pub(crate) perhaps_billed: u64,
+    /// The model that is asked, or was last.
+    pub(crate) model: Option<Arc<Model>>,
+    /// For tries that gave nothing, and that the server may have worked for all the same, each at the price of its
+    /// model.
+    pub(crate) perhaps_billed: Taken,
     pub(crate) status: Option<u16>,
     /// When the answer began to come.
     pub(crate) first_byte: Option<Instant>,
+}
+
+impl Effort {
+    /// Enters a try with the model that is asked.
+    pub(crate) fn perhaps_billed(&mut self, asked: &Asked) {
+        let Some(model) = &self.model else { return };
+        let prompt_tokens = asked.about_prompt_tokens();
+        let cost_pico = model.cost_pico(prompt_tokens, 0);
+        self.perhaps_billed = self.perhaps_billed.and(Taken { prompt_tokens, completion_tokens: 0, cost_pico });
+    }
 }
 
 /// Asks the model, and the one that stands in for it, until an answer begins or `deadline` is near.
@@ -104,7 +118,13 @@ pub(crate) async fn begin(
     }
 }
 
-async fn with_tries(model: &Model, asked: &Asked, deadline: Instant, effort: &mut Effort) -> Result<Begun, Failure> {
+async fn with_tries(
+    model: &Arc<Model>,
+    asked: &Asked,
+    deadline: Instant,
+    effort: &mut Effort,
+) -> Result<Begun, Failure> {
+    effort.model = Some(Arc::clone(model));
     for tried in 1.. {
         effort.tries += 1;
         let left = deadline.saturating_duration_since(Instant::now());
@@ -117,7 +137,9 @@ async fn with_tries(model: &Model, asked: &Asked, deadline: Instant, effort: &mu
             Err(failure) => failure,
         };
         effort.status = failure.status;
-        effort.perhaps_billed += u64::from(failure.may_be_billed);
+        if failure.may_be_billed {
+            effort.perhaps_billed(asked);
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         let Some(pause) = pause_before_next(&failure, tried, left) else { return Err(failure) };
         tokio::time::sleep(pause).await;

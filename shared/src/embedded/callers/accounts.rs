@@ -80,13 +80,13 @@ impl Change {
 mod tests {
     use super::super::SqliteCallers;
     use super::*;
-    use crate::account::{Ask, Used};
+    use crate::account::{Ask, Taken};
     use crate::api::admin::KeyLimits;
     use crate::clock::from_millis;
     use crate::ports::Callers;
 
     const ASK: Ask = Ask { prompt_tokens: 1, completion_tokens: 2, cost_pico: 3 };
-    const USED: Used = Used { prompt_tokens: 1, completion_tokens: 1, cost_pico: 2, estimated: false };
+    const USED: Taken = Taken { prompt_tokens: 1, completion_tokens: 1, cost_pico: 2 };
 
     fn admit(account: &Account, number: u128) -> Account {
         let mut after = account.clone();
@@ -96,7 +96,7 @@ mod tests {
 
     fn settle(account: &Account, number: u128) -> Account {
         let mut after = account.clone();
-        assert!(after.settle(Uuid::from_u128(number), USED, &KeyLimits::default(), from_millis(8)));
+        assert!(after.settle(Uuid::from_u128(number), USED.into(), &KeyLimits::default(), from_millis(8)));
         after
     }
 
