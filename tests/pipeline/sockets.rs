@@ -366,6 +366,21 @@ async fn a_second_attempt_takes_the_place_of_what_the_first_one_wrote() {
 }
 
 #[tokio::test]
+async fn an_answer_that_is_whole_is_taken_however_its_connection_ends() {
+    let whole = chunks(ANSWER);
+    let done = [whole.clone(), vec!["data: [DONE]\n\n".to_owned()]].concat();
+    for (pieces, ending) in
+        [(&done, Ending::CutOff), (&done, Ending::Stall), (&whole, Ending::CutOff), (&whole, Ending::Stall)]
+    {
+        let llm = LlmServer::start([Behaviour::Stream(pieces.clone(), ending)]).await;
+        let host = Running::asking(&llm, &[]).await;
+        let (told, frame) = asked(&mut connect(&host).await, question()).await;
+        assert_eq!((told.text().as_str(), &frame["result"]["content"]), (ANSWER, &json!(ANSWER)), "{ending:?}");
+        assert_eq!(llm.calls(), 1, "{ending:?}: it was paid for again");
+    }
+}
+
+#[tokio::test]
 async fn an_error_within_a_stream_and_one_that_just_ends_are_no_answers() {
     let error = vec!["data: {\"error\": {\"message\": \"upstream says no\"}}\n\n".to_owned()];
     let ended = chunks("A growth that")[..3].to_vec();

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use axum::body::Bytes;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
@@ -29,6 +30,8 @@ pub struct OpenAi {
     temperature: f64,
 }
 
+/// How long a server may take to say what comes behind the end of its answer: the usage, and that it is done.
+const LAST_BYTES: Duration = Duration::from_secs(5);
 /// Under which the stage's secret holds the key.
 #[cfg(feature = "aws")]
 const SECRET_NAME: &str = "LLM_API_KEY";
@@ -154,7 +157,7 @@ fn is_stream(headers: &HeaderMap) -> bool {
 
 /// Reads a stream to its end, and tells its text as it comes.
 async fn streamed(mut response: Response, live: &Live) -> Result<Answer, LlmError> {
-    let (mut parser, mut read, mut is_done) = (Parser::default(), 0, false);
+    let (mut parser, mut read) = (Parser::default(), 0);
     let mut answer = Answer {
         id: None,
         model: None,
@@ -163,16 +166,17 @@ async fn streamed(mut response: Response, live: &Live) -> Result<Answer, LlmErro
         prompt_tokens: None,
         completion_tokens: None,
     };
-    while let Some(piece) = response.chunk().await.map_err(|_| retryable("llm_unavailable"))? {
+    // A connection that breaks is an end like any other: the answer is there, or it is not.
+    while let Some(piece) = next(&mut response, answer.finish_reason.is_some()).await {
         read += piece.len();
         // Each word of an answer comes with some hundred bytes around it.
         if answer.text.len() > MAX_ANSWER_BYTES || read > 100 * MAX_ANSWER_BYTES {
             return Err(finally("llm_invalid_response"));
         }
         for event in parser.feed(&piece).map_err(|_| finally("llm_invalid_response"))? {
+            // Not every server closes what it has ended.
             if event.data == "[DONE]" {
-                is_done = true;
-                continue;
+                return Ok(answer);
             }
             let chunk: Chunk = serde_json::from_str(&event.data).map_err(|_| finally("llm_invalid_response"))?;
             if chunk.error.is_some() {
@@ -181,8 +185,14 @@ async fn streamed(mut response: Response, live: &Live) -> Result<Answer, LlmErro
             chunk.add_to(&mut answer, live);
         }
     }
-    // One that breaks off without a word ends in neither.
-    if is_done || answer.finish_reason.is_some() { Ok(answer) } else { Err(retryable("llm_unavailable")) }
+    // Nor does every server say [DONE].
+    if answer.finish_reason.is_some() { Ok(answer) } else { Err(retryable("llm_unavailable")) }
+}
+
+/// The next piece of a stream. Behind the end of an answer nothing is waited for long.
+async fn next(response: &mut Response, is_whole: bool) -> Option<Bytes> {
+    let patience = if is_whole { LAST_BYTES } else { Duration::MAX };
+    tokio::time::timeout(patience, response.chunk()).await.ok()?.ok()?
 }
 
 fn no_key(error: Error) -> LlmError {
@@ -245,7 +255,8 @@ struct Chunk {
 
 #[derive(Deserialize)]
 struct Delta {
-    delta: Content,
+    /// Absent in the last chunk of some servers.
+    delta: Option<Content>,
     finish_reason: Option<String>,
 }
 
@@ -254,7 +265,7 @@ impl Chunk {
         answer.id = self.id.or(answer.id.take());
         answer.model = self.model.or(answer.model.take());
         if let Some(choice) = self.choices.into_iter().next() {
-            let text = choice.delta.content.unwrap_or_default();
+            let text = choice.delta.and_then(|delta| delta.content).unwrap_or_default();
             live.tell(&text);
             answer.text.push_str(&text);
             answer.finish_reason = choice.finish_reason.or(answer.finish_reason.take());
