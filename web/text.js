@@ -51,7 +51,11 @@ export const translated = (key, said) => (english[key] === said ? { text: t(key)
 // The browser's own kind of this language, such as en-GB: dates differ.
 const locale = () => navigator.languages.find((tag) => tag.startsWith(language)) ?? language;
 
-export const percent = (share) =>
-  new Intl.NumberFormat(locale(), { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 }).format(share);
+// Never a rounded 0 or 100: the model is sure of nothing.
+export function percent(share) {
+  const { format } = new Intl.NumberFormat(locale(), { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
+  if (share < 0.001) return `< ${format(0.001)}`;
+  return share > 0.999 ? `> ${format(0.999)}` : format(share);
+}
 
 export const when = (time) => new Intl.DateTimeFormat(locale(), { dateStyle: "medium", timeStyle: "short" }).format(new Date(time));

@@ -93,9 +93,9 @@ fn photo(result: &JobResult, outcome: &PhotoOutcome) {
     for (row, prediction) in shown.enumerate() {
         let title = if row == 0 { "prediction" } else { "" };
         println!(
-            "  {title:<12} {} {:>5.1} %  {}",
+            "  {title:<12} {} {:>8}  {}",
             bar(prediction.probability),
-            prediction.probability * 100.0,
+            percent(prediction.probability),
             prediction.name
         );
     }
@@ -107,6 +107,15 @@ fn photo(result: &JobResult, outcome: &PhotoOutcome) {
         for (row, text) in wrapped(&description.text).iter().enumerate() {
             println!("  {:<12} {text}", if row == 0 { title } else { "" });
         }
+    }
+}
+
+/// Never a rounded 0 or 100: the model is sure of nothing.
+fn percent(probability: f64) -> String {
+    match probability * 100.0 {
+        p if p < 0.1 => "< 0.1 %".to_owned(),
+        p if p > 99.9 => "> 99.9 %".to_owned(),
+        p => format!("{p:.1} %"),
     }
 }
 
@@ -132,7 +141,7 @@ fn summary(result: &JobResult) -> String {
             let reasons: Vec<_> = quality.reasons.iter().map(|reason| advice(*reason)).collect();
             format!("take the photo again: {}", reasons.join("; "))
         }
-        (_, _, Some(first)) => format!("{} {:.1} %", first.name, first.probability * 100.0),
+        (_, _, Some(first)) => format!("{} {}", first.name, percent(first.probability)),
         _ => "not finished yet".to_owned(),
     }
 }
@@ -185,4 +194,15 @@ fn wrapped(text: &str) -> Vec<String> {
         }
     }
     lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_probability_is_rounded_to_nothing_or_to_certainty() {
+        let shown = [0.0, 0.0009, 0.001, 0.64, 0.9987, 0.999, 0.9997, 1.0].map(percent);
+        assert_eq!(shown, ["< 0.1 %", "< 0.1 %", "0.1 %", "64.0 %", "99.9 %", "99.9 %", "> 99.9 %", "> 99.9 %"]);
+    }
 }

@@ -20,7 +20,8 @@ export async function completed(visit) {
   const rows = await box.locator(".bars li").allInnerTexts();
   assert.equal(rows.length, result.predictions.length);
   for (const [at, { name, probability, malignant }] of result.predictions.entries()) {
-    assert.ok(rows[at].includes(name) && rows[at].includes(`${(100 * probability).toFixed(1)}%`), rows[at]);
+    const share = probability < 0.001 ? "< 0.1%" : probability > 0.999 ? "> 99.9%" : `${(100 * probability).toFixed(1)}%`;
+    assert.ok(rows[at].includes(name) && rows[at].includes(share), rows[at]);
     assert.equal(rows[at].includes("counted as malignant"), malignant, rows[at]);
   }
   const text = await box.innerText();
