@@ -121,6 +121,8 @@ pub fn accept(bytes: &[u8]) -> Result<Accepted, Error> {
         Format::WebP => strip_webp(bytes)?,
     };
     let Stripped { bytes, exif } = stripped.ok_or_else(unreadable)?;
+    // As JPEG has it, which some cameras write into WebP and PNG as well.
+    let exif = exif.map(|exif| exif.strip_prefix(b"Exif\0\0").unwrap_or(exif));
     let orientation = exif.and_then(Orientation::from_exif_chunk).map_or(1, Orientation::to_exif);
     let decoder = header(format, &bytes)?;
     let (width, height) = decoder.dimensions();

@@ -58,9 +58,9 @@ fn crc32(bytes: &[u8]) -> u32 {
     })
 }
 
-fn png_with_metadata() -> Vec<u8> {
+fn png_with_metadata(exif: &[u8]) -> Vec<u8> {
     let plain = encoded(ImageFormat::Png);
-    let mut exif_chunk = [(exif().len() as u32).to_be_bytes().as_slice(), b"eXIf", &exif()].concat();
+    let mut exif_chunk = [(exif.len() as u32).to_be_bytes().as_slice(), b"eXIf", exif].concat();
     let crc = crc32(&exif_chunk[4..]);
     exif_chunk.extend_from_slice(&crc.to_be_bytes());
     let text = png_chunk(b"tEXt", b"Comment\0SECRET");
@@ -68,12 +68,11 @@ fn png_with_metadata() -> Vec<u8> {
     [&plain[..33], &exif_chunk, &text, &plain[33..], b"SECRET trailer"].concat()
 }
 
-fn webp_with_metadata() -> Vec<u8> {
+fn webp_with_metadata(exif: &[u8]) -> Vec<u8> {
     let plain = encoded(ImageFormat::WebP);
     let mut extended = b"VP8X\x0a\0\0\0".to_vec();
     extended.extend_from_slice(&[0x08, 0, 0, 0, 39, 0, 0, 29, 0, 0]);
-    let exif = exif();
-    let mut chunk = [b"EXIF".as_slice(), &(exif.len() as u32).to_le_bytes(), &exif].concat();
+    let mut chunk = [b"EXIF".as_slice(), &(exif.len() as u32).to_le_bytes(), exif].concat();
     chunk.resize(chunk.len() + exif.len() % 2, 0);
     let body = [b"WEBP".as_slice(), &extended, &plain[12..], &chunk].concat();
     [b"RIFF".as_slice(), &(body.len() as u32).to_le_bytes(), &body].concat()
@@ -81,10 +80,14 @@ fn webp_with_metadata() -> Vec<u8> {
 
 #[test]
 fn metadata_goes_orientation_stays_and_no_pixel_changes() {
+    // Some cameras write what begins EXIF in a JPEG into WebP and PNG as well.
+    let prefixed = [b"Exif\0\0".as_slice(), &exif()].concat();
     for (name, format, bytes) in [
         ("jpeg", ImageFormat::Jpeg, jpeg_with_metadata()),
-        ("png", ImageFormat::Png, png_with_metadata()),
-        ("webp", ImageFormat::WebP, webp_with_metadata()),
+        ("png", ImageFormat::Png, png_with_metadata(&exif())),
+        ("png of a camera", ImageFormat::Png, png_with_metadata(&prefixed)),
+        ("webp", ImageFormat::WebP, webp_with_metadata(&exif())),
+        ("webp of a camera", ImageFormat::WebP, webp_with_metadata(&prefixed)),
     ] {
         let accepted = accept(&bytes).unwrap();
         assert_eq!(accepted.orientation, 6, "{name}");
@@ -201,7 +204,7 @@ fn sixteen_bits_a_channel_count_against_the_cap() {
 
 #[test]
 fn any_cut_of_a_photo_is_refused_or_stored_but_never_panics() {
-    for bytes in [jpeg_with_metadata(), png_with_metadata(), webp_with_metadata()] {
+    for bytes in [jpeg_with_metadata(), png_with_metadata(&exif()), webp_with_metadata(&exif())] {
         for end in 0..bytes.len() {
             if let Err(error) = accept(&bytes[..end]) {
                 assert!(matches!(error.http_status(), 413 | 415 | 422), "{error}");
