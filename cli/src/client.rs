@@ -18,6 +18,8 @@ use uuid::Uuid;
 
 /// Tries of a call that the network or a busy server refused. Every call is safe to repeat.
 const MAX_TRIES: u32 = 4;
+/// A photo that is sent directly may take longer than the minute after which a host refuses it in its own words.
+const PHOTO_TIMEOUT: Duration = Duration::from_secs(90);
 /// An upload may go over a phone's line.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// A limit is counted by the minute.
@@ -112,6 +114,7 @@ impl Client {
             self.request(Method::POST, &path)
                 .header(CONTENT_TYPE, "application/octet-stream")
                 .header("idempotency-key", &key)
+                .timeout(PHOTO_TIMEOUT)
                 .body(photo.clone())
         };
         self.submitted(build).await
