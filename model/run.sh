@@ -25,7 +25,8 @@ step() {
 }
 
 install() {
-    [ -x "$work/venv/bin/python" ] || python3 -m venv "$work/venv"
+    # pip comes last: without it an earlier try was cut off.
+    [ -x "$work/venv/bin/pip" ] || python3 -m venv "$work/venv"
     "$work/venv/bin/pip" install --quiet --disable-pip-version-check -r requirements.txt
 }
 
