@@ -19,6 +19,8 @@ const RESERVED_FOR: TimeDelta = TimeDelta::minutes(20);
 /// Requests of one key under way at once; an account must stay small enough to be written whole.
 const MAX_UNDER_WAY: usize = 1000;
 const PICO_PER_USD: f64 = 1e12;
+/// How much fades when a bucket empties: all of it but for 1 in 10²⁸.
+const EMPTIED: f64 = 64.0;
 
 /// The account of one key. `default` is that of a key that has asked nothing yet.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -32,11 +34,15 @@ pub struct Account {
     reservations: BTreeMap<Uuid, Reservation>,
 }
 
-/// What was taken and has not come back yet; it comes back evenly, a limit's worth a minute.
+/// What was taken and has not come back yet; it comes back evenly, a limit's worth a minute, and of all that
+/// was taken the same share.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 struct Bucket {
     taken: f64,
     at: Timestamp,
+    /// Of what was taken at `faded` f, e^(f - now) has not come back yet.
+    #[serde(default)]
+    faded: f64,
 }
 
 /// One month's ledger.
@@ -75,12 +81,15 @@ pub(crate) struct Reservation {
     cost_pico: u64,
     month: String,
     due_at: Timestamp,
+    /// That of the tokens' bucket when they were taken.
+    #[serde(default)]
+    faded: f64,
 }
 
 impl Reservation {
-    fn new(ask: Ask, month: String, due_at: Timestamp) -> Self {
+    fn new(ask: Ask, month: String, due_at: Timestamp, faded: f64) -> Self {
         let Ask { prompt_tokens, completion_tokens, cost_pico } = ask;
-        Self { prompt_tokens, completion_tokens, cost_pico, month, due_at }
+        Self { prompt_tokens, completion_tokens, cost_pico, month, due_at, faded }
     }
 
     fn ask(&self) -> Ask {
@@ -127,7 +136,17 @@ impl Bucket {
     /// As it is at `now`. A clock that goes back gives nothing back.
     fn at(self, now: Timestamp, limit: u32) -> Self {
         let seconds = (now - self.at).num_milliseconds().max(0) as f64 / 1e3;
-        Self { taken: (self.taken - seconds * f64::from(limit) / 60.0).max(0.0), at: now.max(self.at) }
+        let taken = (self.taken - seconds * f64::from(limit) / 60.0).max(0.0);
+        let faded = if taken == self.taken { 0.0 } else { (self.taken / taken).ln().min(EMPTIED) };
+        Self { taken, at: now.max(self.at), faded: self.faded + faded }
+    }
+
+    /// Has `used` in the place of `asked`, which was taken at `faded`. What of that has come back is gone: it
+    /// pays for what was used, and for nothing else.
+    fn settle(&mut self, asked: f64, faded: f64, used: f64) {
+        let remaining = asked * (faded - self.faded).exp();
+        let back = asked - remaining;
+        self.taken = (self.taken - remaining + (used - back).max(0.0)).max(0.0);
     }
 
     /// Until no more than `target` is taken.
@@ -169,7 +188,7 @@ impl Account {
         }
         self.requests.taken += 1.0;
         self.tokens.taken += ask.tokens() as f64;
-        self.reservations.insert(id, Reservation::new(ask, month, now + RESERVED_FOR));
+        self.reservations.insert(id, Reservation::new(ask, month, now + RESERVED_FOR, self.tokens.faded));
         self.version += 1;
         Ok(())
     }
@@ -213,7 +232,7 @@ impl Account {
         let ask = reservation.ask();
         let estimated = used.estimated.within(ask);
         let used = used.told.and(estimated);
-        self.tokens.taken = (self.tokens.taken + used.tokens() as f64 - ask.tokens() as f64).max(0.0);
+        self.tokens.settle(ask.tokens() as f64, reservation.faded, used.tokens() as f64);
         let month = self.months.entry(reservation.month.clone()).or_default();
         let add = |sum: &mut u64, part: u64| *sum = sum.saturating_add(part);
         add(&mut month.requests, 1);
@@ -366,6 +385,49 @@ mod tests {
         let mut account = Account::default();
         account.admit(Uuid::nil(), &limits, huge, start()).unwrap();
         assert_eq!(admit_all(&mut account, &limits, start()).0.len(), 0);
+    }
+
+    #[test]
+    fn what_has_come_back_while_a_request_was_under_way_does_not_come_back_again_when_it_ends() {
+        let limits = limits(None, Some(150), None);
+        let mut account = Account::default();
+        // Each takes all of it, is under way for longer than that takes to come back, and is told to have used a part.
+        for minute in 0..10 {
+            let now = start() + seconds(60 * minute);
+            assert_eq!(account.admit(Uuid::from_u128(minute as u128), &limits, ASK, now), Ok(()), "{minute}");
+        }
+        let now = start() + seconds(9 * 60);
+        for id in 0..9 {
+            assert!(account.settle(Uuid::from_u128(id), USED, &limits, now));
+            assert!(matches!(account.admit(Uuid::max(), &limits, ASK, now), Err(Refused::Tokens(_))), "{id}");
+        }
+        // What the last one took is there.
+        assert!(account.settle(Uuid::from_u128(9), USED, &limits, now));
+        assert_eq!(account.lefts(&limits).tokens.unwrap().remaining, 120);
+        // More than was reserved counts whenever it is told.
+        assert_eq!(account.admit(Uuid::max(), &limits, ASK, now), Ok(()));
+        let later = now + TimeDelta::minutes(5);
+        let more = Taken { prompt_tokens: 100, completion_tokens: 150, cost_pico: 0 };
+        assert!(account.settle(Uuid::max(), more.into(), &limits, later));
+        assert_eq!(account.lefts(&limits).tokens.unwrap().remaining, 50);
+    }
+
+    #[test]
+    fn whatever_order_requests_end_in_what_is_taken_is_what_they_used_less_what_has_come_back() {
+        let limits = limits(None, Some(600), None);
+        // Four at once, and half of what they took comes back: 75 of each.
+        for order in [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]] {
+            let mut account = Account::default();
+            for id in 0..4 {
+                account.admit(Uuid::from_u128(id), &limits, ASK, start()).unwrap();
+            }
+            let now = start() + seconds(30);
+            let used = Taken { prompt_tokens: 100, completion_tokens: 15, cost_pico: 0 };
+            for id in order {
+                assert!(account.settle(Uuid::from_u128(id), used.into(), &limits, now));
+            }
+            assert_eq!(account.lefts(&limits).tokens.unwrap().remaining, 600 - 4 * (115 - 75), "{order:?}");
+        }
     }
 
     #[test]
