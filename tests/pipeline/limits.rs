@@ -258,6 +258,29 @@ async fn a_try_that_may_be_billed_is_entered_at_the_price_of_its_model_beside_wh
 }
 
 #[tokio::test]
+async fn of_an_answer_that_nobody_has_seen_what_the_server_may_have_done_is_entered_within_what_was_reserved() {
+    for (first, stream, completion, estimated) in [
+        // A second, in which more than 20 tokens are written.
+        (Behaviour::Stall, false, COMPLETION + 20, 1),
+        (Behaviour::Stall, true, COMPLETION, 1),
+        (Behaviour::Status(502, None), false, COMPLETION, 1),
+        (Behaviour::Status(504, None), true, COMPLETION, 1),
+        (Behaviour::Status(503, None), false, COMPLETION, 0),
+    ] {
+        let llm = LlmServer::start([first.clone()]).await;
+        let impatient = json!({"base_url": llm.base_url(), "timeout_seconds": 1});
+        let scene = Scene::of(llm, &json!({"fast": impatient})).await;
+        let key = scene.key(json!({})).await;
+        let response = scene.ask(&key, &asked(stream)).await;
+        assert_eq!(response.status(), 200, "{first:?}");
+        response.bytes().await.unwrap();
+        let month = scene.ledger(&key).await;
+        let seen = (&month["completion_tokens"], &month["estimated_requests"]);
+        assert_eq!(seen, (&json!(completion), &json!(estimated)), "{first:?} {stream}: {month}");
+    }
+}
+
+#[tokio::test]
 async fn what_is_told_exactly_is_entered_whole_whatever_an_earlier_try_may_have_taken() {
     // More than is reserved for an answer of 5 tokens.
     let scene = Scene::new([Behaviour::CutOff]).await;

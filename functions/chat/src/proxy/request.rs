@@ -3,6 +3,7 @@
 //! bytes stay what they were.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderName, header};
@@ -20,6 +21,8 @@ use super::fields::Fields;
 const PICTURE_TOKENS: u64 = 1500;
 /// About so many bytes of a prompt or an answer are a token, where nobody has counted.
 pub(crate) const TOKEN_BYTES: u64 = 4;
+/// About so many tokens a second does a model write, where nobody has seen them.
+const UNSEEN_TOKENS: u64 = 50;
 /// Nobody answers with more; a bucket counts so many exactly.
 const MOST_TOKENS: u64 = 1_000_000_000;
 const WITH_USAGE: &str = r#"{"include_usage":true}"#;
@@ -141,6 +144,12 @@ impl Asked {
     /// About so many tokens are in the prompt, where nobody has counted.
     pub(crate) fn about_prompt_tokens(&self) -> u64 {
         self.most_prompt_tokens.div_ceil(TOKEN_BYTES)
+    }
+
+    /// About so many tokens were written in a time in which none came: of an answer in one piece, any; of a stream,
+    /// none.
+    pub(crate) fn about_unseen_tokens(&self, time: Duration) -> u64 {
+        if self.stream { 0 } else { (time.as_secs() * UNSEEN_TOKENS).saturating_mul(self.choices) }
     }
 
     /// The body for the upstream, which calls the model `name`.

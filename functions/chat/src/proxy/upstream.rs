@@ -80,6 +80,8 @@ pub(crate) struct Effort {
     pub(crate) tries: u32,
     /// The model that is asked, or was last.
     pub(crate) model: Option<Arc<Model>>,
+    /// Since when a try is under way.
+    since: Option<Instant>,
     /// For tries that gave nothing, and that the server may have worked for all the same, each at the price of its
     /// model.
     pub(crate) perhaps_billed: Taken,
@@ -89,12 +91,13 @@ pub(crate) struct Effort {
 }
 
 impl Effort {
-    /// Enters a try with the model that is asked.
+    /// Enters the try that is under way, if one is.
     pub(crate) fn perhaps_billed(&mut self, asked: &Asked) {
-        let Some(model) = &self.model else { return };
+        let (Some(model), Some(since)) = (&self.model, self.since.take()) else { return };
         let prompt_tokens = asked.about_prompt_tokens();
-        let cost_pico = model.cost_pico(prompt_tokens, 0);
-        self.perhaps_billed = self.perhaps_billed.and(Taken { prompt_tokens, completion_tokens: 0, cost_pico });
+        let completion_tokens = asked.about_unseen_tokens(since.elapsed());
+        let cost_pico = model.cost_pico(prompt_tokens, completion_tokens);
+        self.perhaps_billed = self.perhaps_billed.and(Taken { prompt_tokens, completion_tokens, cost_pico });
     }
 }
 
@@ -127,6 +130,7 @@ async fn with_tries(
     effort.model = Some(Arc::clone(model));
     for tried in 1.. {
         effort.tries += 1;
+        effort.since = Some(Instant::now());
         let left = deadline.saturating_duration_since(Instant::now());
         let attempt = timeout(left.min(model.timeout), attempt(model, asked, &mut effort.first_byte)).await;
         let failure = match attempt.unwrap_or_else(|_| Err(Failure::new(Kind::Timeout, true))) {
@@ -140,6 +144,7 @@ async fn with_tries(
         if failure.may_be_billed {
             effort.perhaps_billed(asked);
         }
+        effort.since = None;
         let left = deadline.saturating_duration_since(Instant::now());
         let Some(pause) = pause_before_next(&failure, tried, left) else { return Err(failure) };
         tokio::time::sleep(pause).await;
@@ -224,7 +229,9 @@ async fn refusal(model: &Model, mut response: Response) -> Failure {
     // What the server says of the proxy's key is the operator's business; servers quote it.
     let is_fit = kind != Kind::Denied && is_error(&body) && !model.quotes_key(&body).await;
     let said = is_fit.then(|| (status, Bytes::from(body)));
-    Failure { kind, said, status: Some(status), retry_after, may_be_billed: false }
+    // A gateway knows nothing of what the server behind it has done.
+    let may_be_billed = matches!(status, 502 | 504);
+    Failure { kind, said, status: Some(status), retry_after, may_be_billed }
 }
 
 /// OpenAI's shape of an error.
