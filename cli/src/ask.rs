@@ -55,9 +55,9 @@ pub(crate) async fn run(client: &Client, ask: Ask, json: bool) -> anyhow::Result
     let id = client.submit_prompt(&body).await?;
     if no_wait {
         if json {
-            println!("{}", serde_json::json!({"request_id": id}))
+            say!("{}", serde_json::json!({"request_id": id}))
         } else {
-            println!("{id}")
+            say!("{id}")
         }
         return Ok(0);
     }
@@ -71,7 +71,7 @@ pub(crate) async fn run(client: &Client, ask: Ask, json: bool) -> anyhow::Result
     }
     match (&result.outcome, &result.error) {
         (Outcome::Prompt(outcome), _) if outcome.content.is_some() => {
-            println!("{}", outcome.content.as_deref().unwrap_or(""));
+            say!("{}", outcome.content.as_deref().unwrap_or(""));
             if outcome.finish_reason.as_deref() == Some("length") {
                 eprintln!("lesion: the answer was cut off; --max-tokens asks for a longer one");
             }

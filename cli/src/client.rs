@@ -71,6 +71,11 @@ impl Client {
         self.http.request(method, format!("{}{path}", self.api)).headers(self.credentials.clone())
     }
 
+    /// That nobody has answered.
+    pub(crate) fn unreachable(&self) -> Problem {
+        Problem::Unreachable(self.api.clone())
+    }
+
     /// Sends, and sends again where that may help.
     async fn call(&self, build: impl Fn() -> RequestBuilder) -> Result<Response, Problem> {
         let mut tries = 1;
@@ -81,7 +86,7 @@ impl Client {
                 Err(error) => !error.is_builder(),
             };
             if !again || tries == MAX_TRIES {
-                let response = answer.map_err(|_| Problem::Unreachable(self.api.clone()))?;
+                let response = answer.map_err(|_| self.unreachable())?;
                 return accepted(response).await;
             }
             tokio::time::sleep(pause(answer.as_ref().ok(), tries)).await;
@@ -158,7 +163,7 @@ impl Client {
 
     fn resolved(&self, url: &str) -> Result<Url, Problem> {
         let url = Url::parse(&self.api).and_then(|api| api.join(url));
-        url.map_err(|_| Problem::Unreachable(self.api.clone()))
+        url.map_err(|_| self.unreachable())
     }
 
     /// A result and its ETag; `None` where it is still the one that `etag` names.
@@ -201,7 +206,7 @@ impl Client {
     /// Makes a key. Not repeated where the answer is lost: that would make another.
     pub(crate) async fn create_key(&self, new: &NewKey) -> Result<CreatedKey, Problem> {
         let answer = self.request(Method::POST, "/admin/keys").json(new).send().await;
-        let response = answer.map_err(|_| Problem::Unreachable(self.api.clone()))?;
+        let response = answer.map_err(|_| self.unreachable())?;
         read(accepted(response).await?).await
     }
 

@@ -71,22 +71,22 @@ pub(crate) async fn run(client: &Client, command: Command, json: bool) -> anyhow
             };
             let created = client.create_key(&new).await?;
             if json {
-                println!("{}", serde_json::to_string(&created)?);
+                say!("{}", serde_json::to_string(&created)?);
             } else {
                 eprintln!("The key, shown this once and kept nowhere in clear:");
-                println!("{}", created.key);
+                say!("{}", created.key);
             }
         }
         Command::List => {
             for key in client.keys().await?.keys {
-                if json { println!("{}", serde_json::to_string(&key)?) } else { println!("{}", line(&key)) }
+                if json { say!("{}", serde_json::to_string(&key)?) } else { say!("{}", line(&key)) }
             }
         }
         Command::Revoke { ids } => {
             for id in ids {
                 client.revoke_key(&id).await?;
                 if !json {
-                    println!("{id} revoked");
+                    say!("{id} revoked");
                 }
             }
         }

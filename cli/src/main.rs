@@ -1,5 +1,10 @@
 //! `lesion`: submits photos and prompts to the pipeline and looks results up, over the HTTP API.
 
+/// As `println!`, which panics where nobody reads on, as behind `| head`.
+macro_rules! say {
+    ($($what:tt)*) => { $crate::show::say(format_args!($($what)*)) };
+}
+
 mod ask;
 mod client;
 mod keys;
@@ -14,11 +19,16 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use shared::api::{JobResult, Outcome, PhotoOutcome};
 use shared::job::Status;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, timeout_at};
 use uuid::Uuid;
 
 use crate::client::{Client, Problem};
 use crate::show::Progress;
+
+/// Between two looks while the API cannot be reached: a host that is restarted is back in seconds.
+const UNREACHABLE_PAUSE: Duration = Duration::from_secs(2);
+/// The answer to the last look comes a moment after the deadline.
+const LAST_LOOK: Duration = Duration::from_secs(5);
 
 /// Submit photos of skin lesions, ask the LLM, and look results up.
 ///
@@ -157,7 +167,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
             for id in ids {
                 client.delete(id).await.with_context(|| id.to_string())?;
                 if !json {
-                    println!("{id} deleted");
+                    say!("{id} deleted");
                 }
             }
             Ok(0)
@@ -187,8 +197,8 @@ async fn submit(client: &Client, photos: &[PathBuf], terms: &Terms, wait: &Wait,
     if !wait.wait {
         for (photo, id) in submitted {
             match json {
-                true => println!("{}", serde_json::json!({"photo": photo, "request_id": id})),
-                false => println!("{id} {}", photo.display()),
+                true => say!("{}", serde_json::json!({"photo": photo, "request_id": id})),
+                false => say!("{id} {}", photo.display()),
             }
         }
         return Ok(code);
@@ -252,7 +262,8 @@ async fn save_map(client: &Client, result: &JobResult, file: &Path) -> anyhow::R
     Ok(())
 }
 
-/// Long-polls until the job has ended or `deadline` has passed, telling `seen` of every change.
+/// Long-polls until the job has ended or `deadline` has passed, telling `seen` of every change. The job goes on
+/// while the API cannot be reached, so it is waited for then as well.
 async fn settle(
     client: &Client,
     id: Uuid,
@@ -263,9 +274,19 @@ async fn settle(
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let etag = known.as_ref().map(|(_, etag)| etag.as_str());
-        if let Some(changed) = client.result(id, etag, left).await? {
-            seen(&changed.0);
-            known = Some(changed);
+        // However long the pauses between its tries are.
+        let look = timeout_at(deadline + LAST_LOOK, client.result(id, etag, left));
+        match look.await.unwrap_or_else(|_| Err(client.unreachable())) {
+            Ok(Some(changed)) => {
+                seen(&changed.0);
+                known = Some(changed);
+            }
+            Ok(None) => {}
+            Err(Problem::Unreachable(_)) if !left.is_zero() => {
+                eprintln!("lesion: the API cannot be reached; the job goes on, and is asked for again");
+                sleep(UNREACHABLE_PAUSE.min(left)).await;
+            }
+            Err(problem) => return Err(problem),
         }
         if let Some((result, _)) = &known
             && (!result.status.is_open() || left.is_zero())

@@ -23,7 +23,7 @@ pub(crate) async fn run(client: &Client, command: Command, json: bool) -> anyhow
         Command::List => {
             for letter in client.dead_letters().await?.dead_letters {
                 if json {
-                    println!("{}", serde_json::to_string(&letter)?);
+                    say!("{}", serde_json::to_string(&letter)?);
                     continue;
                 }
                 let sent = letter.sent_at.format("%Y-%m-%d %H:%M");
@@ -31,7 +31,7 @@ pub(crate) async fn run(client: &Client, command: Command, json: bool) -> anyhow
                     (Some(kind), Some(id)) => format!("{kind} {id}"),
                     _ => format!("unreadable, {} bytes", letter.size_bytes),
                 };
-                println!("{} sent {sent}, received {} times, {about}", letter.id, letter.receive_count);
+                say!("{} sent {sent}, received {} times, {about}", letter.id, letter.receive_count);
             }
         }
         Command::Redrive { ids } => {
@@ -46,9 +46,9 @@ pub(crate) async fn run(client: &Client, command: Command, json: bool) -> anyhow
                 }
             }
             if json {
-                println!("{}", serde_json::to_string(&answer)?);
+                say!("{}", serde_json::to_string(&answer)?);
             } else {
-                println!("{} back in the queue", answer.redriven);
+                say!("{} back in the queue", answer.redriven);
             }
         }
     }
@@ -60,9 +60,9 @@ pub(crate) async fn jobs(client: &Client, ids: &[Uuid], json: bool) -> anyhow::R
     for &id in ids {
         let job = client.redrive(id).await.with_context(|| id.to_string())?;
         if json {
-            println!("{}", serde_json::to_string(&job)?);
+            say!("{}", serde_json::to_string(&job)?);
         } else {
-            println!("{id} {}", job.status.as_str());
+            say!("{id} {}", job.status.as_str());
         }
     }
     Ok(0)

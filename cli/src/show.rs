@@ -1,6 +1,8 @@
 //! What a person sees: a table, a bar, a line of progress.
 
-use std::io::{IsTerminal, Write};
+use std::fmt::Arguments;
+use std::io::{ErrorKind, IsTerminal, Write, stdout};
+use std::process::exit;
 
 use shared::api::{JobResult, Outcome, PhotoOutcome, PromptOutcome};
 use shared::job::{AbstainReason, DescriptionSource, RetakeReason, Status};
@@ -41,58 +43,68 @@ impl Progress {
     }
 }
 
+/// A line for whoever reads. Where nobody does any more, there is nothing left to do.
+pub(crate) fn say(what: Arguments<'_>) {
+    let Err(error) = writeln!(stdout(), "{what}") else { return };
+    if error.kind() == ErrorKind::BrokenPipe {
+        exit(0);
+    }
+    eprintln!("lesion: the output cannot be written: {error}");
+    exit(1);
+}
+
 /// One object a line; `photo` is the file that was submitted.
 pub(crate) fn json(photo: Option<&str>, result: &JobResult) -> serde_json::Result<()> {
     let mut value = serde_json::to_value(result)?;
     if let Some(photo) = photo {
         value["photo"] = photo.into();
     }
-    println!("{value}");
+    say!("{value}");
     Ok(())
 }
 
 /// A job in one line, for lists.
 pub(crate) fn line(result: &JobResult) {
     let created = result.created_at.format("%Y-%m-%d %H:%M");
-    println!("{} {created} {:<20} {}", result.request_id, result.status.as_str(), summary(result));
+    say!("{} {created} {:<20} {}", result.request_id, result.status.as_str(), summary(result));
 }
 
 /// A job with its bars, description and timings, or with its answer.
 pub(crate) fn table(name: &str, result: &JobResult) {
-    println!("{name}");
-    println!("  state        {}", result.status.as_str());
-    println!("  id           {}", result.request_id);
+    say!("{name}");
+    say!("  state        {}", result.status.as_str());
+    say!("  id           {}", result.request_id);
     match &result.outcome {
         Outcome::Photo(outcome) => photo(result, outcome),
         Outcome::Prompt(outcome) => prompt(result, outcome),
     }
-    println!("  timings      {}\n", timings(result));
+    say!("  timings      {}\n", timings(result));
 }
 
 fn prompt(result: &JobResult, outcome: &PromptOutcome) {
-    let Some(content) = &outcome.content else { return println!("  outcome      {}", summary(result)) };
+    let Some(content) = &outcome.content else { return say!("  outcome      {}", summary(result)) };
     // As it is: line breaks and code are the LLM's.
     for (row, line) in content.lines().enumerate() {
-        println!("  {:<12} {line}", if row == 0 { "answer" } else { "" });
+        say!("  {:<12} {line}", if row == 0 { "answer" } else { "" });
     }
-    println!("  ended by     {}", outcome.finish_reason.as_deref().unwrap_or("unknown"));
+    say!("  ended by     {}", outcome.finish_reason.as_deref().unwrap_or("unknown"));
     let count = |tokens: Option<u64>| tokens.map_or("unknown".to_owned(), |tokens| tokens.to_string());
     if let Some(usage) = &outcome.token_usage {
-        println!("  tokens       {} in, {} out", count(usage.prompt_tokens), count(usage.completion_tokens));
+        say!("  tokens       {} in, {} out", count(usage.prompt_tokens), count(usage.completion_tokens));
     }
     if let Some(cost) = outcome.cost_usd {
-        println!("  cost         ${cost:.6}");
+        say!("  cost         ${cost:.6}");
     }
 }
 
 fn photo(result: &JobResult, outcome: &PhotoOutcome) {
     if outcome.predictions.is_empty() {
-        println!("  outcome      {}", summary(result));
+        say!("  outcome      {}", summary(result));
     }
     let shown = outcome.predictions.iter().filter(|prediction| prediction.probability >= 0.05);
     for (row, prediction) in shown.enumerate() {
         let title = if row == 0 { "prediction" } else { "" };
-        println!(
+        say!(
             "  {title:<12} {} {:>8}  {}",
             bar(prediction.probability),
             percent(prediction.probability),
@@ -105,7 +117,7 @@ fn photo(result: &JobResult, outcome: &PhotoOutcome) {
             DescriptionSource::Template => "by template",
         };
         for (row, text) in wrapped(&description.text).iter().enumerate() {
-            println!("  {:<12} {text}", if row == 0 { title } else { "" });
+            say!("  {:<12} {text}", if row == 0 { title } else { "" });
         }
     }
 }

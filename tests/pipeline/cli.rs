@@ -1,27 +1,30 @@
 //! `lesion` as a person or a script calls it.
 
-use std::process::Output;
+use std::process::{Output, Stdio};
+use std::time::Instant;
 
+use axum::Router;
+use axum::http::StatusCode;
 use serde_json::Value;
 use shared::embedded::SqliteJobStore;
 use shared::job::Record;
 use shared::ports::JobStore;
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
 
 use crate::support::llm_server::{Behaviour, LlmServer};
 use crate::support::process::binary;
 use crate::support::{Running, root};
 
+fn lesion_command(url: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(binary("lesion"));
+    command.env_clear().args(["--api", url]).args(arguments).current_dir(root().join("model/samples"));
+    command
+}
+
 async fn lesion(url: &str, arguments: &[&str]) -> Output {
-    let samples = root().join("model/samples");
-    Command::new(binary("lesion"))
-        .env_clear()
-        .args(["--api", url])
-        .args(arguments)
-        .current_dir(samples)
-        .output()
-        .await
-        .unwrap()
+    lesion_command(url, arguments).output().await.unwrap()
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -49,6 +52,11 @@ async fn photos_are_submitted_waited_for_listed_and_deleted() {
 
     let output = lesion(&host.url, &["list", "--limit", "1"]).await;
     assert!(text(&output.stdout).starts_with(id), "{}", text(&output.stdout));
+    let mut unread =
+        lesion_command(&host.url, &["list"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(unread.stdout.take());
+    let output = unread.wait_with_output().await.unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""), "as behind `| head`");
     assert_eq!(lesion(&host.url, &["delete", id]).await.status.code(), Some(0));
     let output = lesion(&host.url, &["result", id]).await;
     assert_eq!(output.status.code(), Some(1));
@@ -216,19 +224,54 @@ async fn an_operator_sends_what_was_given_up_round_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_waited_for_while_its_host_is_away_and_no_longer_than_was_said() {
+    let host = Running::start(&[]).await;
+    let output = lesion(&host.url, &["submit", "--json", "mole-drawn.png"]).await;
+    let submitted: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let id = submitted["request_id"].as_str().unwrap();
+    // Away for more tries than one look has.
+    let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (url, behind) = (format!("http://{}", door.local_addr().unwrap()), host.url.replace("http://", ""));
+    tokio::spawn(async move {
+        for knock in 0.. {
+            let (mut client, _) = door.accept().await.unwrap();
+            if knock >= 5 {
+                let mut server = TcpStream::connect(&behind).await.unwrap();
+                tokio::spawn(async move { copy_bidirectional(&mut client, &mut server).await });
+            }
+        }
+    });
+    let output = lesion(&url, &["result", id, "--wait"]).await;
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("cannot be reached"), "{}", text(&output.stderr));
+
+    // One that is never back, and one that asks for pauses longer than the time there is.
+    let busy = || async { (StatusCode::TOO_MANY_REQUESTS, [("retry-after", "60")]) };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, Router::new().fallback(busy)).await });
+    for url in ["http://127.0.0.1:1", url.as_str()] {
+        let started = Instant::now();
+        let output = lesion(url, &["result", id, "--wait", "--timeout", "2"]).await;
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        assert!((2..30).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_caller_beyond_its_limit_is_told_and_waited_for() {
     use std::sync::atomic::{AtomicUsize, Ordering};
     static CALLS: AtomicUsize = AtomicUsize::new(0);
     async fn busy_once() -> axum::response::Response {
         use axum::response::IntoResponse;
         match CALLS.fetch_add(1, Ordering::SeqCst) {
-            0 => (axum::http::StatusCode::TOO_MANY_REQUESTS, [("retry-after", "1")]).into_response(),
+            0 => (StatusCode::TOO_MANY_REQUESTS, [("retry-after", "1")]).into_response(),
             _ => axum::Json(serde_json::json!({"results": [], "next_cursor": null})).into_response(),
         }
     }
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let router = axum::Router::new().route("/results", axum::routing::get(busy_once));
+    let router = Router::new().route("/results", axum::routing::get(busy_once));
     tokio::spawn(async move { axum::serve(listener, router).await });
     let output = lesion(&url, &["list"]).await;
     assert_eq!((output.status.code(), CALLS.load(Ordering::SeqCst)), (Some(0), 2));
