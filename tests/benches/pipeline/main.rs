@@ -31,7 +31,8 @@ const MEMORY_MB: f64 = 150.0;
 /// How much is measured.
 struct Extent {
     rounds: usize,
-    /// Drains of the small queues in each round: they are short, so that chance weighs more.
+    /// Drains of the small queues on either side of the full one in each round: they are short, so that chance weighs
+    /// more, and the machine is not the same from minute to minute.
     short_drains: usize,
     /// Jobs of the full queue.
     full: usize,
@@ -130,11 +131,15 @@ async fn measure(extent: &Extent) {
     for round in 0..extent.rounds {
         eprintln!("round {} of {}", round + 1, extent.rounds);
         let [on_one, on_hundred, on_full, on_undescribed, on_reference, on_large, on_huge] = &mut series;
-        for _ in 0..extent.short_drains {
-            on_one.drain(one.path(), &demonstration).await;
-            on_hundred.drain(hundred.path(), &demonstration).await;
+        for side in 0..2 {
+            for _ in 0..extent.short_drains {
+                on_one.drain(one.path(), &demonstration).await;
+                on_hundred.drain(hundred.path(), &demonstration).await;
+            }
+            if side == 0 {
+                on_full.compare(full.path(), small_folder.path(), &demonstration, threads).await;
+            }
         }
-        on_full.compare(full.path(), small_folder.path(), &demonstration, threads).await;
         on_undescribed.compare(undescribed.path(), small_folder.path(), &demonstration, threads).await;
         if let Some(reference) = &reference {
             on_reference.compare(fifth.path(), small_folder.path(), reference.path(), threads).await;
