@@ -38,6 +38,18 @@ pub(crate) enum Problem {
     Unexpected(StatusCode),
 }
 
+impl Problem {
+    /// Whether it may be over in a moment.
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Unreachable(_) => true,
+            // A gateway whose server is away.
+            Self::Unexpected(status) => matches!(status.as_u16(), 502..=504),
+            Self::Unauthorized { .. } | Self::Refused { .. } => false,
+        }
+    }
+}
+
 pub(crate) struct Client {
     http: reqwest::Client,
     /// For the API alone: an upload goes to another server, and is its own credential.
@@ -48,6 +60,7 @@ pub(crate) struct Client {
 impl Client {
     /// `key` goes into every request; empty is none.
     pub(crate) fn new(api: &str, key: Option<&str>) -> anyhow::Result<Self> {
+        Url::parse(api).with_context(|| format!("--api: {api:?} is no URL"))?;
         let mut credentials = HeaderMap::new();
         if let Some(key) = key.filter(|key| !key.is_empty()) {
             // The error does not repeat the value.
@@ -82,7 +95,7 @@ impl Client {
         loop {
             let answer = build().send().await;
             let again = match &answer {
-                Ok(response) => matches!(response.status().as_u16(), 429 | 503),
+                Ok(response) => matches!(response.status().as_u16(), 429 | 502..=504),
                 Err(error) => !error.is_builder(),
             };
             if !again || tries == MAX_TRIES {

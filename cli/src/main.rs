@@ -275,15 +275,15 @@ async fn settle(
         let left = deadline.saturating_duration_since(Instant::now());
         let etag = known.as_ref().map(|(_, etag)| etag.as_str());
         // However long the pauses between its tries are.
-        let look = timeout_at(deadline + LAST_LOOK, client.result(id, etag, left));
+        let look = timeout_at(deadline.max(Instant::now()) + LAST_LOOK, client.result(id, etag, left));
         match look.await.unwrap_or_else(|_| Err(client.unreachable())) {
             Ok(Some(changed)) => {
                 seen(&changed.0);
                 known = Some(changed);
             }
             Ok(None) => {}
-            Err(Problem::Unreachable(_)) if !left.is_zero() => {
-                eprintln!("lesion: the API cannot be reached; the job goes on, and is asked for again");
+            Err(problem) if problem.is_passing() && !left.is_zero() => {
+                eprintln!("lesion: {problem}; the job goes on, and is asked for again");
                 sleep(UNREACHABLE_PAUSE.min(left)).await;
             }
             Err(problem) => return Err(problem),

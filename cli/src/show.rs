@@ -43,14 +43,13 @@ impl Progress {
     }
 }
 
-/// A line for whoever reads. Where nobody does any more, there is nothing left to do.
+/// A line for whoever reads. Where nobody does any more, what is to be done is done all the same.
 pub(crate) fn say(what: Arguments<'_>) {
     let Err(error) = writeln!(stdout(), "{what}") else { return };
-    if error.kind() == ErrorKind::BrokenPipe {
-        exit(0);
+    if error.kind() != ErrorKind::BrokenPipe {
+        eprintln!("lesion: the output cannot be written: {error}");
+        exit(1);
     }
-    eprintln!("lesion: the output cannot be written: {error}");
-    exit(1);
 }
 
 /// One object a line; `photo` is the file that was submitted.

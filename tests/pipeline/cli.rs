@@ -57,7 +57,13 @@ async fn photos_are_submitted_waited_for_listed_and_deleted() {
     drop(unread.stdout.take());
     let output = unread.wait_with_output().await.unwrap();
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""), "as behind `| head`");
-    assert_eq!(lesion(&host.url, &["delete", id]).await.status.code(), Some(0));
+    // What is to be done is done, whoever reads.
+    let another = lesion(&host.url, &["submit", "--json", "mole-drawn.png"]).await;
+    let another: Value = serde_json::from_slice(&another.stdout).unwrap();
+    let another = another["request_id"].as_str().unwrap();
+    let mut unread = lesion_command(&host.url, &["delete", another, id]).stdout(Stdio::piped()).spawn().unwrap();
+    drop(unread.stdout.take());
+    assert_eq!(unread.wait().await.unwrap().code(), Some(0));
     let output = lesion(&host.url, &["result", id]).await;
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("not_found"), "{}", text(&output.stderr));
@@ -145,6 +151,8 @@ async fn exit_codes_tell_what_happened() {
     assert_eq!(code(&["submit"]).await, Some(2));
     assert_eq!(code(&["result", "42"]).await, Some(2));
     assert_eq!(lesion("http://127.0.0.1:1", &["list"]).await.status.code(), Some(1));
+    let output = lesion("127.0.0.1:1", &["result", &uuid::Uuid::nil().to_string(), "--wait"]).await;
+    assert!(output.status.code() == Some(1) && text(&output.stderr).contains("no URL"), "{}", text(&output.stderr));
 }
 
 #[tokio::test(flavor = "multi_thread")]
