@@ -45,7 +45,7 @@ use utoipa::ToSchema;
 use self::carried::Carried;
 use self::meter::{Closed, Meter};
 use self::relay::{Answer, End, Head, Outcome, Relay};
-use self::request::{Asked, CACHE, Wish};
+use self::request::{Asked, CACHE, MOST_TOKENS, Wish};
 use self::upstream::{Failure, Kind};
 use crate::Chat;
 
@@ -190,7 +190,8 @@ fn most(models: &Models, model: &Model, asked: &Asked) -> Ask {
     let either = || std::iter::once(model).chain(fallback.map(AsRef::as_ref));
     let bound = |model: &Model| model.max_completion_tokens.saturating_mul(asked.choices);
     let prompt_tokens = asked.most_prompt_tokens;
-    let completion_tokens = asked.max_completion_tokens.unwrap_or(either().map(bound).max().unwrap_or(0));
+    let completion_tokens = asked.max_completion_tokens.or_else(|| either().map(bound).max()).unwrap_or(0);
+    let completion_tokens = completion_tokens.min(MOST_TOKENS);
     let costs = either().map(|model| model.cost_pico(prompt_tokens, completion_tokens));
     Ask { prompt_tokens, completion_tokens, cost_pico: costs.max().unwrap_or(0) }
 }

@@ -24,7 +24,7 @@ pub(crate) const TOKEN_BYTES: u64 = 4;
 /// About so many tokens a second does a model write, where nobody has seen them.
 const UNSEEN_TOKENS: u64 = 50;
 /// Nobody answers with more; a bucket counts so many exactly.
-const MOST_TOKENS: u64 = 1_000_000_000;
+pub(crate) const MOST_TOKENS: u64 = 1_000_000_000;
 const WITH_USAGE: &str = r#"{"include_usage":true}"#;
 
 /// What tells of the cache in an answer, and lets it be used in a request.
@@ -126,7 +126,7 @@ impl Asked {
             stream,
             wants_usage,
             most_prompt_tokens: most_tokens(text),
-            max_completion_tokens: max_tokens.map(|tokens| tokens.saturating_mul(choices).min(MOST_TOKENS)),
+            max_completion_tokens: max_tokens.map(|tokens| tokens.saturating_mul(choices)),
             choices,
             deterministic: fields.temperature.is_some_and(|value| value.get().parse() == Ok(0.0)),
             name: place(text, name),
