@@ -260,7 +260,7 @@ async fn a_try_that_may_be_billed_is_entered_at_the_price_of_its_model_beside_wh
 #[tokio::test]
 async fn of_an_answer_that_nobody_has_seen_what_the_server_may_have_done_is_entered_within_what_was_reserved() {
     for (first, stream, completion, estimated) in [
-        // A second, in which more than 20 tokens are written.
+        // Three seconds, in which more than 20 tokens are written.
         (Behaviour::Stall, false, COMPLETION + 20, 1),
         (Behaviour::Stall, true, COMPLETION, 1),
         (Behaviour::Status(502, None), false, COMPLETION, 1),
@@ -268,8 +268,9 @@ async fn of_an_answer_that_nobody_has_seen_what_the_server_may_have_done_is_ente
         (Behaviour::Status(503, None), false, COMPLETION, 0),
     ] {
         let llm = LlmServer::start([first.clone()]).await;
-        let impatient = json!({"base_url": llm.base_url(), "timeout_seconds": 1});
-        let scene = Scene::of(llm, &json!({"fast": impatient})).await;
+        let timeout_seconds = if matches!(first, Behaviour::Stall) { 3 } else { 60 };
+        let model = json!({"base_url": llm.base_url(), "timeout_seconds": timeout_seconds});
+        let scene = Scene::of(llm, &json!({"fast": model})).await;
         let key = scene.key(json!({})).await;
         let response = scene.ask(&key, &asked(stream)).await;
         assert_eq!(response.status(), 200, "{first:?}");
@@ -278,6 +279,37 @@ async fn of_an_answer_that_nobody_has_seen_what_the_server_may_have_done_is_ente
         let seen = (&month["completion_tokens"], &month["estimated_requests"]);
         assert_eq!(seen, (&json!(completion), &json!(estimated)), "{first:?} {stream}: {month}");
     }
+}
+
+#[tokio::test]
+async fn no_number_of_choices_empties_the_bucket_of_tokens() {
+    let scene = Scene::new([]).await;
+    // An answer takes 29 of them.
+    let key = scene.key(json!({"tokens_per_minute": 40})).await;
+    let mut many = asked(false);
+    many["n"] = json!(5_000_000_000_000_000_u64);
+    many.as_object_mut().unwrap().remove("max_tokens");
+    assert_eq!(scene.ask(&key, &asked(false)).await.status(), 200);
+    scene.llm.behave(Behaviour::Status(400, None));
+    assert!(!scene.ask(&key, &many).await.status().is_success());
+    scene.llm.behave(Behaviour::Answer("A growth of cells.".into()));
+    let month = scene.ledger(&key).await;
+    assert_eq!((&month["requests"], &month["prompt_tokens"]), (&json!(2), &json!(PROMPT)), "{month}");
+    let statuses = [scene.ask(&key, &asked(false)).await.status(), scene.ask(&key, &asked(false)).await.status()];
+    assert_eq!(statuses, [200, 429], "58 of 40 are taken");
+}
+
+#[tokio::test]
+async fn of_a_client_that_leaves_the_usage_that_was_told_on_the_way_is_an_estimate() {
+    let so_far =
+        r#"{"choices":[{"index":0,"delta":{"content":"A"}}],"usage":{"prompt_tokens":3,"completion_tokens":1}}"#;
+    let scene = Scene::new([Behaviour::Stream(vec![format!("data: {so_far}\n\n")], Ending::Stall)]).await;
+    let key = scene.key(json!({})).await;
+    let mut response = scene.ask(&key, &asked(true)).await;
+    assert!(response.chunk().await.unwrap().is_some());
+    drop(response);
+    let month = scene.ledger(&key).await;
+    assert_eq!((&month["prompt_tokens"], &month["estimated_requests"]), (&json!(3), &json!(1)), "{month}");
 }
 
 #[tokio::test]

@@ -152,7 +152,13 @@ async fn a_stream_is_not_whole_while_a_choice_is_not_or_only_because_it_says_wha
     let so_far = r#""choices":[{"index":0,"delta":{"content":"A"}}],"usage":{"prompt_tokens":3,"completion_tokens":1}"#;
     let llm = LlmServer::start([]).await;
     let host = host(&llm).await;
-    for (pieces, choices) in [(vec![chunk(end), chunk(begun)], 2), (vec![chunk(so_far)], 1)] {
+    let unending = r#""choices":[{"index":0,"delta":{"content":"A"},"finish_reason":""}]"#;
+    for (pieces, choices) in [
+        (vec![chunk(end), chunk(begun)], 2),
+        (vec![chunk(end), chunk(end)], 2),
+        (vec![chunk(so_far)], 1),
+        (vec![chunk(unending)], 1),
+    ] {
         for ending in [Ending::Close, Ending::CutOff] {
             llm.behave(Behaviour::Stream(pieces.clone(), ending));
             let mut body = asked(true);

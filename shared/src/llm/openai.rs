@@ -247,8 +247,7 @@ struct Usage {
 struct Chunk {
     id: Option<String>,
     model: Option<String>,
-    #[serde(default)]
-    choices: Vec<Delta>,
+    choices: Option<Vec<Delta>>,
     usage: Option<Usage>,
     error: Option<IgnoredAny>,
 }
@@ -264,11 +263,13 @@ impl Chunk {
     fn add_to(self, answer: &mut Answer, live: &Live) {
         answer.id = self.id.or(answer.id.take());
         answer.model = self.model.or(answer.model.take());
-        if let Some(choice) = self.choices.into_iter().next() {
+        if let Some(choice) = self.choices.into_iter().flatten().next() {
             let text = choice.delta.and_then(|delta| delta.content).unwrap_or_default();
             live.tell(&text);
             answer.text.push_str(&text);
-            answer.finish_reason = choice.finish_reason.or(answer.finish_reason.take());
+            // Some servers send an empty one with every chunk.
+            let reason = choice.finish_reason.filter(|reason| !reason.is_empty());
+            answer.finish_reason = reason.or(answer.finish_reason.take());
         }
         if let Some(usage) = self.usage {
             (answer.prompt_tokens, answer.completion_tokens) = (usage.prompt_tokens, usage.completion_tokens);

@@ -32,15 +32,23 @@ struct Chunk<'a> {
 
 #[derive(Deserialize)]
 struct Choice<'a> {
+    #[serde(default)]
+    index: u64,
     #[serde(borrow)]
     delta: Option<&'a RawValue>,
-    finish_reason: Option<IgnoredAny>,
+    #[serde(borrow)]
+    finish_reason: Option<&'a RawValue>,
 }
 
 impl Choice<'_> {
+    /// Some servers send an empty reason with every chunk.
+    fn ends(&self) -> bool {
+        self.finish_reason.is_some_and(|reason| reason.get() != "\"\"")
+    }
+
     /// LiteLLM sends the usage with one of these.
     fn is_empty(&self) -> bool {
-        self.finish_reason.is_none() && self.delta.is_none_or(|delta| matches!(delta.get(), "{}" | "null"))
+        !self.ends() && self.delta.is_none_or(|delta| matches!(delta.get(), "{}" | "null"))
     }
 }
 
@@ -55,14 +63,14 @@ pub(crate) fn usage_of(body: &[u8]) -> Option<Option<Usage>> {
 }
 
 /// One event of a stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Seen {
     /// `[DONE]`.
     Done,
     /// The chunk with the usage and nothing else, which only who asked for it gets.
     UsageAlone(Usage),
-    /// A part of the answer. `tokens` are about as many as it has, and so many choices are whole with it.
-    Part { tokens: u64, ends: u64, usage: Option<Usage> },
+    /// A part of the answer. `tokens` are about as many as it has; the choices of these numbers are whole with it.
+    Part { tokens: u64, ends: Vec<u64>, usage: Option<Usage> },
     /// The server has given up.
     Error,
     /// Nothing that the proxy understands; passed on.
@@ -80,9 +88,15 @@ pub(crate) fn look(event: &Event) -> Seen {
     let Ok(Chunk { choices, usage, error }) = serde_json::from_str::<Chunk<'_>>(data) else {
         return if event.name == "error" { Seen::Error } else { Seen::Other };
     };
+    if error.is_some() {
+        return Seen::Error;
+    }
+    let usage = read(usage);
+    if choices.is_none() && usage.is_none() {
+        return Seen::Other;
+    }
     let choices = choices.unwrap_or_default();
-    match read(usage) {
-        _ if error.is_some() => Seen::Error,
+    match usage {
         Some(usage) if choices.iter().all(Choice::is_empty) => Seen::UsageAlone(usage),
         usage => {
             // Most servers send a token a chunk; where they send more there are about four bytes to one.
@@ -90,7 +104,7 @@ pub(crate) fn look(event: &Event) -> Seen {
                 let bytes = choice.delta.map_or(0, |delta| delta.get().len() as u64);
                 (bytes.saturating_sub(DELTA_BYTES) / 4).max(1)
             };
-            let ends = choices.iter().filter(|choice| choice.finish_reason.is_some()).count() as u64;
+            let ends = choices.iter().filter(|choice| choice.ends()).map(|choice| choice.index).collect();
             Seen::Part { tokens: choices.iter().map(of).sum(), ends, usage }
         }
     }
@@ -109,24 +123,26 @@ mod tests {
 
     #[test]
     fn the_events_of_a_stream_are_told_apart() {
-        let part = |tokens, ends, usage| Seen::Part { tokens, ends, usage };
+        let part = |tokens, ends: &[u64], usage| Seen::Part { tokens, ends: ends.to_vec(), usage };
         check("[DONE]", Seen::Done);
-        check(r#"{"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}"#, part(1, 0, None));
-        check(r#"{"choices":[{"delta":{"content":"some more words than one"}}],"usage":null}"#, part(6, 0, None));
-        check(r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#, part(1, 1, None));
+        check(r#"{"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}"#, part(1, &[], None));
+        check(r#"{"choices":[{"delta":{"content":"Hi"},"finish_reason":""}]}"#, part(1, &[], None));
+        check(r#"{"choices":[{"delta":{"content":"some more words than one"}}],"usage":null}"#, part(6, &[], None));
+        check(r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#, part(1, &[0], None));
         let numbers = r#""usage":{"prompt_tokens":3,"completion_tokens":5,"total_tokens":8}"#;
         check(&format!(r#"{{"choices":[],{numbers}}}"#), Seen::UsageAlone(USAGE));
         check(&format!(r#"{{"choices":[{{"index":0,"delta":{{}}}}],{numbers}}}"#), Seen::UsageAlone(USAGE));
         check(
             &format!(r#"{{"choices":[{{"delta":{{}},"finish_reason":"stop"}}],{numbers}}}"#),
-            part(1, 1, Some(USAGE)),
+            part(1, &[0], Some(USAGE)),
         );
         check(r#"{"error":{"message":"x"}}"#, Seen::Error);
         check(r#"{"id":null,"choices":null,"error":{"message":"x"}}"#, Seen::Error);
         let two = r#"{"choices":[{"finish_reason":"stop"},{"index":1,"finish_reason":"length"}]}"#;
-        check(two, part(2, 2, None));
+        check(two, part(2, &[0, 1], None));
+        check(r#"{"object":"error","message":"x"}"#, Seen::Other);
         let odd = r#"{"choices":[{"delta":{"content":"Hi"}}],"usage":{"prompt_tokens":null}}"#;
-        check(odd, part(1, 0, None));
+        check(odd, part(1, &[], None));
         check("no JSON", Seen::Other);
         assert_eq!(look(&Event { name: "error".into(), data: "gone".into() }), Seen::Error);
     }

@@ -1,5 +1,6 @@
 //! Carries an answer from the upstream to the client. What it took is settled whoever leaves.
 
+use std::collections::BTreeSet;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -73,6 +74,7 @@ pub(crate) struct Outcome {
     pub(crate) usage: Option<Usage>,
     /// Where it does not, by what was seen of the answer.
     pub(crate) guessed: Usage,
+    ended: Ended,
     /// From the request to the first byte of the answer.
     pub(crate) first_byte: Option<Duration>,
     /// The client left before the end, whether or not the answer was read on.
@@ -124,9 +126,9 @@ impl Outcome {
 /// What a stream has said of its end, before it breaks off or ends without a word.
 #[derive(Default)]
 struct Ended {
-    /// So many choices are whole.
-    choices: u64,
-    /// The usage stood alone: nothing comes behind it.
+    /// The numbers of the choices that are whole.
+    choices: BTreeSet<u64>,
+    /// The usage stood alone, and no more of the answer has come behind it.
     usage: bool,
 }
 
@@ -195,6 +197,7 @@ impl Relay {
             effort: Effort::default(),
             usage: None,
             guessed: Usage::default(),
+            ended: Ended::default(),
             first_byte: None,
             left: false,
             held: Held::default(),
@@ -227,6 +230,9 @@ impl Relay {
             Some(Ok(Begun::Stream(stream))) => {
                 outcome.guessed.prompt_tokens = prompt_tokens;
                 self.stream(stream, started + LONGEST, &mut client, &mut outcome).await;
+                if outcome.end != End::Complete && !outcome.ended.usage {
+                    outcome.usage_was_of_a_part();
+                }
             }
         }
         outcome.left = client.left;
@@ -266,9 +272,9 @@ impl Relay {
 
     async fn stream(&self, stream: Stream, deadline: Instant, client: &mut Client, outcome: &mut Outcome) {
         let Stream { mut response, mut parser, mut events } = stream;
-        let (mut ended, mut out, mut beat) = (Ended::default(), Vec::new(), heartbeats());
+        let (mut out, mut beat) = (Vec::new(), heartbeats());
         loop {
-            let end = self.take(&events, outcome, &mut out, &mut ended).await;
+            let end = self.take(&events, outcome, &mut out).await;
             // What has come meanwhile goes out in one piece with it.
             let further = if end.is_none() && out.len() < AT_ONCE {
                 yield_now().await;
@@ -285,9 +291,6 @@ impl Relay {
             }
             if let Some(end) = end {
                 outcome.end = end;
-                if end != End::Complete {
-                    outcome.usage_was_of_a_part();
-                }
                 if self.on_leave == OnLeave::Cancel {
                     // Whoever reads may go.
                     client.body = None;
@@ -316,12 +319,11 @@ impl Relay {
                 return;
             }
             // Not every server says [DONE]; what it has ended it has ended.
-            if ended.usage || ended.choices >= self.asked.choices {
+            if outcome.ended.usage || outcome.ended.choices.len() as u64 >= self.asked.choices {
                 outcome.end = End::Complete;
                 client.send(Bytes::from_static(DONE)).await;
             } else {
                 outcome.end = End::Failed(failure);
-                outcome.usage_was_of_a_part();
                 client.fail(Failure::new(failure, true), &self.request_id).await;
             }
             return;
@@ -356,14 +358,16 @@ impl Relay {
 
     /// Reads what there is to know of some events, and writes those that the client gets behind `out`. Returns how
     /// the stream has ended, if it has.
-    async fn take(&self, events: &[Event], outcome: &mut Outcome, out: &mut Vec<u8>, ended: &mut Ended) -> Option<End> {
+    async fn take(&self, events: &[Event], outcome: &mut Outcome, out: &mut Vec<u8>) -> Option<End> {
         for event in events {
             let (mut end, seen) = (None, answer::look(event));
+            // What is no part of an answer may quote the key.
+            let may_quote = matches!(seen, Seen::Error | Seen::Other);
             match seen {
                 Seen::Done => end = Some(End::Complete),
                 Seen::UsageAlone(usage) => {
                     outcome.usage = Some(usage);
-                    ended.usage = true;
+                    outcome.ended.usage = true;
                     if !self.asked.wants_usage {
                         continue;
                     }
@@ -371,13 +375,13 @@ impl Relay {
                 Seen::Part { tokens, ends, usage } => {
                     outcome.guessed.completion_tokens += tokens;
                     outcome.usage = usage.or(outcome.usage);
-                    ended.choices += ends;
+                    outcome.ended.choices.extend(ends);
+                    outcome.ended.usage &= tokens == 0;
                 }
                 Seen::Error => end = Some(End::Failed(Kind::Unavailable)),
                 Seen::Other => {}
             }
-            // What is no part of an answer may quote the key.
-            if matches!(seen, Seen::Error | Seen::Other) && outcome.model.quotes_key(event.data.as_bytes()).await {
+            if may_quote && outcome.model.quotes_key(event.data.as_bytes()).await {
                 let failure = Failure::new(Kind::Unavailable, true);
                 end = Some(End::Failed(failure.kind));
                 out.extend_from_slice(&error_event(&told(&failure), &self.request_id));
