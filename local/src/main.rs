@@ -2,6 +2,7 @@
 
 mod model;
 
+use std::num::NonZero;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -105,8 +106,15 @@ From its next start on the host demands a key of everybody, and LISTEN_ADDR may 
     Ok(())
 }
 
-#[tokio::main]
-async fn serve() -> anyhow::Result<()> {
+/// The photos have threads of their own. Of what is left half of the processors do more than all: a thread that
+/// finds nothing to do costs the others.
+fn serve() -> anyhow::Result<()> {
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(processors.div_ceil(2)).enable_all().build()?.block_on(host())
+}
+
+async fn host() -> anyhow::Result<()> {
     let env = Env::of_process();
     shared::telemetry::init(&env)?;
     #[cfg(debug_assertions)]
