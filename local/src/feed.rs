@@ -1,11 +1,11 @@
-//! What stands between the change feed and enrichment on AWS: reads changes that carry the marker,
-//! hands each to `enrichment.handle` as an event of one record, and moves the durable cursor behind
+//! What stands between the change feed and enrichment on AWS: reads changes, hands each to `enrichment.handle` as an event of one record, and moves the durable cursor behind
 //! a change when it and all before it are done.
 //!
 //! Changes are worked beside each other, so that a prompt of minutes holds up no description.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 use shared::Error;
@@ -30,8 +30,6 @@ const OFFLINE_DESCRIPTIONS: usize = 64;
 const PROMPTS: usize = 10;
 /// Changes read ahead, those that wait for their turn included.
 const WINDOW: usize = 1000;
-/// Changes that concern nobody are passed by together: each move of the cursor is a write.
-const PASSED_BY: i64 = 100;
 
 /// Who may ask the LLM at the moment.
 struct Turns {
@@ -75,18 +73,25 @@ pub(crate) async fn enrichment(host: Arc<Host>, mut stopped: Receiver<bool>) {
     let turns = Arc::new(Turns::new(&host));
     let mut feed = Feed { host, turns, read_to: 0, under_way: BTreeMap::new(), tasks: JoinSet::new() };
     let host = Arc::clone(&feed.host);
+    let mut at_most = Duration::ZERO;
     while !*stopped.borrow() {
-        let at_most = match feed.look(&stopped).await {
+        tokio::select! {
+            Some(done) = feed.tasks.join_next() => {
+                let was_full = room(&feed.under_way) == 0;
+                feed.settle(done).await;
+                if !was_full {
+                    continue;
+                }
+            }
+            () = idle(host.store.changed(), at_most, &mut stopped) => {}
+        }
+        at_most = match feed.look(&stopped).await {
             Ok(()) => POLL,
             Err(error) => {
                 failed("feed not read", &error);
                 PAUSE
             }
         };
-        tokio::select! {
-            Some(done) = feed.tasks.join_next() => feed.settle(done).await,
-            () = idle(host.store.changed(), at_most, &mut stopped) => {}
-        }
     }
     while let Some(done) = feed.tasks.join_next().await {
         feed.settle(done).await;
@@ -100,16 +105,11 @@ impl Feed {
         if room == 0 {
             return Ok(());
         }
-        let marker = Dispatch::Enrichment.as_str();
-        let changes = self.host.store.changes_behind(CONSUMER, self.read_to, marker, room).await?;
-        self.read_to = changes.end;
-        for change in changes.matching {
+        for change in self.host.store.changes_behind(CONSUMER, self.read_to, room).await? {
+            self.read_to = change.seq;
             self.under_way.insert(change.seq, false);
             let (host, turns) = (Arc::clone(&self.host), Arc::clone(&self.turns));
             self.tasks.spawn(work(host, turns, change, stopped.clone()));
-        }
-        if self.under_way.is_empty() && changes.end - changes.cursor >= PASSED_BY {
-            self.host.store.advance(CONSUMER, changes.end).await?;
         }
         Ok(())
     }
@@ -182,7 +182,7 @@ fn event(change: &Change) -> serde_json::Value {
         "dynamodb": {
             "ApproximateCreationDateTime": 0,
             "Keys": {"id": {"S": change.id}},
-            "NewImage": {"id": {"S": change.id}, "dispatch": {"S": change.dispatch}},
+            "NewImage": {"id": {"S": change.id}, "dispatch": {"S": Dispatch::Enrichment.as_str()}},
             "SequenceNumber": change.seq.to_string(),
             "SizeBytes": 0,
             "StreamViewType": "NEW_IMAGE",

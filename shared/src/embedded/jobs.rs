@@ -1,5 +1,5 @@
-//! The records in SQLite, and their change feed: a row in `changes` per write, in the write's own
-//! transaction, with a durable cursor per consumer.
+//! The records in SQLite, and their change feed: a row in `changes` per write that marks a job for
+//! enrichment, in the write's own transaction, with a durable cursor per consumer.
 
 mod rows;
 
@@ -12,15 +12,15 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use self::rows::{
-    NewRow, change, cursor, decode, due_rows, find_idempotency, put_idempotency, queued_bytes, readable, records,
+    NewRow, change, decode, due_rows, find_idempotency, put_idempotency, queued_bytes, readable, records,
 };
 use super::sqlite::{Kept, Sqlite};
 use crate::clock::Timestamp;
 use crate::error::Error;
-use crate::job::{Fence, Job, Record, Tombstone, Upload};
+use crate::job::{Dispatch, Fence, Job, Record, Tombstone, Upload};
 use crate::ports::{Created, Creation, Due, Idempotency, JobStore};
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const SCHEMA: &str = "
     CREATE TABLE jobs (
         id TEXT PRIMARY KEY,
@@ -48,30 +48,22 @@ const SCHEMA: &str = "
     CREATE TABLE usage (caller TEXT PRIMARY KEY, queued_bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE TABLE changes (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL,
-        version INTEGER NOT NULL,
-        dispatch TEXT
+        id TEXT NOT NULL
     ) STRICT;
     CREATE TABLE cursors (consumer TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 ";
+/// From version 2, whose feed had every write.
+const SINCE_2: &str = "
+    DELETE FROM changes WHERE dispatch IS NOT 'enrichment';
+    ALTER TABLE changes DROP COLUMN version;
+    ALTER TABLE changes DROP COLUMN dispatch;
+";
 
-/// One write to one record: what the feed's filters look at, and no health data.
+/// One write to one record, without health data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
     pub seq: i64,
     pub id: Uuid,
-    pub version: u64,
-    pub dispatch: Option<String>,
-}
-
-/// One look at the feed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Changes {
-    pub matching: Vec<Change>,
-    /// The consumer's position.
-    pub cursor: i64,
-    /// The position up to which the feed was read.
-    pub end: i64,
 }
 
 /// A place in the order of what is due.
@@ -85,7 +77,7 @@ pub struct DuePosition {
 #[derive(Clone)]
 pub struct SqliteJobStore {
     sqlite: Sqlite,
-    /// Rung after every write, so that the feed's consumers need not wait for their next look.
+    /// Rung when the feed has grown, so that its consumer need not wait for its next look.
     changed: Arc<Notify>,
     written: Arc<Written>,
 }
@@ -124,15 +116,15 @@ impl SqliteJobStore {
     /// # Errors
     /// Where the file cannot be opened or is of another version.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let sqlite = Sqlite::open(path, "the job store", VERSION, SCHEMA)?;
+        let sqlite = Sqlite::open_upgraded(path, "the job store", VERSION, SCHEMA, &[SINCE_2])?;
         Ok(Self { sqlite, changed: Arc::new(Notify::new()), written: Arc::default() })
     }
 
-    fn note(&self, id: Uuid, dispatch: Option<&'static str>) -> Note {
-        Note { written: Arc::clone(&self.written), id, dispatch }
+    fn note(&self, row: &NewRow) -> Note {
+        Note { written: Arc::clone(&self.written), id: row.id, dispatch: row.dispatch.map(Dispatch::as_str) }
     }
 
-    /// Completes when something was written since the last call.
+    /// Completes when the feed has grown since the last call.
     pub async fn changed(&self) {
         self.changed.notified().await;
     }
@@ -149,36 +141,15 @@ impl SqliteJobStore {
         }
     }
 
-    /// The changes behind the consumer's cursor that match `dispatch`; behind `read_to`, where the consumer has
-    /// read further than its cursor says.
+    /// The changes behind the consumer's cursor; behind `read_to`, where the consumer has read further than its
+    /// cursor says.
     ///
     /// # Errors
     /// Where the store cannot be reached.
-    pub async fn changes_behind(
-        &self,
-        consumer: &'static str,
-        read_to: i64,
-        dispatch: &'static str,
-        limit: u32,
-    ) -> Result<Changes, Error> {
-        self.sqlite.read(|db| {
-            // One state of the file for all three reads: a change between them would be passed by.
-            let snapshot = db.unchecked_transaction()?;
-            let cursor = cursor(&snapshot, consumer)?;
-            let from = cursor.max(read_to);
-            let sql = "SELECT seq, id, version, dispatch FROM changes WHERE seq > ?1 AND dispatch = ?2
-                ORDER BY seq LIMIT ?3";
-            let mut statement = snapshot.prepare_cached(sql)?;
-            let matching = statement.query_map(params![from, dispatch, limit], change)?;
-            let matching = matching.collect::<Result<Vec<_>, _>>()?;
-            let full = matching.len() as u64 == u64::from(limit);
-            let newest = "SELECT coalesce(max(seq), ?1) FROM changes";
-            let end = match matching.last() {
-                Some(last) if full => last.seq,
-                _ => snapshot.prepare_cached(newest)?.query_row([from], |row| row.get(0))?,
-            };
-            Ok(Changes { matching, cursor, end })
-        })
+    pub async fn changes_behind(&self, consumer: &'static str, read_to: i64, limit: u32) -> Result<Vec<Change>, Error> {
+        let sql = "SELECT seq, id FROM changes
+            WHERE seq > max(?1, coalesce((SELECT seq FROM cursors WHERE consumer = ?2), 0)) ORDER BY seq LIMIT ?3";
+        self.sqlite.read(|db| db.prepare_cached(sql)?.query_map(params![read_to, consumer, limit], change)?.collect())
     }
 
     /// Moves the consumer's cursor. With one consumer, what lies behind it is of no more use and is
@@ -190,10 +161,8 @@ impl SqliteJobStore {
         self.sqlite
             // Changes that are read again find their jobs claimed, or unclaimed as they are.
             .call_kept(Kept::InFile, move |db| {
-                if seq <= cursor(db, consumer)? {
-                    return Ok(());
-                }
-                let sql = "INSERT INTO cursors VALUES (?1, ?2) ON CONFLICT (consumer) DO UPDATE SET seq = excluded.seq";
+                let sql = "INSERT INTO cursors VALUES (?1, ?2)
+                    ON CONFLICT (consumer) DO UPDATE SET seq = max(seq, excluded.seq)";
                 db.prepare_cached(sql)?.execute(params![consumer, seq])?;
                 let sql = "DELETE FROM changes WHERE seq <= (SELECT min(seq) FROM cursors)";
                 db.prepare_cached(sql)?.execute([])?;
@@ -243,7 +212,7 @@ impl JobStore for SqliteJobStore {
                 Some((Record::Upload(upload.clone()).fence(), used))
             }
         };
-        let (now, max_queued_bytes) = (now.timestamp_millis(), creation.max_queued_bytes);
+        let (now, max_queued_bytes, is_in_feed) = (now.timestamp_millis(), creation.max_queued_bytes, job.is_in_feed());
         let created = self
             .sqlite
             .call(move |db| {
@@ -269,7 +238,9 @@ impl JobStore for SqliteJobStore {
             })
             .await?;
         // Nobody can be waiting to hear of it: nobody knows its id yet.
-        self.changed.notify_one();
+        if is_in_feed {
+            self.changed.notify_one();
+        }
         Ok(created)
     }
 
@@ -302,16 +273,18 @@ impl JobStore for SqliteJobStore {
         // A power cut that undoes a claim ends its worker as well: the job is claimed anew.
         let is_claim = matches!(after, Record::Job(job) if job.lease_until.is_some());
         let kept = if is_claim { Kept::InFile } else { Kept::OnDisk };
-        let note = self.note(fence.id, row.dispatch);
+        let (note, is_in_feed) = (self.note(&row), row.is_in_feed());
         let (written, _note) = self.sqlite.call_kept(kept, move |db| Ok((row.write(db, fence)?, note))).await?;
-        self.changed.notify_one();
+        if is_in_feed {
+            self.changed.notify_one();
+        }
         Ok(written)
     }
 
     async fn bury(&self, job: &Job, tombstone: &Tombstone) -> Result<bool, Error> {
         let row = NewRow::of(&Record::Tombstone(tombstone.clone()))?;
         let (fence, caller, key) = (job.fence(), job.caller.clone(), job.idempotency_key.clone());
-        let note = self.note(fence.id, row.dispatch);
+        let note = self.note(&row);
         let (written, _note) = self
             .sqlite
             .scrub(move |db| {
@@ -324,7 +297,6 @@ impl JobStore for SqliteJobStore {
                 Ok((written, note))
             })
             .await?;
-        self.changed.notify_one();
         Ok(written)
     }
 
@@ -342,5 +314,38 @@ impl JobStore for SqliteJobStore {
         let before = before.unwrap_or(Uuid::max()).to_string();
         let found = self.sqlite.read(|db| records(db, sql, params![caller, before, limit]))?;
         Ok(readable(&found).into_iter().filter_map(Record::into_job).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn of_a_feed_that_had_every_write_what_waits_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("jobs.sqlite");
+        drop(SqliteJobStore::open(&path).unwrap());
+        let (passed, waiting) = (Uuid::now_v7(), Uuid::now_v7());
+        let version_2 = format!(
+            "DROP TABLE changes;
+            CREATE TABLE changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, version INTEGER NOT NULL,
+                dispatch TEXT) STRICT;
+            INSERT INTO changes VALUES (6, '{passed}', 3, 'enrichment'), (7, '{waiting}', 1, NULL),
+                (8, '{waiting}', 3, 'enrichment'), (9, '{waiting}', 4, 'webhook');
+            INSERT INTO cursors VALUES ('enrichment', 6);
+            PRAGMA user_version = 2;"
+        );
+        rusqlite::Connection::open(&path).unwrap().execute_batch(&version_2).unwrap();
+        let store = SqliteJobStore::open(&path).unwrap();
+        let changes = store.changes_behind("enrichment", 0, 10).await.unwrap();
+        assert_eq!(changes, [Change { seq: 8, id: waiting }]);
+        store.advance("enrichment", 8).await.unwrap();
+        drop(store);
+        let store = SqliteJobStore::open(&path).unwrap();
+        let newest =
+            store.sqlite.read(|db| db.query_row("SELECT seq FROM sqlite_sequence", [], |row| row.get::<_, i64>(0)));
+        assert_eq!(newest.unwrap(), 9, "a new change comes behind the cursor");
+        assert_eq!(store.changes_behind("enrichment", 0, 10).await.unwrap(), []);
     }
 }

@@ -41,13 +41,14 @@ async fn deliver_again(host: &Host, variables: &[(&str, &str)]) -> JoinSet<()> {
         policy,
     });
     // With a cursor of its own the changes stay until it has read them too.
-    store.advance("again", 1).await.unwrap();
+    store.advance("again", 0).await.unwrap();
     let mut task = JoinSet::new();
     task.spawn(async move {
         let mut random = SmallRng::seed_from_u64(4);
         loop {
-            let changes = store.changes_behind("again", 0, "enrichment", 50).await.unwrap();
-            let mut twice = [changes.matching.clone(), changes.matching].concat();
+            let changes = store.changes_behind("again", 0, 50).await.unwrap();
+            let read_to = changes.last().map(|last| last.seq);
+            let mut twice = [changes.clone(), changes].concat();
             twice.shuffle(&mut random);
             let mut deliveries = JoinSet::new();
             for change in twice {
@@ -55,7 +56,9 @@ async fn deliver_again(host: &Host, variables: &[(&str, &str)]) -> JoinSet<()> {
                 deliveries.spawn(async move { enrichment.process(change.id, until).await.unwrap() });
             }
             deliveries.join_all().await;
-            store.advance("again", changes.end).await.unwrap();
+            if let Some(read_to) = read_to {
+                store.advance("again", read_to).await.unwrap();
+            }
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     });
@@ -245,16 +248,15 @@ async fn an_order_to_forget_reaches_no_other_callers_entry_of_the_same_photo() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_feed_drops_what_concerns_nobody() {
+async fn a_job_without_a_description_is_not_in_the_feed() {
     let host = Running::start(&[]).await;
-    for _ in 0..60 {
+    for _ in 0..3 {
         let request = host.http.post(format!("{}/submit?describe=false", host.url)).header("content-type", "image/png");
         assert_eq!(request.body(mole()).send().await.unwrap().status().as_u16(), 202);
     }
     let jobs = rusqlite::Connection::open(host.folder.path().join("jobs.sqlite")).unwrap();
     let count = |sql: &str| jobs.query_row(sql, [], |row| row.get::<_, u32>(0)).unwrap();
-    eventually("all sixty are completed", async || count("SELECT count(*) FROM jobs WHERE status = 'completed'") == 60)
+    eventually("all three are completed", async || count("SELECT count(*) FROM jobs WHERE status = 'completed'") == 3)
         .await;
-    // Three writes a job, of which none asks for a description.
-    eventually("the changes are passed by", async || count("SELECT count(*) FROM changes") < 100).await;
+    assert_eq!(count("SELECT count(*) FROM changes") + count("SELECT count(*) FROM sqlite_sequence"), 0);
 }

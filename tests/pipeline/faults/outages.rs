@@ -86,12 +86,14 @@ async fn work(host: &Host) {
         host.inference.process(Message::decode(&delivery.body).unwrap(), until(), None).await;
         host.queue.acknowledge(&delivery.receipt).await.unwrap();
     }
-    let changes = host.store.changes_behind("enrichment", 0, "enrichment", 1000).await.unwrap();
-    let described = changes.matching.iter().map(|change| host.enrichment.process(change.id, until()));
+    let changes = host.store.changes_behind("enrichment", 0, 1000).await.unwrap();
+    let described = changes.iter().map(|change| host.enrichment.process(change.id, until()));
     for done in futures_util::future::join_all(described).await {
         done.unwrap();
     }
-    host.store.advance("enrichment", changes.end).await.unwrap();
+    if let Some(last) = changes.last() {
+        host.store.advance("enrichment", last.seq).await.unwrap();
+    }
 }
 
 async fn all(host: &Host) -> Vec<Job> {

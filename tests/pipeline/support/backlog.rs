@@ -84,7 +84,7 @@ pub fn in_state(data: &Path, status: Status) -> usize {
 
 /// Nothing is due, queued, or in the feed for enrichment; room that is kept for an upload is no work.
 pub fn is_quiet(data: &Path) -> bool {
-    let fed = "SELECT count(*) FROM changes WHERE dispatch = 'enrichment' AND seq > (SELECT coalesce(max(seq), 0) FROM cursors)";
+    let fed = "SELECT count(*) FROM changes WHERE seq > (SELECT coalesce(max(seq), 0) FROM cursors)";
     // An upload waits: unused for its submit, and used until its address is worth nothing any more.
     let due = "SELECT count(*) FROM jobs WHERE due_at IS NOT NULL AND json_extract(record, '$.used') IS NOT 0
         AND NOT (json_extract(record, '$.used') IS 1

@@ -7,7 +7,7 @@ use super::super::columns::uuid;
 use super::{Change, DuePosition};
 use crate::clock::from_millis;
 use crate::error::Error;
-use crate::job::{Fence, Record};
+use crate::job::{Dispatch, Fence, Record};
 use crate::ports::Idempotency;
 
 pub(super) fn records(db: &Connection, sql: &str, values: impl rusqlite::Params) -> rusqlite::Result<Vec<String>> {
@@ -31,19 +31,8 @@ pub(super) fn due_rows(
     found.collect()
 }
 
-pub(super) fn cursor(db: &Connection, consumer: &str) -> rusqlite::Result<i64> {
-    let sql = "SELECT seq FROM cursors WHERE consumer = ?1";
-    Ok(db.prepare_cached(sql)?.query_row([consumer], |row| row.get(0)).optional()?.unwrap_or(0))
-}
-
-fn append_change(db: &Connection, id: Uuid, version: u64, dispatch: Option<&str>) -> rusqlite::Result<()> {
-    let sql = "INSERT INTO changes (id, version, dispatch) VALUES (?1, ?2, ?3)";
-    db.prepare_cached(sql)?.execute(params![id.to_string(), version, dispatch])?;
-    Ok(())
-}
-
 pub(super) fn change(row: &Row<'_>) -> rusqlite::Result<Change> {
-    Ok(Change { seq: row.get(0)?, id: uuid(row, 1)?, version: row.get(2)?, dispatch: row.get(3)? })
+    Ok(Change { seq: row.get(0)?, id: uuid(row, 1)? })
 }
 
 pub(super) fn find_idempotency(
@@ -103,14 +92,14 @@ fn settle_usage(db: &Connection, caller: &str, before: u64, after: u64) -> rusql
 
 /// A record's columns.
 pub(super) struct NewRow {
-    id: Uuid,
+    pub(super) id: Uuid,
     pub(super) caller: String,
     version: u64,
     claim: u64,
     status: Option<&'static str>,
     due_at: Option<i64>,
     expires_at: i64,
-    pub(super) dispatch: Option<&'static str>,
+    pub(super) dispatch: Option<Dispatch>,
     pub(super) queued_bytes: u64,
     record: String,
 }
@@ -129,13 +118,13 @@ impl NewRow {
             status,
             due_at: record.due_at().map(|due| due.timestamp_millis()),
             expires_at: record.expires_at().timestamp_millis(),
-            dispatch: dispatch.map(crate::job::Dispatch::as_str),
+            dispatch,
             queued_bytes: record.queued_bytes(),
             record: encode(record)?,
         })
     }
 
-    /// Writes a new record, and appends to the feed.
+    /// Writes a new record, and appends to the feed where it is marked.
     pub(super) fn insert(&self, db: &Connection) -> rusqlite::Result<()> {
         let sql = "INSERT INTO jobs (id, caller, version, claim, status, due_at, expires_at, record)
             VALUES (:id, :caller, :version, :claim, :status, :due_at, :expires_at, :record)";
@@ -150,10 +139,10 @@ impl NewRow {
             ":record": self.record,
         })?;
         settle_usage(db, &self.caller, 0, self.queued_bytes)?;
-        append_change(db, self.id, self.version, self.dispatch)
+        self.append(db)
     }
 
-    /// Replaces the record that `fence` names, and appends to the feed; `false` where it is gone.
+    /// Replaces the record that `fence` names, and appends to the feed where it is marked; `false` where it is gone.
     pub(super) fn write(&self, db: &Connection, fence: Fence) -> rusqlite::Result<bool> {
         let sql = "UPDATE jobs SET version = :version, claim = :claim, status = :status, due_at = :due_at,
                 expires_at = :expires_at, record = :record
@@ -174,8 +163,20 @@ impl NewRow {
             return Ok(false);
         }
         settle_usage(db, &self.caller, fence.queued_bytes, self.queued_bytes)?;
-        append_change(db, fence.id, self.version, self.dispatch)?;
+        self.append(db)?;
         Ok(true)
+    }
+
+    fn append(&self, db: &Connection) -> rusqlite::Result<()> {
+        if self.is_in_feed() {
+            db.prepare_cached("INSERT INTO changes (id) VALUES (?1)")?.execute([self.id.to_string()])?;
+        }
+        Ok(())
+    }
+
+    /// Whether its write is of the feed: nobody else reads it.
+    pub(super) fn is_in_feed(&self) -> bool {
+        self.dispatch == Some(Dispatch::Enrichment)
     }
 }
 
