@@ -45,7 +45,7 @@ pub(crate) struct Ask {
     no_wait: bool,
     /// How long to wait, in seconds; the job goes on afterwards.
     #[arg(long, default_value_t = 900)]
-    timeout: u64,
+    timeout: u32,
 }
 
 pub(crate) async fn run(client: &Client, ask: Ask, json: bool) -> anyhow::Result<u8> {
@@ -62,7 +62,7 @@ pub(crate) async fn run(client: &Client, ask: Ask, json: bool) -> anyhow::Result
         return Ok(0);
     }
     let mut progress = Progress::new(1);
-    let deadline = Instant::now() + Duration::from_secs(timeout);
+    let deadline = Instant::now() + Duration::from_secs(timeout.into());
     let result = settle(client, id, deadline, |result| progress.show(&id.to_string(), result)).await?;
     progress.clear();
     if json {

@@ -130,7 +130,7 @@ struct Wait {
     wait: bool,
     /// How long to wait, in seconds.
     #[arg(long, default_value_t = 120, requires = "wait")]
-    timeout: u64,
+    timeout: u32,
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -203,7 +203,7 @@ async fn submit(client: &Client, photos: &[PathBuf], terms: &Terms, wait: &Wait,
         }
         return Ok(code);
     }
-    let deadline = Instant::now() + Duration::from_secs(wait.timeout);
+    let deadline = Instant::now() + Duration::from_secs(wait.timeout.into());
     let mut progress = Progress::new(submitted.len());
     let mut results = Vec::new();
     for (photo, id) in submitted {
@@ -232,7 +232,7 @@ async fn send(client: &Client, photo: &PathBuf, terms: &Terms) -> anyhow::Result
 async fn result(client: &Client, id: Uuid, map: Option<&Path>, wait: &Wait, json: bool) -> anyhow::Result<u8> {
     let result = if wait.wait {
         let mut progress = Progress::new(1);
-        let deadline = Instant::now() + Duration::from_secs(wait.timeout);
+        let deadline = Instant::now() + Duration::from_secs(wait.timeout.into());
         let result = settle(client, id, deadline, |result| progress.show(&id.to_string(), result)).await?;
         progress.clear();
         result

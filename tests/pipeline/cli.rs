@@ -150,6 +150,8 @@ async fn exit_codes_tell_what_happened() {
     assert_eq!(code(&["submit", "--wait", "no-such-file.png"]).await, Some(1));
     assert_eq!(code(&["submit"]).await, Some(2));
     assert_eq!(code(&["result", "42"]).await, Some(2));
+    let for_ever = u64::MAX.to_string();
+    assert_eq!(code(&["submit", "--wait", "--timeout", &for_ever, "mole-drawn.png"]).await, Some(2));
     assert_eq!(lesion("http://127.0.0.1:1", &["list"]).await.status.code(), Some(1));
     let output = lesion("127.0.0.1:1", &["result", &uuid::Uuid::nil().to_string(), "--wait"]).await;
     assert!(output.status.code() == Some(1) && text(&output.stderr).contains("no URL"), "{}", text(&output.stderr));

@@ -266,6 +266,8 @@ async fn of_an_answer_that_nobody_has_seen_what_the_server_may_have_done_is_ente
         (Behaviour::Status(502, None), false, COMPLETION, 1),
         (Behaviour::Status(504, None), true, COMPLETION, 1),
         (Behaviour::Status(503, None), false, COMPLETION, 0),
+        // 43 bytes of it have come.
+        (Behaviour::CutOff, false, COMPLETION + 10, 1),
     ] {
         let llm = LlmServer::start([first.clone()]).await;
         let timeout_seconds = if matches!(first, Behaviour::Stall) { 3 } else { 60 };

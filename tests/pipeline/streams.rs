@@ -49,6 +49,15 @@ async fn what_a_server_says_to_keep_its_own_line_open_keeps_no_heartbeat_from_th
 }
 
 #[tokio::test]
+async fn a_server_that_falls_silent_behind_the_end_of_its_answer_is_not_waited_for() {
+    let mut pieces = chunks("A growth.");
+    pieces.pop();
+    let expected = format!("{}data: [DONE]\n\n", pieces.concat());
+    let text = heard(Behaviour::Stream(pieces, Ending::Stall), "[DONE]\n\n").await;
+    assert_eq!(text, expected, "with a heartbeat every ten seconds of a minute");
+}
+
+#[tokio::test]
 async fn a_failure_behind_a_heartbeat_is_an_event() {
     let error = r#"data: {"error": {"message": "overloaded", "code": 503}}"#;
     // Each of the two tries.

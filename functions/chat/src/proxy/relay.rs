@@ -36,6 +36,8 @@ const AHEAD: usize = 32;
 const AT_ONCE: usize = 64 * 1024;
 /// How long a server may take to close a stream that it has ended.
 const LAST_BYTES: Duration = Duration::from_secs(1);
+/// How long it may take for what comes behind the last choice's end: the usage and `[DONE]`.
+const LAST_EVENTS: Duration = Duration::from_secs(5);
 
 /// What the client is answered.
 pub(crate) type Head = Result<Answer, Failure>;
@@ -301,7 +303,11 @@ impl Relay {
             }
             let piece = match further {
                 Some(piece) => Some(Ok(piece.ok().flatten())),
-                None => self.next(&mut response, deadline, client, outcome.model.timeout, &mut beat).await,
+                None => {
+                    let patience = outcome.model.timeout;
+                    let patience = if self.is_written(outcome) { patience.min(LAST_EVENTS) } else { patience };
+                    self.next(&mut response, deadline, client, patience, &mut beat).await
+                }
             };
             let failure = match piece {
                 None => return,
@@ -319,7 +325,7 @@ impl Relay {
                 return;
             }
             // Not every server says [DONE]; what it has ended it has ended.
-            if outcome.ended.usage || outcome.ended.choices.len() as u64 >= self.asked.choices {
+            if outcome.ended.usage || self.is_written(outcome) {
                 outcome.end = End::Complete;
                 client.send(Bytes::from_static(DONE)).await;
             } else {
@@ -328,6 +334,11 @@ impl Relay {
             }
             return;
         }
+    }
+
+    /// Whether every choice has ended.
+    fn is_written(&self, outcome: &Outcome) -> bool {
+        outcome.ended.choices.len() as u64 >= self.asked.choices
     }
 
     /// The next piece, or that there is none; `None` where the client has left. `beat` goes on from piece to piece:

@@ -13,7 +13,7 @@ use shared::llm::sse::{Event, Parser};
 use tokio::time::timeout;
 
 use super::answer::{self, Seen, Usage};
-use super::request::Asked;
+use super::request::{Asked, TOKEN_BYTES};
 
 /// Tries with one model.
 const MAX_TRIES: u32 = 2;
@@ -88,14 +88,23 @@ pub(crate) struct Effort {
     pub(crate) status: Option<u16>,
     /// When the answer began to come.
     pub(crate) first_byte: Option<Instant>,
+    /// What has come of an answer in one piece.
+    bytes: usize,
 }
 
 impl Effort {
+    fn begin_try(&mut self) {
+        self.tries += 1;
+        self.since = Some(Instant::now());
+        (self.first_byte, self.bytes) = (None, 0);
+    }
+
     /// Enters the try that is under way, if one is.
     pub(crate) fn perhaps_billed(&mut self, asked: &Asked) {
         let (Some(model), Some(since)) = (&self.model, self.since.take()) else { return };
         let prompt_tokens = asked.about_prompt_tokens();
-        let completion_tokens = asked.about_unseen_tokens(since.elapsed());
+        let come = self.bytes as u64 / TOKEN_BYTES;
+        let completion_tokens = asked.about_unseen_tokens(since.elapsed()).max(come);
         let cost_pico = model.cost_pico(prompt_tokens, completion_tokens);
         self.perhaps_billed = self.perhaps_billed.and(Taken { prompt_tokens, completion_tokens, cost_pico });
     }
@@ -129,10 +138,9 @@ async fn with_tries(
 ) -> Result<Begun, Failure> {
     effort.model = Some(Arc::clone(model));
     for tried in 1.. {
-        effort.tries += 1;
-        effort.since = Some(Instant::now());
+        effort.begin_try();
         let left = deadline.saturating_duration_since(Instant::now());
-        let attempt = timeout(left.min(model.timeout), attempt(model, asked, &mut effort.first_byte)).await;
+        let attempt = timeout(left.min(model.timeout), attempt(model, asked, effort)).await;
         let failure = match attempt.unwrap_or_else(|_| Err(Failure::new(Kind::Timeout, true))) {
             Ok(begun) => {
                 effort.status = Some(200);
@@ -159,7 +167,7 @@ fn pause_before_next(failure: &Failure, tried: u32, left: Duration) -> Option<Du
     (failure.is_retryable() && tried < MAX_TRIES && pause <= MAX_PAUSE && pause < left).then_some(pause)
 }
 
-async fn attempt(model: &Model, asked: &Asked, first_byte: &mut Option<Instant>) -> Result<Begun, Failure> {
+async fn attempt(model: &Model, asked: &Asked, effort: &mut Effort) -> Result<Begun, Failure> {
     let mut response = model.send(asked.body_for(&model.name)).await.map_err(not_sent)?;
     if !response.status().is_success() {
         return Err(refusal(model, response).await);
@@ -167,15 +175,15 @@ async fn attempt(model: &Model, asked: &Asked, first_byte: &mut Option<Instant>)
     let content_type = response.headers().get("content-type").and_then(|value| value.to_str().ok()).unwrap_or("");
     if asked.stream && !content_type.starts_with("application/json") {
         let stream = stream(response).await?;
-        *first_byte = Some(Instant::now());
+        effort.first_byte = Some(Instant::now());
         return Ok(Begun::Stream(stream));
     }
     let cut_off = |_| Failure::new(Kind::Unavailable, true);
     let mut body = Vec::new();
-    *first_byte = None;
     while let Some(chunk) = response.chunk().await.map_err(cut_off)? {
-        first_byte.get_or_insert_with(Instant::now);
+        effort.first_byte.get_or_insert_with(Instant::now);
         body.extend_from_slice(&chunk);
+        effort.bytes = body.len();
         if body.len() > MAX_ANSWER_BYTES {
             return Err(Failure::new(Kind::InvalidResponse, true));
         }
