@@ -233,12 +233,12 @@ async fn answer(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes
             tokio::time::sleep(Duration::from_secs(3600)).await;
             StatusCode::OK.into_response()
         }
-        // Promises more bytes than come; the connection is closed on the difference.
-        Behaviour::CutOff => Response::builder()
-            .header(header::CONTENT_LENGTH, 10_000)
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Body::from(r#"{"choices": [{"message": {"content": "A mel"#))
-            .unwrap(),
+        Behaviour::CutOff => {
+            let piece = r#"{"choices": [{"message": {"content": "A mel"#.to_owned();
+            let mut response = stream(vec![piece], Duration::ZERO, Ending::CutOff);
+            response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+            response
+        }
         Behaviour::Body(body) => body.into_response(),
         Behaviour::Refuse(status, words) => {
             let error = json!({"message": words, "type": "invalid_request_error", "param": "messages", "code": "odd"});
