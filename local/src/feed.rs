@@ -1,5 +1,6 @@
-//! What stands between the change feed and enrichment on AWS: reads changes, hands each to `enrichment.handle` as an event of one record, and moves the durable cursor behind
-//! a change when it and all before it are done.
+//! What stands between the change feed and enrichment on AWS: reads changes, hands each to
+//! `enrichment.handle` as an event of one record, and moves the durable cursor behind a change when
+//! it and all before it are done.
 //!
 //! Changes are worked beside each other, so that a prompt of minutes holds up no description.
 

@@ -106,8 +106,8 @@ From its next start on the host demands a key of everybody, and LISTEN_ADDR may 
     Ok(())
 }
 
-/// The photos have threads of their own. Of what is left half of the processors do more than all: a thread that
-/// finds nothing to do costs the others.
+/// The photos have threads of their own, one a processor. Everything else shares half as many: more of them wake
+/// each other and interrupt the photos, and get no more done.
 fn serve() -> anyhow::Result<()> {
     let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
     let mut runtime = tokio::runtime::Builder::new_multi_thread();

@@ -176,7 +176,7 @@ async fn the_queue_hides_redelivers_and_buries() {
 }
 
 #[tokio::test]
-async fn the_feed_shows_each_write_until_the_cursor_has_passed_it() {
+async fn the_feed_shows_each_mark_until_the_cursor_has_passed_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("jobs.sqlite");
     let store = SqliteJobStore::open(&path).unwrap();
