@@ -38,7 +38,7 @@ locals {
   # Made by scripts/package --with-model.
   other_packages     = var.model_uri == "package" ? { inference = "inference-with-model" } : {}
   secret_environment = { SECRET_ARN = aws_secretsmanager_secret.functions.arn }
-  # Which LLM there is, if any; submit is told as much, and takes prompts.
+  # Which LLM there is, if any; submit is told as much, and takes prompts, and inference, which else describes.
   has_llm = var.llm_base_url != null || var.bedrock_agent != null
   llm_name = {
     LLM_BASE_URL     = var.llm_base_url
@@ -91,7 +91,7 @@ locals {
       # One whole processor, and the 640 MiB of the largest photo beside the model.
       memory_mb       = 1769
       timeout_seconds = var.function_timeout_seconds
-      environment = merge(local.queue_environment, local.blob_environment, local.secret_environment, {
+      environment = merge(local.queue_environment, local.blob_environment, local.secret_environment, local.llm_name, {
         MODEL_DIGEST = var.model_digest
         MODEL_URI    = var.model_uri
         CACHE        = var.cache

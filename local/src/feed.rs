@@ -25,8 +25,6 @@ use crate::workers::{PAUSE, POLL, failed, idle};
 const CONSUMER: &str = "enrichment";
 /// Descriptions that the LLM is asked for at once.
 const DESCRIPTIONS: usize = 10;
-/// The same where nobody is asked: the template answers at once, and commits are shared.
-const OFFLINE_DESCRIPTIONS: usize = 64;
 /// Prompts that the LLM is asked at once.
 const PROMPTS: usize = 10;
 /// Changes read ahead, those that wait for their turn included.
@@ -34,23 +32,19 @@ const WINDOW: usize = 1000;
 
 /// Who may ask the LLM at the moment.
 struct Turns {
-    is_offline: bool,
     descriptions: Semaphore,
     prompts: Semaphore,
 }
 
 impl Turns {
-    fn new(host: &Host) -> Self {
-        let is_offline = host.enrichment.llm.is_offline();
-        let descriptions = Semaphore::new(if is_offline { OFFLINE_DESCRIPTIONS } else { DESCRIPTIONS });
-        Self { is_offline, descriptions, prompts: Semaphore::new(PROMPTS) }
+    fn new() -> Self {
+        Self { descriptions: Semaphore::new(DESCRIPTIONS), prompts: Semaphore::new(PROMPTS) }
     }
 
     /// A turn for this job; `None` where the host stops.
     async fn take(&self, host: &Host, id: Uuid, stopped: &mut Receiver<bool>) -> Option<SemaphorePermit<'_>> {
-        // Nothing takes long offline. What cannot be read is read again by the handler, which reports it.
-        let is_prompt =
-            !self.is_offline && matches!(host.store.get(id).await, Ok(Some(Record::Job(job))) if job.is_prompt());
+        // What cannot be read is read again by the handler, which reports it.
+        let is_prompt = matches!(host.store.get(id).await, Ok(Some(Record::Job(job))) if job.is_prompt());
         let turns = if is_prompt { &self.prompts } else { &self.descriptions };
         tokio::select! {
             turn = turns.acquire() => turn.ok(),
@@ -71,7 +65,7 @@ struct Feed {
 }
 
 pub(crate) async fn enrichment(host: Arc<Host>, mut stopped: Receiver<bool>) {
-    let turns = Arc::new(Turns::new(&host));
+    let turns = Arc::new(Turns::new());
     let mut feed = Feed { host, turns, read_to: 0, under_way: BTreeMap::new(), tasks: JoinSet::new() };
     let host = Arc::clone(&feed.host);
     let mut at_most = Duration::ZERO;

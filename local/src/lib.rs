@@ -148,6 +148,7 @@ impl Host {
             cache: PredictionCache::from_env(env)?,
             cache_secret: secret,
             model: Arc::clone(&model),
+            template_describes: llm.is_offline(),
             room: Room::new(config.inference_workers)?,
             clock: clock.clone(),
             policy,

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! pending ─claim─▶ processing ─▶ awaiting_description ─▶ completed
-//!    ▲                 │ │ └────▶ completed (no description asked for, or abstained)
+//!    ▲                 │ │ └────▶ completed (no description asked for, abstained, or described at once)
 //!    └─release/expire──┘ └──────▶ needs_retake
 //! any open state ─▶ failed {retryable} ─redrive─▶ pending | awaiting_description
 //! ```

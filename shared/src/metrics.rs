@@ -95,6 +95,8 @@ pub fn photo_read(job: &Job) {
     duration(QUALITY_DURATION, timings.quality);
     duration(PREPROCESS_DURATION, timings.preprocess);
     duration(INFERENCE_DURATION, timings.inference);
+    // Where the template describes.
+    duration(DESCRIBE_DURATION, timings.describe);
     duration(TOTAL_DURATION, timings.total);
 }
 

@@ -78,6 +78,11 @@ run "an_agent_is_invoked_by_those_who_ask_and_through_its_alias_alone" {
     condition     = local.functions["submit"].environment.BEDROCK_AGENT_ID == "AGENT12345" && local.functions["enrichment"].timeout_seconds >= 300
     error_message = "Submit would refuse prompts, or their answers be cut off."
   }
+
+  assert {
+    condition     = local.functions["inference"].environment.BEDROCK_AGENT_ID == "AGENT12345"
+    error_message = "The template would describe what the agent is to."
+  }
 }
 
 run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {

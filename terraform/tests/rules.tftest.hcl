@@ -65,6 +65,11 @@ run "a_prompt_has_minutes_where_there_is_an_llm_and_a_description_does_not" {
   }
 
   assert {
+    condition     = local.functions["inference"].environment.LLM_BASE_URL == local.functions["enrichment"].environment.LLM_BASE_URL
+    error_message = "The template would describe what the LLM is to."
+  }
+
+  assert {
     condition     = aws_cloudwatch_metric_alarm.this["iterator-age"].threshold > local.functions["enrichment"].timeout_seconds * 1000
     error_message = "One slow answer would raise an alarm."
   }

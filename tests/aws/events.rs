@@ -154,7 +154,7 @@ pub struct Functions {
 }
 
 impl Functions {
-    /// With settings of enrichment, of which submit gets those that say which LLM there is.
+    /// With settings of enrichment, of which submit and inference get those that say which LLM there is.
     pub async fn start(caller: &str, enrichment: &[(&str, &str)]) -> Self {
         let sdk = sdk().await;
         let table = fresh_table(&sdk, "TABLE_NAME").await;
@@ -163,7 +163,7 @@ impl Functions {
         let llm: Vec<_> = enrichment.iter().copied().filter(|(name, _)| which(name)).collect();
         Self {
             submit: Function::start("submit", &[&own[..], &llm[..]].concat()).await,
-            inference: Function::start("inference", &own).await,
+            inference: Function::start("inference", &[&own[..], &llm[..]].concat()).await,
             enrichment: Function::start("enrichment", &[&own, enrichment].concat()).await,
             sweep: Function::start("sweep", &own).await,
             store: DynamoJobStore::new(&sdk, table.clone()),
@@ -257,6 +257,8 @@ async fn every_function_takes_the_documented_event_with_more_fields_and_with_few
     let mut functions = Functions::start("lena", &[]).await;
     let key = functions.key.clone();
     let own = [("TABLE_NAME", functions.table.as_str())];
+    // Reads for an LLM that enrichment then has not: else its event would not come.
+    functions.inference = Function::start("inference", &[own[0], ("LLM_BASE_URL", "http://127.0.0.1:1")]).await;
     let mut result = Function::start("result", &own).await;
     let mut admin = Function::start("admin", &own).await;
     for variant in [Variant::Documented, Variant::Extended, Variant::Reduced] {

@@ -2,7 +2,7 @@
 
 use axum::http::HeaderMap;
 use serde_json::{Value, json};
-use shared::job::{AnswerContent, DescriptionSource, Job, Record, Status};
+use shared::job::{AnswerContent, Attempts, DescriptionSource, Job, Record, Status};
 use shared::ports::JobStore;
 use uuid::Uuid;
 
@@ -19,6 +19,9 @@ async fn inference_starts_with_the_bundle_in_its_package_and_asks_the_bucket_for
     let job = functions.run("mole-drawn.png").await;
     assert_eq!(job.status, Status::Completed);
     assert!(!job.reading.unwrap().predictions.is_empty());
+    // Created, claimed, ended: no LLM is set, so enrichment has nothing to do.
+    assert_eq!((job.version, job.attempts), (3, Attempts { inference: 1, enrichment: 0 }));
+    assert_eq!(job.description.unwrap().source, DescriptionSource::Template);
     assert!(!functions.inference.process.folder.path().join("lesion-models").exists(), "nothing was fetched");
 }
 

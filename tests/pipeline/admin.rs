@@ -98,7 +98,9 @@ async fn a_failed_job_of_any_caller_is_sent_round_again_once() {
 
 /// Leaves a job of the caller `local` in a folder that was read and whose description was given up.
 pub async fn undescribed_job(folder: &Path) -> Uuid {
-    let host = open(folder, Clock::System, &[("INFERENCE_WORKERS", "1")]).await;
+    // Nobody is asked here, but who is to be.
+    let llm = [("LLM_BASE_URL", "http://127.0.0.1:1"), ("LLM_MODEL", "m")];
+    let host = open(folder, Clock::System, &[&llm[..], &[("INFERENCE_WORKERS", "1")]].concat()).await;
     let submission = Submission { image: mole(), describe: true, callback_url: None };
     let id = host.submit.accept(&Caller("local".into()), None, submission).await.unwrap();
     let deadline = host.clock.now() + host.config.policy.lease;

@@ -45,7 +45,7 @@ pub(super) const INFERENCE_MAP: &[Point] = &[Point::InferenceMapStored];
 pub(super) const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
 pub(super) const ENRICHMENT: &[Point] =
     &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished, Point::FeedBeforeCursor];
-/// Where the template describes.
+/// Where the template describes what was read for an LLM.
 pub(super) const ENRICHMENT_OFFLINE: &[Point] = &[Point::EnrichmentFinished];
 pub(super) const ENRICHMENT_RETRY: &[Point] = &[Point::EnrichmentDeferred];
 pub(super) const SUBMIT_PROMPT: &[Point] = &[Point::BlobWritten, Point::SubmitPromptStored, Point::SubmitRecordWritten];

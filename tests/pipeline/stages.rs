@@ -15,6 +15,7 @@ use shared::ports::{BlobStore, JobStore};
 use submit::Submission;
 use uuid::Uuid;
 
+use crate::support::llm_server::LlmServer;
 use crate::support::{Running, eventually, mole, open, sample, standing};
 use crate::sweeping::stuck_job;
 
@@ -200,7 +201,9 @@ async fn a_photo_that_is_gone_fails_the_job() {
 
 #[tokio::test]
 async fn a_second_delivery_and_a_late_worker_change_nothing() {
-    let (_folder, clock, host) = standing(&[]).await;
+    let llm = LlmServer::start([]).await;
+    let base_url = llm.base_url();
+    let (_folder, clock, host) = standing(&[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline, None).await;
@@ -246,7 +249,6 @@ async fn a_deleted_photos_words_are_in_no_file_and_its_key_may_come_again() {
     let id = host.submit.accept(&caller, Some("key".into()), submission()).await.unwrap();
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline, None).await;
-    host.enrichment.process(id, deadline).await.unwrap();
     let holds = |text: &str| {
         ["jobs.sqlite", "jobs.sqlite-wal"].iter().any(|file| {
             let bytes = std::fs::read(folder.path().join(file)).unwrap_or_default();

@@ -4,7 +4,8 @@
 //! Triggered by the change feed where a record carries the marker `dispatch = "enrichment"`. Reads
 //! the record. Writes, in this order: the claim, which takes the marker off; then the completed
 //! record, or the record with a later `due_at`. An LLM failure is never a batch failure: sweep
-//! marks the job again. Where no LLM is set, the completed record at once.
+//! marks the job again. Where no LLM is set inference describes; a photo that was read for one that is gone is
+//! described here, by the completed record at once.
 
 mod answer;
 pub mod guard;

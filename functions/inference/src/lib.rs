@@ -2,7 +2,8 @@
 //!
 //! Triggered by the queue. Reads the record and the photo. Writes, in this order: the claim; then
 //! either the overlay of the class activation map (blob store), where there is one, the finished
-//! record and after it the raw outputs (cache), or the released record and the message's visibility.
+//! record, with a description where the template writes it, and after it the raw outputs (cache), or
+//! the released record and the message's visibility.
 //! A message may come twice or late: the claim decides, not the message.
 
 pub mod bundle;
@@ -30,6 +31,7 @@ use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
 use shared::job::{self, FailureCode, InferenceOutcome, Input, Job, Policy, Quality, Record, Refused, Status, Timings};
 use shared::lease::put_leased;
+use shared::llm::template;
 use shared::message::Message;
 use shared::metrics;
 use shared::ports::{BlobStore, JobQueue, JobStore};
@@ -50,6 +52,8 @@ pub struct Inference<J, Q, B> {
     /// Keys the cache, so that who can read it cannot try photos against it.
     pub cache_secret: Vec<u8>,
     pub model: Arc<Model>,
+    /// Whether descriptions come from the template: then no job waits for one.
+    pub template_describes: bool,
     pub room: Room,
     pub clock: Clock,
     pub policy: Policy,
@@ -166,7 +170,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
         match self.work(&job, turn).await {
             Ok(worked) => {
                 let worked = self.with_map(&job, worked).await;
-                self.finish(&job, worked).await
+                self.finish(&job, self.with_description(&job, worked)).await
             }
             Err(error) => self.release(&job, &error).await,
         }
@@ -185,6 +189,20 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
                 reading.has_map = false;
             }
             (Err(_), _) => {}
+        }
+        worked
+    }
+
+    /// Adds the template's description, where no LLM is to write one.
+    fn with_description(&self, job: &Job, mut worked: Worked) -> Worked {
+        if let InferenceOutcome::Read { reading, description, .. } = &mut worked.outcome
+            && self.template_describes
+            && job.describe
+            && reading.abstained.is_none()
+        {
+            let started = Instant::now();
+            *description = Some(template::describe(reading, None));
+            worked.timings.describe = Some(millis(started));
         }
         worked
     }
@@ -363,7 +381,7 @@ fn read_photo(
         _ => None,
     };
     reading.has_map = map.is_some();
-    let outcome = InferenceOutcome::Read { reading, quality, cache_key: Some(cache_key) };
+    let outcome = InferenceOutcome::Read { reading, quality, cache_key: Some(cache_key), description: None };
     Worked { outcome, timings, outputs: fresh.then_some(outputs), map }
 }
 

@@ -37,6 +37,7 @@ async fn main() -> Result<(), Error> {
         cache,
         cache_secret,
         model: Arc::new(model(&stage).await?),
+        template_describes: !shared::config::has_llm(&stage.env)?,
         room: Room::new(AT_ONCE)?,
         clock: stage.clock.clone(),
         policy: stage.policy,

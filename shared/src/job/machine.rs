@@ -87,8 +87,8 @@ pub enum Refused {
 /// How inference ended; see [`Job::finish_inference`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum InferenceOutcome {
-    /// The model gave predictions or abstained.
-    Read { reading: Reading, quality: Quality, cache_key: Option<String> },
+    /// The model gave predictions or abstained. `description` where nobody is to be asked for one.
+    Read { reading: Reading, quality: Quality, cache_key: Option<String>, description: Option<Description> },
     /// The quality gate wants another photo.
     Retake { quality: Quality },
     /// No later attempt would do better.
@@ -266,12 +266,13 @@ impl Job {
                 next.quality = Some(quality);
                 Ok(next.ended(Status::NeedsRetake, policy))
             }
-            InferenceOutcome::Read { reading, quality, cache_key } => {
+            InferenceOutcome::Read { reading, quality, cache_key, description } => {
                 let wants_description = self.describe && reading.abstained.is_none();
                 next.quality = Some(quality);
                 next.reading = Some(reading);
                 next.cache_key = cache_key;
-                if !wants_description {
+                next.description = description.filter(|_| wants_description);
+                if !wants_description || next.description.is_some() {
                     return Ok(next.ended(Status::Completed, policy));
                 }
                 let mut next = next.open(Status::AwaitingDescription, now + policy.redispatch);

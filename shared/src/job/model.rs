@@ -43,6 +43,8 @@ fn tick_of(moment: Timestamp) -> u8 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Outcome {
     Read,
+    /// And described, by the template.
+    Described,
     Abstained,
     Retake,
     Failed,
@@ -50,11 +52,16 @@ enum Outcome {
 
 impl Outcome {
     fn full(self) -> InferenceOutcome {
-        let read =
-            |abstained| InferenceOutcome::Read { reading: reading(abstained), quality: quality(true), cache_key: None };
+        let read = |abstained, description| InferenceOutcome::Read {
+            reading: reading(abstained),
+            quality: quality(true),
+            cache_key: None,
+            description,
+        };
         match self {
-            Self::Read => read(false),
-            Self::Abstained => read(true),
+            Self::Read => read(false, None),
+            Self::Described => read(false, Some(description())),
+            Self::Abstained => read(true, None),
             Self::Retake => InferenceOutcome::Retake { quality: quality(false) },
             Self::Failed => InferenceOutcome::Failed { code: FailureCode::PhotoUnreadable },
         }
@@ -183,7 +190,7 @@ impl Model for OneJob {
             actions.extend([Action::DeliverChange, Action::DescribeAtOnce, Action::LoseChange]);
         }
         for &claim in &world.inferring {
-            let outcomes = [Outcome::Read, Outcome::Abstained, Outcome::Retake, Outcome::Failed];
+            let outcomes = [Outcome::Read, Outcome::Described, Outcome::Abstained, Outcome::Retake, Outcome::Failed];
             actions.extend(outcomes.map(|outcome| Action::FinishInference(claim, outcome)));
             actions.extend([Action::ReleaseInference(claim), Action::Die(claim)]);
         }

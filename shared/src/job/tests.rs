@@ -49,7 +49,11 @@ fn quality() -> Quality {
 }
 
 fn read(abstained: bool) -> InferenceOutcome {
-    InferenceOutcome::Read { reading: reading(abstained), quality: quality(), cache_key: Some("k".into()) }
+    described(abstained, None)
+}
+
+fn described(abstained: bool, description: Option<Description>) -> InferenceOutcome {
+    InferenceOutcome::Read { reading: reading(abstained), quality: quality(), cache_key: Some("k".into()), description }
 }
 
 fn description() -> Description {
@@ -93,6 +97,26 @@ fn a_photo_goes_from_pending_to_completed() {
     assert_eq!((done.version, done.claim), (5, 2));
     assert_eq!(done.timings_ms.total, Some(4000.0));
     assert_invariants(&done);
+}
+
+#[test]
+fn a_description_that_comes_with_the_reading_ends_the_job_in_the_same_write() {
+    let finish = |job: &Job, abstained| {
+        let outcome = described(abstained, Some(description()));
+        job.finish_inference(1, outcome, at(3), &policy()).unwrap()
+    };
+    let told = Job { callback: Some(Callback { url: String::new(), delivery: None }), ..processing() };
+    let done = finish(&told, false);
+    assert_eq!((done.status, done.version, done.claim, done.seq()), (Status::Completed, 3, 1, 3));
+    assert_eq!((done.description.clone(), done.attempts.enrichment), (Some(description()), 0));
+    assert_eq!(done.dispatch, Some(Dispatch::Webhook));
+    assert_invariants(&done);
+    assert_eq!(done.finish_inference(1, read(false), at(4), &policy()), Err(Refused::Ended));
+    // Words about no prediction, and words that nobody asked for.
+    for job in [finish(&processing(), true), finish(&Job { describe: false, ..processing() }, false)] {
+        assert_eq!((job.status, &job.description), (Status::Completed, &None));
+        assert_invariants(&job);
+    }
 }
 
 #[test]

@@ -192,7 +192,8 @@ class Bench:
             (scratch / name / "bootstrap").chmod(0o755)
             found = lambdas.get_function_configuration(FunctionName=f"lesion-local-{name}")
             self.environment[name] = found["Environment"]["Variables"]
-        # By template: what an LLM takes is not ours to measure.
+        # Inference reads for the stage's LLM, and enrichment describes by template: what an LLM takes is not ours to
+        # measure.
         for variable in [name for name in self.environment["enrichment"] if name.startswith("LLM_")]:
             del self.environment["enrichment"][variable]
 

@@ -15,7 +15,9 @@ use crate::support::{mole, numbered_mole, open, standing, within};
 
 #[tokio::test]
 async fn a_clock_set_back_an_hour_delays_and_loses_nothing() {
-    let (_folder, clock, host) = standing(&[]).await;
+    let llm = LlmServer::start([]).await;
+    let base_url = llm.base_url();
+    let (_folder, clock, host) = standing(&[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
     let submission = || Submission { image: mole(), describe: true, callback_url: None };
     let caller = Caller("local".into());
     let lost = host.submit.accept(&caller, None, submission()).await.unwrap();

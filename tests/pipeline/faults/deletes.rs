@@ -61,6 +61,8 @@ struct Bench {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Inference,
+    /// Inference that describes by the template, in the same write.
+    Describing,
     /// Inference of a photo that cannot be read: the claim is released.
     Release,
     Enrichment,
@@ -78,8 +80,9 @@ enum Stage {
     SweepAwaiting,
 }
 
-const STAGES: [Stage; 9] = [
+const STAGES: [Stage; 10] = [
     Stage::Inference,
+    Stage::Describing,
     Stage::Release,
     Stage::Enrichment,
     Stage::Offline,
@@ -111,6 +114,7 @@ impl Bench {
             cache: PredictionCache::memory(),
             cache_secret: vec![7; 32],
             model: Arc::clone(&host.model),
+            template_describes: false,
             room: Room::new(1).unwrap(),
             clock: clock.clone(),
             policy,
@@ -172,7 +176,7 @@ impl Bench {
         }
         let job = self.submit().await;
         match stage {
-            Stage::Inference | Stage::Answer | Stage::Refuse => {}
+            Stage::Inference | Stage::Describing | Stage::Answer | Stage::Refuse => {}
             Stage::Release => {
                 let photo = self.host.config.data_dir.join("blobs").join(blob_prefix(job.id)).join("photo");
                 std::fs::remove_file(&photo).unwrap();
@@ -190,7 +194,7 @@ impl Bench {
 
     async fn work(&self, stage: Stage, id: Uuid) {
         match stage {
-            Stage::Inference | Stage::Release => self.infer(id).await,
+            Stage::Inference | Stage::Describing | Stage::Release => self.infer(id).await,
             Stage::Enrichment | Stage::Defer | Stage::Answer | Stage::Refuse => self.describe(id).await,
             Stage::Offline => {
                 let until = self.host.clock.now() + self.host.config.policy.lease;
@@ -305,6 +309,7 @@ async fn a_delete_at_any_moment_of_any_stage_leaves_nothing_and_nothing_comes_ba
     let mut bench = Bench::new(folder.path(), &llm).await;
     let mut races = Vec::new();
     for stage in STAGES {
+        Arc::get_mut(&mut bench.inference).unwrap().template_describes = stage == Stage::Describing;
         llm.behave(match stage {
             Stage::Defer => Behaviour::Status(503, Some(600)),
             Stage::Answer => Behaviour::Answer(long_answer()),
@@ -328,7 +333,8 @@ async fn a_delete_at_any_moment_of_any_stage_leaves_nothing_and_nothing_comes_ba
     // Two moments a call: get, claim, photo, finish; get, claim, finish; get, finish; get, claim, prompt,
     // answer, finish; due, write, send, list.
     let moments = |stage| races.iter().find(|(raced, _)| *raced == stage).unwrap().1;
-    assert!(moments(Stage::Inference) >= 8 && moments(Stage::Enrichment) >= 6 && moments(Stage::SweepPending) >= 8);
+    assert!(moments(Stage::Inference) >= 8 && moments(Stage::Describing) == moments(Stage::Inference));
+    assert!(moments(Stage::Enrichment) >= 6 && moments(Stage::SweepPending) >= 8);
     assert!(moments(Stage::Answer) >= 10 && moments(Stage::Refuse) >= 8 && moments(Stage::Offline) >= 4);
     println!("moments of a delete: {races:?}");
 }

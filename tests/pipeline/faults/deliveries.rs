@@ -181,9 +181,6 @@ async fn orders_to_forget_doubled_and_shuffled_erase_what_was_deleted_and_nothin
     let ids = pairs.iter().flatten();
     let messages: Vec<_> = ids.flat_map(|&id| [Message::Infer { id }, Message::Forget { id }]).collect();
     deliver_twice(&host, &messages, &mut random).await;
-    for &id in kept.iter().chain(&kept) {
-        host.enrichment.process(id, clock.now() + lease).await.unwrap();
-    }
 
     // A lease later, when no worker can put an entry back any more, it is all done once more, and confirmed.
     clock.advance(lease);
@@ -215,13 +212,12 @@ async fn orders_to_forget_doubled_and_shuffled_erase_what_was_deleted_and_nothin
             assert_eq!(host.inference.process(message, clock.now() + lease, None).await, Outcome::Acknowledge);
         }
         assert!(is_cached(&keys[&photo]).await, "photo {photo}: the entry of another job is gone");
-        host.enrichment.process(id, clock.now() + lease).await.unwrap();
         kept.push(id);
     }
     taken(&host).await;
     drop(host);
     let jobs = backlog::ended_once(folder.path(), kept, "orders to forget").await;
-    assert!(jobs.iter().all(|job| job.attempts == Attempts { inference: 1, enrichment: 1 }));
+    assert!(jobs.iter().all(|job| job.attempts == Attempts { inference: 1, enrichment: 0 }));
 }
 
 #[tokio::test]
@@ -249,7 +245,8 @@ async fn an_order_to_forget_reaches_no_other_callers_entry_of_the_same_photo() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_without_a_description_is_not_in_the_feed() {
-    let host = Running::start(&[]).await;
+    let llm = LlmServer::start([]).await;
+    let host = Running::asking(&llm, &[]).await;
     for _ in 0..3 {
         let request = host.http.post(format!("{}/submit?describe=false", host.url)).header("content-type", "image/png");
         assert_eq!(request.body(mole()).send().await.unwrap().status().as_u16(), 202);

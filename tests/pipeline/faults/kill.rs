@@ -72,6 +72,8 @@ enum Kind {
     Unreadable,
     /// Queued, and there is no LLM.
     Offline,
+    /// Read for an LLM that is there no more.
+    Read,
     /// Queued, and the LLM refuses until after the kills.
     Refused,
     /// Accepted, their messages lost.
@@ -109,7 +111,8 @@ const SCENES: &[(Kind, &[Point])] = &[
     (Kind::Queued, INFERENCE_MAP),
     (Kind::Unreadable, INFERENCE_RETRY),
     (Kind::Queued, ENRICHMENT),
-    (Kind::Offline, ENRICHMENT_OFFLINE),
+    (Kind::Offline, INFERENCE),
+    (Kind::Read, ENRICHMENT_OFFLINE),
     (Kind::Refused, ENRICHMENT_RETRY),
     (Kind::Lost, SWEEP),
     (Kind::Orphaned, SWEEP_ORPHAN),
@@ -205,6 +208,7 @@ impl Scene {
             | Kind::Queued
             | Kind::CutOff
             | Kind::Offline
+            | Kind::Read
             | Kind::Failed
             | Kind::Deleted
             | Kind::Buried => {}
@@ -218,7 +222,7 @@ impl Scene {
 
     /// Its descriptions are the template's.
     fn is_offline(&self) -> bool {
-        [Kind::Offline, Kind::Untold, Kind::Overdue].contains(&self.kind)
+        [Kind::Offline, Kind::Read, Kind::Untold, Kind::Overdue].contains(&self.kind)
     }
 
     fn what(&self) -> String {
@@ -289,7 +293,7 @@ impl Scene {
         let whose = match self.kind {
             // The next start takes them up itself.
             Kind::CutOff => return standing,
-            Kind::Queued | Kind::Offline | Kind::Orphaned => Whose::Leased,
+            Kind::Queued | Kind::Offline | Kind::Read | Kind::Orphaned => Whose::Leased,
             Kind::Uploaded => Whose::Jobs,
             _ => Whose::Open,
         };
@@ -359,10 +363,10 @@ impl Scene {
         for job in &jobs {
             let Some((status, before)) = standing.get(&job.id) else { continue };
             let unread = u32::from(matches!(status, Status::Pending | Status::Processing | Status::Failed));
-            let expected = Attempts {
-                inference: before.inference + unread,
-                enrichment: before.enrichment + u32::from(*status != Status::Completed),
-            };
+            // What is read where there is no LLM is described with it.
+            let undescribed = u32::from(*status != Status::Completed && self.kind != Kind::Offline);
+            let expected =
+                Attempts { inference: before.inference + unread, enrichment: before.enrichment + undescribed };
             assert_eq!(job.attempts, expected, "{what}: {} was {status:?}", job.id);
         }
         if matches!(self.kind, Kind::Told | Kind::Snubbed | Kind::Untold | Kind::Overdue) {

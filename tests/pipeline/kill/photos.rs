@@ -93,6 +93,16 @@ async fn a_kill_between_any_two_writes_of_inference_loses_and_doubles_nothing() 
         let calls = if [Point::QueueReceived, Point::InferenceClaimed].contains(&point) { 1..=1 } else { 1..=2 };
         assert!(calls.contains(&scene.llm.calls()), "{}: {} calls", point.name(), scene.llm.calls());
     }
+    for &point in INFERENCE {
+        let scene = Scene::new([]).await;
+        let mut host = Process::start(scene.data(), &[("CRASH_AT", point.name())]).await.unwrap();
+        let _ = scene.submit(&host, "key").await;
+        host.killed().await;
+        scene.recover("key", point).await;
+        // A host with an LLM finds nothing to ask where the template was before it.
+        let calls = usize::from([Point::QueueReceived, Point::InferenceClaimed].contains(&point));
+        assert_eq!(scene.llm.calls(), calls, "{}", point.name());
+    }
     let model = tempfile::tempdir().unwrap();
     Network::default().write(model.path());
     for &point in INFERENCE_MAP {
@@ -126,7 +136,7 @@ async fn a_kill_between_any_two_writes_of_inference_loses_and_doubles_nothing() 
         std::fs::rename(&away, &photo).unwrap();
         scene.recover("key", point).await;
     }
-    println!("inference: killed at {} points", INFERENCE.len() + INFERENCE_MAP.len() + INFERENCE_RETRY.len());
+    println!("inference: killed at {} points", 2 * INFERENCE.len() + INFERENCE_MAP.len() + INFERENCE_RETRY.len());
 }
 
 /// Leases and waits of an hour, so that nothing is taken up because its time is over.
@@ -179,13 +189,18 @@ async fn a_kill_between_any_two_writes_of_enrichment_loses_and_doubles_nothing()
         assert_eq!(scene.llm.calls(), expected, "{}", point.name());
     }
     for &point in ENRICHMENT_OFFLINE {
-        let scene = Scene::new([]).await;
-        let mut host = Process::start(scene.data(), &[("CRASH_AT", point.name())]).await.unwrap();
+        // Read for an LLM that is then taken away.
+        let scene = Scene::new([const { Behaviour::Status(503, Some(30)) }]).await;
+        let mut host = scene.start(Some(Point::EnrichmentDeferred)).await;
         let _ = scene.submit(&host, "key").await;
         host.killed().await;
+        hurry(scene.data());
+        if let Some(mut host) = Process::start(scene.data(), &[("CRASH_AT", point.name())]).await {
+            host.killed().await;
+        }
         // A host with an LLM finds nothing to ask.
         scene.recover("key", point).await;
-        assert_eq!(scene.llm.calls(), 0, "{}", point.name());
+        assert_eq!(scene.llm.calls(), 1, "{}", point.name());
     }
     for &point in ENRICHMENT_RETRY {
         let scene = Scene::new([const { Behaviour::Status(503, Some(30)) }]).await;

@@ -173,7 +173,7 @@ async fn hundreds_deleted_while_they_are_told_and_submitted_again_are_gone_or_ne
     assert!(kept.iter().all(|id| told.contains_key(&id.to_string())), "an end was not told");
     assert_unreadable(folder.path(), &doomed, "told and submitted again");
     let jobs = backlog::ended_once(folder.path(), kept, "told and submitted again").await;
-    assert!(jobs.iter().all(|job| (job.attempts.inference, job.attempts.enrichment) == (1, 1)));
+    assert!(jobs.iter().all(|job| (job.attempts.inference, job.attempts.enrichment) == (1, 0)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

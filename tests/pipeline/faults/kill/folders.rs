@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::{TimeDelta, Utc};
+use inference::Outcome;
 use local::Host;
 use shared::clock::Clock;
 use shared::http::Caller;
+use shared::message::Message;
 use shared::ports::BlobStore;
 use tempfile::TempDir;
 
@@ -27,6 +29,8 @@ pub(super) struct Folders {
     /// Nothing but the model.
     empty: TempDir,
     queued: TempDir,
+    /// Read, their descriptions in the feed.
+    read: TempDir,
     reserved: TempDir,
     failed: TempDir,
     completed: TempDir,
@@ -38,7 +42,7 @@ pub(super) struct Folders {
 
 impl Folders {
     pub(super) async fn fill() -> Self {
-        let [model, empty, queued, reserved, failed, completed, buried, untold] =
+        let [model, empty, queued, read, reserved, failed, completed, buried, untold] =
             std::array::from_fn(|_| tempfile::tempdir().unwrap());
         // Of skin it says what the LLM's description speaks of.
         let classes = vec![("melanocytic naevus", [9.0, 0.0, 0.0]), ("other", [0.0, 0.0, 9.0])];
@@ -49,6 +53,11 @@ impl Folders {
         backlog::copy(empty.path(), queued.path());
         backlog::accept(&open(queued.path(), Clock::System, &model_dir).await, JOBS).await;
         backlog::closed(queued.path()).await;
+
+        backlog::copy(queued.path(), read.path());
+        let asking = [&model_dir[..], &[("LLM_BASE_URL", "http://127.0.0.1:1"), ("LLM_MODEL", "m")]].concat();
+        read_all(&open(read.path(), Clock::System, &asking).await).await;
+        backlog::closed(read.path()).await;
 
         backlog::copy(queued.path(), reserved.path());
         reserve(&open(reserved.path(), Clock::System, &model_dir).await).await;
@@ -86,7 +95,7 @@ impl Folders {
         host.terminate().await;
         backlog::closed(untold.path()).await;
         backlog::leave_one_try(untold.path());
-        Self { model, empty, queued, reserved, failed, completed, buried, untold }
+        Self { model, empty, queued, read, reserved, failed, completed, buried, untold }
     }
 
     pub(super) fn model(&self) -> PathBuf {
@@ -96,6 +105,7 @@ impl Folders {
     pub(super) fn of(&self, kind: Kind) -> &Path {
         match kind {
             Kind::Submitted | Kind::Uploaded | Kind::Asked | Kind::Told | Kind::Snubbed => self.empty.path(),
+            Kind::Read => self.read.path(),
             Kind::Reserved => self.reserved.path(),
             Kind::Failed => self.failed.path(),
             Kind::Deleted => self.completed.path(),
@@ -103,6 +113,16 @@ impl Folders {
             Kind::Untold | Kind::Overdue => self.untold.path(),
             _ => self.queued.path(),
         }
+    }
+}
+
+/// Has all photos read, and nobody asked about them.
+async fn read_all(host: &Host) {
+    let lease = host.config.policy.lease;
+    while let Some(delivery) = host.queue.receive(lease).await.unwrap() {
+        let message = Message::decode(&delivery.body).unwrap();
+        assert_eq!(host.inference.process(message, host.clock.now() + lease, None).await, Outcome::Acknowledge);
+        host.queue.acknowledge(&delivery.receipt).await.unwrap();
     }
 }
 
