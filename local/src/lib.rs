@@ -36,7 +36,7 @@ use shared::cache::PredictionCache;
 use shared::callback::Destinations;
 use shared::clock::Clock;
 use shared::config::Env;
-use shared::embedded::{DirBlobStore, Hub, SqliteCallers, SqliteJobQueue, SqliteJobStore};
+use shared::embedded::{DirBlobStore, Hub, SqliteCallers, SqliteJobQueue, SqliteJobStore, Work};
 use shared::llm::Llm;
 use shared::llm::models::Models;
 use shared::ports::Callers;
@@ -251,7 +251,9 @@ impl Host {
         for _ in 0..host.config.inference_workers * workers::AHEAD {
             tasks.spawn(workers::inference(Arc::clone(&host), stopped.clone()));
         }
-        tasks.spawn(feed::enrichment(Arc::clone(&host), stopped.clone()));
+        for work in [Work::Description, Work::Prompt] {
+            tasks.spawn(feed::enrichment(Arc::clone(&host), work, stopped.clone()));
+        }
         tasks.spawn(sockets::notify(Arc::clone(&host), stopped.clone()));
         for _ in 0..workers::WEBHOOKS {
             tasks.spawn(workers::webhooks(Arc::clone(&host), stopped.clone()));

@@ -53,7 +53,7 @@ points! {
     EnrichmentAnswerStored = "enrichment.answer_stored",
     EnrichmentDeferred = "enrichment.deferred",
     EnrichmentFinished = "enrichment.finished",
-    FeedBeforeCursor = "feed.before_cursor",
+    FeedBeforeRemoval = "feed.before_removal",
     ResultTombstoned = "result.tombstoned",
     ResultBlobsErased = "result.blobs_erased",
     ResultForgetSent = "result.forget_sent",

@@ -140,7 +140,7 @@ const EMBEDDED_ALONE: &[Point] = &[
     Point::BlobWritten,
     Point::QueueReceived,
     Point::QueueBeforeAck,
-    Point::FeedBeforeCursor,
+    Point::FeedBeforeRemoval,
     Point::HousekeepingRecordsRemoved,
     Point::HousekeepingPhotosRemoved,
     Point::StartSecretWritten,

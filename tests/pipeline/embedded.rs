@@ -2,7 +2,7 @@
 
 use chrono::TimeDelta;
 use shared::clock::Clock;
-use shared::embedded::{DirBlobStore, Hub, SqliteCallers, SqliteJobQueue, SqliteJobStore, downloads};
+use shared::embedded::{DirBlobStore, Hub, SqliteCallers, SqliteJobQueue, SqliteJobStore, Work, downloads};
 use shared::job::{Policy, Record};
 use shared::message::Message;
 use shared::ports::{BlobStore, GetTerms, JobQueue, JobStore};
@@ -176,7 +176,7 @@ async fn the_queue_hides_redelivers_and_buries() {
 }
 
 #[tokio::test]
-async fn the_feed_shows_each_mark_until_the_cursor_has_passed_it() {
+async fn the_feed_shows_each_mark_until_it_is_worked() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("jobs.sqlite");
     let store = SqliteJobStore::open(&path).unwrap();
@@ -192,20 +192,24 @@ async fn the_feed_shows_each_mark_until_the_cursor_has_passed_it() {
         store.replace(claimed.fence(), &Record::Job(marked)).await.unwrap();
         waiting.push(job.id);
     }
-    let changes = store.changes_behind("enrichment", 0, 2).await.unwrap();
-    assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[..2]);
-    let again = store.changes_behind("enrichment", 0, 2).await.unwrap();
-    assert_eq!(again, changes, "what was not passed is shown again");
-    store.advance("enrichment", changes.last().unwrap().seq).await.unwrap();
+    let behind = async |store: &SqliteJobStore, read_to| {
+        let changes = store.changes_behind(Work::Description, read_to, 2).await.unwrap();
+        changes.into_iter().map(|change| (change.seq, change.id)).collect::<Vec<_>>()
+    };
+    let first = behind(&store, 0).await;
+    assert_eq!(first.iter().map(|(_, id)| *id).collect::<Vec<_>>(), waiting[..2]);
+    assert_eq!(behind(&store, 0).await, first, "what was not worked is shown again");
+    let third = behind(&store, first[1].0).await;
+    assert_eq!(third.iter().map(|(_, id)| *id).collect::<Vec<_>>(), waiting[2..]);
+    // Out of order: what is worked is gone, whatever is before it.
+    store.worked(vec![first[1].0]).await.unwrap();
     drop(store);
-
-    // The cursor is durable.
     let store = SqliteJobStore::open(&path).unwrap();
-    let changes = store.changes_behind("enrichment", 0, 10).await.unwrap();
-    assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), waiting[2..]);
-    store.advance("enrichment", changes.last().unwrap().seq).await.unwrap();
-    store.advance("enrichment", 1).await.unwrap();
-    assert_eq!(store.changes_behind("enrichment", 0, 10).await.unwrap(), []);
+    assert_eq!(behind(&store, 0).await, [first[0], third[0]]);
+    store.worked(vec![first[0].0, third[0].0]).await.unwrap();
+    store.worked(vec![first[0].0]).await.unwrap();
+    assert_eq!(behind(&store, 0).await, []);
+    assert_eq!(store.changes_behind(Work::Prompt, 0, 2).await.unwrap(), []);
 }
 
 #[tokio::test]

@@ -44,7 +44,7 @@ pub(super) const INFERENCE: &[Point] = &[
 pub(super) const INFERENCE_MAP: &[Point] = &[Point::InferenceMapStored];
 pub(super) const INFERENCE_RETRY: &[Point] = &[Point::InferenceReleased, Point::InferenceHidden];
 pub(super) const ENRICHMENT: &[Point] =
-    &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished, Point::FeedBeforeCursor];
+    &[Point::EnrichmentClaimed, Point::EnrichmentAnswered, Point::EnrichmentFinished, Point::FeedBeforeRemoval];
 /// Where the template describes what was read for an LLM.
 pub(super) const ENRICHMENT_OFFLINE: &[Point] = &[Point::EnrichmentFinished];
 pub(super) const ENRICHMENT_RETRY: &[Point] = &[Point::EnrichmentDeferred];
@@ -54,7 +54,7 @@ pub(super) const PROMPT: &[Point] = &[
     Point::EnrichmentAnswered,
     Point::EnrichmentAnswerStored,
     Point::EnrichmentFinished,
-    Point::FeedBeforeCursor,
+    Point::FeedBeforeRemoval,
 ];
 pub(super) const RESULT: &[Point] = &[
     Point::ResultTombstoned,

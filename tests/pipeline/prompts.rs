@@ -418,6 +418,21 @@ async fn a_prompt_has_its_own_time_and_holds_up_no_description() {
     assert_eq!(llm.calls(), 2);
 }
 
+#[tokio::test]
+async fn more_prompts_than_anybody_reads_ahead_hold_up_no_description() {
+    let llm = LlmServer::start([]).await;
+    llm.behave(Behaviour::Late(Duration::from_secs(600), ANSWER.into()));
+    let host = Running::asking(&llm, &[]).await;
+    for _ in 0..1100 {
+        ask(&host, &question()).await;
+    }
+    eventually("prompts wait behind others", async || llm.calls() == 10).await;
+    llm.behave(Behaviour::After(Duration::ZERO));
+    let photo = host.run(&mole()).await;
+    assert_eq!((&photo["status"], &photo["description"]["source"]), (&json!("completed"), &json!("llm")), "{photo}");
+    assert_eq!(llm.calls(), 11);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_while_the_llm_answers_costs_one_more_call_and_no_lease() {
     let (folder, http) = (tempfile::tempdir().unwrap(), client());

@@ -1,5 +1,5 @@
 //! The records in SQLite, and their change feed: a row in `changes` per write that marks a job for
-//! enrichment, in the write's own transaction, with a durable cursor per consumer.
+//! enrichment, in the write's own transaction, until enrichment has worked it.
 
 mod rows;
 
@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::job::{Dispatch, Fence, Job, Record, Tombstone, Upload};
 use crate::ports::{Created, Creation, Due, Idempotency, JobStore};
 
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const SCHEMA: &str = "
     CREATE TABLE jobs (
         id TEXT PRIMARY KEY,
@@ -48,9 +48,10 @@ const SCHEMA: &str = "
     CREATE TABLE usage (caller TEXT PRIMARY KEY, queued_bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE TABLE changes (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        work TEXT NOT NULL,
         id TEXT NOT NULL
     ) STRICT;
-    CREATE TABLE cursors (consumer TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE INDEX changes_work ON changes (work);
 ";
 /// From version 2, whose feed had every write.
 const SINCE_2: &str = "
@@ -58,6 +59,43 @@ const SINCE_2: &str = "
     ALTER TABLE changes DROP COLUMN version;
     ALTER TABLE changes DROP COLUMN dispatch;
 ";
+/// From version 3, whose feed was one, with a cursor behind what was worked.
+const SINCE_3: &str = "
+    ALTER TABLE changes RENAME TO changes_3;
+    CREATE TABLE changes (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        work TEXT NOT NULL,
+        id TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX changes_work ON changes (work);
+    INSERT INTO changes
+        SELECT seq, iif(json_extract(record, '$.prompt') IS NULL, 'description', 'prompt'), id
+        FROM changes_3 JOIN jobs USING (id) WHERE seq > coalesce((SELECT max(seq) FROM cursors), 0);
+    DROP TABLE changes_3;
+    DROP TABLE cursors;
+";
+
+/// What enrichment is to do. Each kind has its own feed: a prompt may take minutes, and many may wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    Description,
+    Prompt,
+}
+
+impl Work {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Description => "description",
+            Self::Prompt => "prompt",
+        }
+    }
+
+    /// What the job is marked for, if for anything.
+    fn marked(job: &Job) -> Option<Self> {
+        let work = if job.is_prompt() { Self::Prompt } else { Self::Description };
+        (job.dispatch == Some(Dispatch::Enrichment)).then_some(work)
+    }
+}
 
 /// One write to one record, without health data.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,15 +115,15 @@ pub struct DuePosition {
 #[derive(Clone)]
 pub struct SqliteJobStore {
     sqlite: Sqlite,
-    /// Rung when the feed has grown, so that its consumer need not wait for its next look.
-    changed: Arc<Notify>,
+    /// Rung when a feed has grown, so that its reader need not wait for its next look.
+    changed: Arc<[Notify; 2]>,
     written: Arc<Written>,
 }
 
 /// What each record that was written since somebody asked is to start, if anything.
 pub type Writes = BTreeMap<Uuid, Option<&'static str>>;
 
-/// A second feed, in memory. Who is told of jobs over a connection needs the latest state of each alone, and
+/// A feed of all writes, in memory. Who is told of jobs over a connection needs the latest state of each alone, and
 /// is gone when the process is; a delivery that is lost with it is due in its record.
 #[derive(Default)]
 struct Written {
@@ -116,17 +154,23 @@ impl SqliteJobStore {
     /// # Errors
     /// Where the file cannot be opened or is of another version.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let sqlite = Sqlite::open_upgraded(path, "the job store", VERSION, SCHEMA, &[SINCE_2])?;
-        Ok(Self { sqlite, changed: Arc::new(Notify::new()), written: Arc::default() })
+        let sqlite = Sqlite::open_upgraded(path, "the job store", VERSION, SCHEMA, &[SINCE_2, SINCE_3])?;
+        Ok(Self { sqlite, changed: Arc::default(), written: Arc::default() })
     }
 
     fn note(&self, row: &NewRow) -> Note {
         Note { written: Arc::clone(&self.written), id: row.id, dispatch: row.dispatch.map(Dispatch::as_str) }
     }
 
-    /// Completes when the feed has grown since the last call.
-    pub async fn changed(&self) {
-        self.changed.notified().await;
+    /// Completes when this feed has grown since the last call.
+    pub async fn changed(&self, work: Work) {
+        self.changed[work as usize].notified().await;
+    }
+
+    fn ring(&self, work: Option<Work>) {
+        if let Some(work) = work {
+            self.changed[work as usize].notify_one();
+        }
     }
 
     /// Waits until a record was written since the last call, and gives all that were. A record that was
@@ -141,32 +185,26 @@ impl SqliteJobStore {
         }
     }
 
-    /// The changes behind the consumer's cursor; behind `read_to`, where the consumer has read further than its
-    /// cursor says.
+    /// The oldest changes of a feed behind `read_to`, where 0 is its beginning.
     ///
     /// # Errors
     /// Where the store cannot be reached.
-    pub async fn changes_behind(&self, consumer: &'static str, read_to: i64, limit: u32) -> Result<Vec<Change>, Error> {
-        let sql = "SELECT seq, id FROM changes
-            WHERE seq > max(?1, coalesce((SELECT seq FROM cursors WHERE consumer = ?2), 0)) ORDER BY seq LIMIT ?3";
-        self.sqlite.read(|db| db.prepare_cached(sql)?.query_map(params![read_to, consumer, limit], change)?.collect())
+    pub async fn changes_behind(&self, work: Work, read_to: i64, limit: u32) -> Result<Vec<Change>, Error> {
+        let sql = "SELECT seq, id FROM changes WHERE work = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3";
+        self.sqlite
+            .read(|db| db.prepare_cached(sql)?.query_map(params![work.as_str(), read_to, limit], change)?.collect())
     }
 
-    /// Moves the consumer's cursor. With one consumer, what lies behind it is of no more use and is
-    /// deleted.
+    /// Takes changes out of the feed.
     ///
     /// # Errors
     /// Where the store cannot be reached.
-    pub async fn advance(&self, consumer: &'static str, seq: i64) -> Result<(), Error> {
+    pub async fn worked(&self, changes: Vec<i64>) -> Result<(), Error> {
         self.sqlite
             // Changes that are read again find their jobs claimed, or unclaimed as they are.
             .call_kept(Kept::InFile, move |db| {
-                let sql = "INSERT INTO cursors VALUES (?1, ?2)
-                    ON CONFLICT (consumer) DO UPDATE SET seq = max(seq, excluded.seq)";
-                db.prepare_cached(sql)?.execute(params![consumer, seq])?;
-                let sql = "DELETE FROM changes WHERE seq <= (SELECT min(seq) FROM cursors)";
-                db.prepare_cached(sql)?.execute([])?;
-                Ok(())
+                let mut delete = db.prepare_cached("DELETE FROM changes WHERE seq = ?1")?;
+                changes.iter().try_for_each(|seq| delete.execute([seq]).map(drop))
             })
             .await
     }
@@ -212,7 +250,7 @@ impl JobStore for SqliteJobStore {
                 Some((Record::Upload(upload.clone()).fence(), used))
             }
         };
-        let (now, max_queued_bytes, is_in_feed) = (now.timestamp_millis(), creation.max_queued_bytes, job.is_in_feed());
+        let (now, max_queued_bytes, work) = (now.timestamp_millis(), creation.max_queued_bytes, job.work);
         let created = self
             .sqlite
             .call(move |db| {
@@ -238,9 +276,7 @@ impl JobStore for SqliteJobStore {
             })
             .await?;
         // Nobody can be waiting to hear of it: nobody knows its id yet.
-        if is_in_feed {
-            self.changed.notify_one();
-        }
+        self.ring(work);
         Ok(created)
     }
 
@@ -273,11 +309,9 @@ impl JobStore for SqliteJobStore {
         // A power cut that undoes a claim ends its worker as well: the job is claimed anew.
         let is_claim = matches!(after, Record::Job(job) if job.lease_until.is_some());
         let kept = if is_claim { Kept::InFile } else { Kept::OnDisk };
-        let (note, is_in_feed) = (self.note(&row), row.is_in_feed());
+        let (note, work) = (self.note(&row), row.work);
         let (written, _note) = self.sqlite.call_kept(kept, move |db| Ok((row.write(db, fence)?, note))).await?;
-        if is_in_feed {
-            self.changed.notify_one();
-        }
+        self.ring(work);
         Ok(written)
     }
 
@@ -321,31 +355,46 @@ impl JobStore for SqliteJobStore {
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn of_a_feed_that_had_every_write_what_waits_is_left() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("jobs.sqlite");
-        drop(SqliteJobStore::open(&path).unwrap());
-        let (passed, waiting) = (Uuid::now_v7(), Uuid::now_v7());
-        let version_2 = format!(
-            "DROP TABLE changes;
+    /// A file of version 2 with these changes, each with its job's record and its marker.
+    fn of_version_2(path: &Path, changes: &[(i64, Uuid, &str, Option<&str>)]) {
+        drop(SqliteJobStore::open(path).unwrap());
+        let db = rusqlite::Connection::open(path).unwrap();
+        let version_2 = "DROP TABLE changes;
             CREATE TABLE changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, version INTEGER NOT NULL,
                 dispatch TEXT) STRICT;
-            INSERT INTO changes VALUES (6, '{passed}', 3, 'enrichment'), (7, '{waiting}', 1, NULL),
-                (8, '{waiting}', 3, 'enrichment'), (9, '{waiting}', 4, 'webhook');
+            CREATE TABLE cursors (consumer TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
             INSERT INTO cursors VALUES ('enrichment', 6);
-            PRAGMA user_version = 2;"
+            PRAGMA user_version = 2;";
+        db.execute_batch(version_2).unwrap();
+        for (seq, id, record, dispatch) in changes {
+            let (id, job) = (id.to_string(), "INSERT OR IGNORE INTO jobs VALUES (?1, 'local', 1, 0, '', NULL, 0, ?2)");
+            db.execute(job, [id.as_str(), record]).unwrap();
+            db.execute("INSERT INTO changes VALUES (?1, ?2, 1, ?3)", params![seq, id, dispatch]).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn of_one_feed_with_every_write_what_waits_is_left_each_in_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("jobs.sqlite");
+        let (passed, photo, prompt) = (Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7());
+        let (a_photo, a_prompt) = (r#"{"photo":{}}"#, r#"{"prompt":{}}"#);
+        of_version_2(
+            &path,
+            &[
+                (6, passed, a_photo, Some("enrichment")),
+                (7, photo, a_photo, None),
+                (8, photo, a_photo, Some("enrichment")),
+                (9, prompt, a_prompt, Some("enrichment")),
+                (10, photo, a_photo, Some("webhook")),
+            ],
         );
-        rusqlite::Connection::open(&path).unwrap().execute_batch(&version_2).unwrap();
         let store = SqliteJobStore::open(&path).unwrap();
-        let changes = store.changes_behind("enrichment", 0, 10).await.unwrap();
-        assert_eq!(changes, [Change { seq: 8, id: waiting }]);
-        store.advance("enrichment", 8).await.unwrap();
-        drop(store);
-        let store = SqliteJobStore::open(&path).unwrap();
-        let newest =
-            store.sqlite.read(|db| db.query_row("SELECT seq FROM sqlite_sequence", [], |row| row.get::<_, i64>(0)));
-        assert_eq!(newest.unwrap(), 9, "a new change comes behind the cursor");
-        assert_eq!(store.changes_behind("enrichment", 0, 10).await.unwrap(), []);
+        let of = async |work| store.changes_behind(work, 0, 10).await.unwrap();
+        assert_eq!(of(Work::Description).await, [Change { seq: 8, id: photo }]);
+        assert_eq!(of(Work::Prompt).await, [Change { seq: 9, id: prompt }]);
+        store.worked(vec![8]).await.unwrap();
+        assert_eq!(of(Work::Description).await, []);
+        assert_eq!(of(Work::Prompt).await.len(), 1);
     }
 }

@@ -16,6 +16,6 @@ pub mod uploads;
 
 pub use blobs::DirBlobStore;
 pub use callers::SqliteCallers;
-pub use jobs::{Change, SqliteJobStore, Writes};
+pub use jobs::{Change, SqliteJobStore, Work, Writes};
 pub use queue::{Delivery, SqliteJobQueue};
 pub use sockets::{Hub, Outbox};

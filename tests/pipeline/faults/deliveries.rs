@@ -27,39 +27,33 @@ use crate::support::backlog::{self, JOBS, PATIENCE};
 use crate::support::llm_server::LlmServer;
 use crate::support::{Running, eventually, mole, numbered_mole, open, standing, within};
 
-/// Reads the feed as a consumer of its own and delivers every change twice more, in another order,
-/// while the host works the same changes.
-async fn deliver_again(host: &Host, variables: &[(&str, &str)]) -> JoinSet<()> {
+/// Delivers the change of every job again and again, twice a round and in another order, before it is due and
+/// while the host works it.
+fn deliver_again(host: &Host, ids: &[Uuid], variables: &[(&str, &str)]) -> JoinSet<()> {
     let (store, clock, policy) = (host.store.clone(), host.clock.clone(), host.config.policy);
     let llm = Llm::from_env(&Env::of(variables.iter().copied())).unwrap().into();
-    let enrichment = Arc::new(Enrichment {
-        jobs: store.clone(),
+    let enrichment = Enrichment {
+        jobs: store,
         blobs: host.blobs.clone(),
         llm,
         push: host.hub.clone(),
         clock: clock.clone(),
         policy,
-    });
-    // With a cursor of its own the changes stay until it has read them too.
-    store.advance("again", 0).await.unwrap();
+    };
+    let mut twice = [ids, ids].concat();
     let mut task = JoinSet::new();
     task.spawn(async move {
         let mut random = SmallRng::seed_from_u64(4);
         loop {
-            let changes = store.changes_behind("again", 0, 50).await.unwrap();
-            let read_to = changes.last().map(|last| last.seq);
-            let mut twice = [changes.clone(), changes].concat();
             twice.shuffle(&mut random);
-            let mut deliveries = JoinSet::new();
-            for change in twice {
-                let (enrichment, until) = (Arc::clone(&enrichment), clock.now() + policy.lease);
-                deliveries.spawn(async move { enrichment.process(change.id, until).await.unwrap() });
+            for some in twice.chunks(100) {
+                let until = clock.now() + policy.lease;
+                let deliveries = some.iter().map(|&id| enrichment.process(id, until));
+                for delivered in futures_util::future::join_all(deliveries).await {
+                    delivered.unwrap();
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
             }
-            deliveries.join_all().await;
-            if let Some(read_to) = read_to {
-                store.advance("again", read_to).await.unwrap();
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     });
     task
@@ -80,7 +74,7 @@ async fn messages_and_changes_doubled_and_shuffled_end_every_job_once() {
     for &id in &messages {
         host.queue.send(Message::Infer { id }).await.unwrap();
     }
-    let again = deliver_again(&host, &extra[..2]).await;
+    let again = deliver_again(&host, &ids, &extra[..2]);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let running = tokio::spawn(host.run(async { stopped.await.unwrap_or(()) }, |_| {}));
     within(PATIENCE, "nothing is left to do", async || backlog::is_quiet(folder.path())).await;

@@ -46,7 +46,7 @@ fn kills(kind: Kind, point: Point) -> [(Point, u32); 2] {
         // All are moved at once.
         (Kind::Dead, _) => [(point, 1), (point, 1)],
         // A batch meets it once for up to ten jobs.
-        (_, Point::FeedBeforeCursor) => [(point, 20), (point, 10)],
+        (_, Point::FeedBeforeRemoval) => [(point, 20), (point, 10)],
         _ => [(point, 200), (point, 100)],
     }
 }

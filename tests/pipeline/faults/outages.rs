@@ -7,6 +7,7 @@ use chrono::{TimeDelta, Utc};
 use local::Host;
 use shared::api::{JobResult, Outcome};
 use shared::clock::Clock;
+use shared::embedded::Work;
 use shared::job::{DescriptionSource, Job, Policy, Status};
 use shared::message::Message;
 use shared::ports::JobStore;
@@ -86,14 +87,12 @@ async fn work(host: &Host) {
         host.inference.process(Message::decode(&delivery.body).unwrap(), until(), None).await;
         host.queue.acknowledge(&delivery.receipt).await.unwrap();
     }
-    let changes = host.store.changes_behind("enrichment", 0, 1000).await.unwrap();
+    let changes = host.store.changes_behind(Work::Description, 0, 1000).await.unwrap();
     let described = changes.iter().map(|change| host.enrichment.process(change.id, until()));
     for done in futures_util::future::join_all(described).await {
         done.unwrap();
     }
-    if let Some(last) = changes.last() {
-        host.store.advance("enrichment", last.seq).await.unwrap();
-    }
+    host.store.worked(changes.iter().map(|change| change.seq).collect()).await.unwrap();
 }
 
 async fn all(host: &Host) -> Vec<Job> {

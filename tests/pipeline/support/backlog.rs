@@ -84,7 +84,6 @@ pub fn in_state(data: &Path, status: Status) -> usize {
 
 /// Nothing is due, queued, or in the feed for enrichment; room that is kept for an upload is no work.
 pub fn is_quiet(data: &Path) -> bool {
-    let fed = "SELECT count(*) FROM changes WHERE seq > (SELECT coalesce(max(seq), 0) FROM cursors)";
     // An upload waits: unused for its submit, and used until its address is worth nothing any more.
     let due = "SELECT count(*) FROM jobs WHERE due_at IS NOT NULL AND json_extract(record, '$.used') IS NOT 0
         AND NOT (json_extract(record, '$.used') IS 1
@@ -92,7 +91,7 @@ pub fn is_quiet(data: &Path) -> bool {
     count(data, "jobs.sqlite", due) == 0
         && count(data, "queue.sqlite", "SELECT count(*) FROM messages") == 0
         && count(data, "webhooks.sqlite", "SELECT count(*) FROM messages") == 0
-        && count(data, "jobs.sqlite", fed) == 0
+        && count(data, "jobs.sqlite", "SELECT count(*) FROM changes") == 0
 }
 
 /// Whose time passes in [`hurry`].

@@ -4,7 +4,7 @@ use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 use uuid::Uuid;
 
 use super::super::columns::uuid;
-use super::{Change, DuePosition};
+use super::{Change, DuePosition, Work};
 use crate::clock::from_millis;
 use crate::error::Error;
 use crate::job::{Dispatch, Fence, Record};
@@ -100,15 +100,17 @@ pub(super) struct NewRow {
     due_at: Option<i64>,
     expires_at: i64,
     pub(super) dispatch: Option<Dispatch>,
+    /// The feed that its write is of, if of any.
+    pub(super) work: Option<Work>,
     pub(super) queued_bytes: u64,
     record: String,
 }
 
 impl NewRow {
     pub(super) fn of(record: &Record) -> Result<Self, Error> {
-        let (claim, status, dispatch) = match record {
-            Record::Job(job) => (job.claim, Some(job.status.as_str()), job.dispatch),
-            Record::Tombstone(_) | Record::Upload(_) => (0, None, None),
+        let (claim, status, dispatch, work) = match record {
+            Record::Job(job) => (job.claim, Some(job.status.as_str()), job.dispatch, Work::marked(job)),
+            Record::Tombstone(_) | Record::Upload(_) => (0, None, None, None),
         };
         Ok(Self {
             id: record.id(),
@@ -119,6 +121,7 @@ impl NewRow {
             due_at: record.due_at().map(|due| due.timestamp_millis()),
             expires_at: record.expires_at().timestamp_millis(),
             dispatch,
+            work,
             queued_bytes: record.queued_bytes(),
             record: encode(record)?,
         })
@@ -168,15 +171,11 @@ impl NewRow {
     }
 
     fn append(&self, db: &Connection) -> rusqlite::Result<()> {
-        if self.is_in_feed() {
-            db.prepare_cached("INSERT INTO changes (id) VALUES (?1)")?.execute([self.id.to_string()])?;
+        if let Some(work) = self.work {
+            let sql = "INSERT INTO changes (work, id) VALUES (?1, ?2)";
+            db.prepare_cached(sql)?.execute([work.as_str(), &self.id.to_string()])?;
         }
         Ok(())
-    }
-
-    /// Whether its write is of the feed: nobody else reads it.
-    pub(super) fn is_in_feed(&self) -> bool {
-        self.dispatch == Some(Dispatch::Enrichment)
     }
 }
 
