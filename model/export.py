@@ -93,7 +93,7 @@ def main(work: Path) -> None:
     manifest = {
         "format": 1,
         "name": "lesion-demo",
-        "version": "0.4.1",
+        "version": "0.4.2",
         "licence": "CC-BY-NC-4.0",
         "network": {
             "file": network.name,

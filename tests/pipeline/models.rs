@@ -81,7 +81,7 @@ fn a_bundle_that_does_not_fit_is_refused_and_says_why() {
         (
             "a golden picture without the ood that decides",
             |m| drop(m["golden"]["pictures"][0].as_object_mut().unwrap().remove("ood")),
-            "\"brown\" has no ood, which abstention.max_ood needs",
+            "\"hairy\" has no ood, which abstention.max_ood needs",
         ),
         ("a golden ood that is not met", |m| m["golden"]["pictures"][0]["ood"] = json!(9.0), "ood is"),
         ("a golden answer that is not met", |m| m["input"]["scale"] = json!(0.1), "golden picture"),
