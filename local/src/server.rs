@@ -7,12 +7,15 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::serve::Listener;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 /// How long a connection may lie unused and then take for a request's head. reqwest keeps one that is unused for 90 s,
 /// and should find it open when it asks again.
@@ -38,6 +41,13 @@ pub(crate) fn most_connections() -> usize {
     usize::try_from(files.saturating_sub(OTHER_FILES).max(files / 2)).unwrap_or(usize::MAX)
 }
 
+/// A connection's place among those that are taken at once. Each request has it in its extensions: whoever goes on
+/// with the connection behind an upgrade keeps it.
+#[derive(Clone)]
+pub(crate) struct Place {
+    _held: Arc<OwnedSemaphorePermit>,
+}
+
 /// Serves `most` connections at once until `stopped` says so, and then until what is under way has been answered.
 /// Those beyond wait to be taken.
 pub(crate) async fn serve(mut listener: impl Listener, router: Router, most: usize, stopped: watch::Receiver<bool>) {
@@ -45,17 +55,17 @@ pub(crate) async fn serve(mut listener: impl Listener, router: Router, most: usi
     let places = Arc::new(Semaphore::new(most));
     loop {
         let accept = async {
-            let place = Arc::clone(&places).acquire_owned().await;
-            (listener.accept().await.0, place)
+            let held = Arc::clone(&places).acquire_owned().await?;
+            Ok::<_, AcquireError>((listener.accept().await.0, Place { _held: Arc::new(held) }))
         };
         let (io, place) = tokio::select! {
-            taken = accept => taken,
+            Ok(taken) = accept => taken,
             () = told(stopped.clone()) => break,
         };
         let (router, stopped, open) = (router.clone(), stopped.clone(), open.clone());
         tokio::spawn(async move {
-            connection(io, router, stopped).await;
-            drop((open, place));
+            connection(io, router, place, stopped).await;
+            drop(open);
         });
     }
     drop((listener, open));
@@ -69,11 +79,16 @@ async fn told(mut stopped: watch::Receiver<bool>) {
 async fn connection(
     io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     router: Router,
+    place: Place,
     stopped: watch::Receiver<bool>,
 ) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD);
-    let service = TowerToHyperService::new(router);
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(place.clone());
+        router.call(request)
+    });
     let mut connection = pin!(http.serve_connection(TokioIo::new(io), service).with_upgrades());
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -88,6 +103,7 @@ async fn connection(
 
 #[cfg(test)]
 mod tests {
+    use axum::Extension;
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::sync::Notify;
@@ -98,7 +114,8 @@ mod tests {
     /// The client's end of a connection, and what stops the server.
     fn connect(router: Router) -> (DuplexStream, watch::Sender<bool>) {
         let ((client, server), (stop, stopped)) = (duplex(4096), watch::channel(false));
-        tokio::spawn(connection(server, router, stopped));
+        let held = Arc::new(Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap());
+        tokio::spawn(connection(server, router, Place { _held: held }, stopped));
         (client, stop)
     }
 
@@ -157,6 +174,29 @@ mod tests {
         assert!(early.is_err(), "it was let in");
         drop(first);
         assert!(second.read(&mut answered).await.unwrap() > 0);
+    }
+
+    #[tokio::test]
+    async fn whoever_goes_on_with_a_connection_behind_its_answer_keeps_its_place() {
+        let (keep, mut kept) = mpsc::channel(1);
+        let router = Router::new().route(
+            "/",
+            get(async move |Extension(place): Extension<Place>| keep.send(place).await.is_ok().to_string()),
+        );
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, (_stop, stopped)) = (listener.local_addr().unwrap(), watch::channel(false));
+        tokio::spawn(serve(listener, router, 1, stopped));
+        let ask = async || {
+            let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+            client.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.map(|_| answer)
+        };
+        assert!(ask().await.unwrap().ends_with("true"));
+        let mut second = Box::pin(ask());
+        assert!(tokio::time::timeout(Duration::from_millis(200), &mut second).await.is_err(), "it was let in");
+        drop(kept.recv().await.unwrap());
+        assert!(second.await.unwrap().ends_with("true"));
     }
 
     #[test]

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_lambda_events::event::streams::DynamoDbBatchItemFailure;
-use axum::Router;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::extract::{Query, State};
 use axum::response::Response;
 use axum::routing::get;
+use axum::{Extension, Router};
 use serde::Deserialize;
 use serde_json::json;
 use shared::Error;
@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use uuid::Uuid;
 
 use crate::Host;
+use crate::server::Place;
 use crate::workers::{PAUSE, failed};
 
 /// API Gateway's: so long may nothing go over a connection.
@@ -50,6 +51,7 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
 
 async fn open(
     State(host): State<Arc<Host>>,
+    Extension(place): Extension<Place>,
     parameters: Result<Query<Parameters>, QueryRejection>,
     upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
 ) -> Result<Response, Error> {
@@ -79,6 +81,7 @@ async fn open(
         };
         // In a task of its own: after a panic in it there is still somebody to take the connection out.
         let _ = tokio::spawn(serve(socket, outbox, answer)).await;
+        drop(place);
         exchanged(disconnect(&host, connection)).await;
     }))
 }
