@@ -94,6 +94,7 @@ pub struct Host {
     /// The queue before webhook.
     pub webhooks: Queue,
     pub webhook: Webhook<Store, Queue>,
+    /// Of the receivers of webhooks, by `host:port`.
     places: places::Places,
     pub model: Arc<Model>,
     /// Held for as long as the host lives: two hosts on one folder would be two queues' workers
@@ -221,7 +222,7 @@ impl Host {
             notify,
             webhooks,
             webhook,
-            places: places::Places::default(),
+            places: places::Places::new(workers::WEBHOOKS_TO_ONE),
             model,
             _lock: lock,
         })

@@ -31,7 +31,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// # Errors
 /// Where the page cannot be served.
 pub(crate) fn router(host: &Arc<Host>) -> anyhow::Result<Router> {
-    let turns = Arc::new(Semaphore::new(turns::TURNS));
+    let turns = Arc::new(turns::Turns::new());
     let room = Arc::new(Semaphore::new(turns::ROOM_KIB));
     let submit = submit::router(Arc::clone(&host.submit));
     let admin = admin::router(Arc::clone(&host.admin));

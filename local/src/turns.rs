@@ -11,12 +11,17 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures_util::StreamExt;
+use shared::auth::Identity;
 use shared::error::{Code, Error};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
+use crate::places::Places;
+
 /// Photos taken in at the same time; one as JSON holds some 25 MB for as long as it takes.
-pub(crate) const TURNS: usize = 16;
+const TURNS: usize = 16;
+/// Of them by one caller, who may be slow.
+const TURNS_OF_ONE: usize = 12;
 /// What long requests to chat hold together, from their first byte to the end of their answers.
 pub(crate) const ROOM_KIB: usize = 128 * 1024;
 /// A body of unknown length, or of one that is refused when it comes to that, is taken to be so long.
@@ -28,16 +33,38 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a body may take to arrive: 4 MiB at 70 kB a second, 6 MiB at 105.
 const ARRIVAL: Duration = Duration::from_secs(60);
 
+/// Whose turn it is.
+pub(crate) struct Turns {
+    all: Semaphore,
+    of_one: Places,
+}
+
+impl Turns {
+    pub(crate) fn new() -> Self {
+        Self { all: Semaphore::new(TURNS), of_one: Places::new(TURNS_OF_ONE) }
+    }
+
+    async fn take(&self, caller: &str) -> Option<impl Sized> {
+        let own = self.of_one.take(caller).await?;
+        Some((own, self.all.acquire().await.ok()?))
+    }
+}
+
 /// Lets a request in when it is its turn.
-pub(crate) async fn in_turn(
-    State(turns): State<Arc<Semaphore>>,
+pub(crate) async fn in_turn(State(turns): State<Arc<Turns>>, request: Request, next: Next) -> Result<Response, Error> {
+    let caller = request.extensions().get().map_or_else(String::new, |identity: &Identity| identity.caller.clone());
+    turn(&turns, &caller, request, |request| next.run(request)).await
+}
+
+async fn turn<F: Future<Output = Response>>(
+    turns: &Turns,
+    caller: &str,
     request: Request,
-    next: Next,
+    answer: impl FnOnce(Request) -> F,
 ) -> Result<Response, Error> {
     let busy = || Error::too_many_requests("Too many photos are arriving at the moment. Try again.", 5);
-    let turn = timeout(PATIENCE, turns.acquire()).await.map_err(|_| busy())?;
-    let _turn = turn.map_err(|_| busy())?;
-    arriving(request, |request| next.run(request)).await
+    let _turn = timeout(PATIENCE, turns.take(caller)).await.ok().flatten().ok_or_else(busy)?;
+    arriving(request, answer).await
 }
 
 /// Lets a request in when there is room for its body.
@@ -111,6 +138,7 @@ mod tests {
 
     use axum::body::{Bytes, to_bytes};
     use axum::response::IntoResponse;
+    use futures_util::future::join_all;
     use futures_util::stream;
     use tokio::time::{Instant, sleep};
 
@@ -138,6 +166,22 @@ mod tests {
         let error = slow.await.unwrap_err();
         assert_eq!((error.code(), started.elapsed().as_secs()), (Code::InvalidRequest, 60));
         assert_eq!(room.available_permits(), ROOM_KIB);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_whose_photos_do_not_arrive_leaves_turns_to_others() {
+        let (turns, started) = (Turns::new(), Instant::now());
+        let ask = |caller, body| turn(&turns, caller, Request::new(body), read);
+        let slow = join_all((0..TURNS_OF_ONE).map(|_| ask("slow", unsent())));
+        let others = async {
+            let error = ask("slow", Body::empty()).await.unwrap_err();
+            assert_eq!((error.code(), started.elapsed().as_secs()), (Code::TooManyRequests, 10));
+            assert_eq!(ask("other", Body::empty()).await.unwrap().status().as_u16(), 200);
+            assert_eq!(started.elapsed().as_secs(), 10);
+        };
+        let (slow, ()) = tokio::join!(slow, others);
+        assert!(slow.iter().all(Result::is_err));
+        assert_eq!(ask("slow", Body::empty()).await.unwrap().status().as_u16(), 200);
     }
 
     #[tokio::test(start_paused = true)]

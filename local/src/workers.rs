@@ -14,6 +14,7 @@ use shared::embedded::Delivery;
 use shared::job::Job;
 use shared::transition::{NotMoved, transition};
 use tokio::sync::watch::Receiver;
+use tokio::time::timeout;
 
 use crate::{Host, Queue};
 
@@ -28,6 +29,10 @@ const LATE_UPLOAD_TTL: TimeDelta = TimeDelta::days(1);
 pub(crate) const AHEAD: usize = 16;
 /// Webhooks that are sent at once, to all receivers together.
 pub(crate) const WEBHOOKS: usize = 16;
+/// Of them to one receiver: one that takes its time takes no more of the senders than that.
+pub(crate) const WEBHOOKS_TO_ONE: usize = 2;
+/// How long a receiver's place is waited for: one that answers at once is soon free.
+const FREE_SOON: Duration = Duration::from_millis(50);
 /// When it is looked again whether a receiver has a place.
 const NO_PLACE: TimeDelta = TimeDelta::seconds(5);
 /// Longer than one may take.
@@ -88,7 +93,7 @@ pub(crate) async fn webhooks(host: Arc<Host>, stopped: Receiver<bool>) {
         let Some(receiver) = host.webhook.receiver(&delivery.body).await else {
             return host.webhook.handle(sqs_event(&delivery)).await.batch_item_failures.is_empty();
         };
-        let Some(_place) = host.places.take(receiver).await else {
+        let Ok(Some(_place)) = timeout(FREE_SOON, host.places.take(&receiver)).await else {
             if let Err(error) = host.webhooks.put_back(&delivery.receipt, NO_PLACE).await {
                 failed("message not put back", &error);
             }
