@@ -1,4 +1,4 @@
-# API keys and the counts of requests; shared/src/aws/callers.rs has the layout. Apart from the jobs:
+# API keys, their accounts and the counts of requests; shared/src/aws/callers.rs has the layout. Apart from the jobs:
 # counting must not pass through their stream.
 resource "aws_dynamodb_table" "callers" {
   name                        = "${local.name}-callers"

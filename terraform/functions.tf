@@ -38,7 +38,7 @@ locals {
   # Made by scripts/package --with-model.
   other_packages     = var.model_uri == "package" ? { inference = "inference-with-model" } : {}
   secret_environment = { SECRET_ARN = aws_secretsmanager_secret.functions.arn }
-  # Which LLM there is, if any; submit is told as much, and takes prompts, and inference, which else describes.
+  # Which LLM there is, if any; submit and socket are told as much, and take prompts; so is inference, which else describes.
   has_llm = var.llm_base_url != null || var.bedrock_agent != null
   llm_name = {
     LLM_BASE_URL     = var.llm_base_url

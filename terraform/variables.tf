@@ -93,7 +93,7 @@ variable "deadline_hours" {
 }
 
 variable "photo_ttl_days" {
-  description = "When photos are deleted (PHOTO_TTL_DAYS)."
+  description = "When photos, maps, prompts and large answers are deleted (PHOTO_TTL_DAYS)."
   type        = number
   default     = 7
 
@@ -115,7 +115,7 @@ variable "result_ttl_days" {
 }
 
 variable "max_queued_mb" {
-  description = "Photos that one caller may have waiting (MAX_QUEUED_MB)."
+  description = "Photos and prompts that one caller may have waiting (MAX_QUEUED_MB)."
   type        = number
   default     = 4096
 }
@@ -123,7 +123,7 @@ variable "max_queued_mb" {
 # Who may call, and how often.
 
 variable "use_api_keys" {
-  description = "Whether callers come with API keys, beside tokens or alone."
+  description = "That callers come with API keys, so that a stage without an issuer is meant; keys are taken in any case."
   type        = bool
   default     = false
 
@@ -284,7 +284,7 @@ variable "cache" {
 # The LLM.
 
 variable "llm_base_url" {
-  description = "An OpenAI-compatible server; null describes by template (LLM_BASE_URL)."
+  description = "An OpenAI-compatible server; without it and without bedrock_agent the template describes (LLM_BASE_URL)."
   type        = string
   default     = null
 }

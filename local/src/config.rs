@@ -12,7 +12,7 @@ use shared::job::Policy;
 /// The host's settings; each field names its variable.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// `LISTEN_ADDR`: loopback only where there are no keys. Port 0 takes a free one.
+    /// `LISTEN_ADDR`: loopback only where there are neither keys nor an issuer. Port 0 takes a free one.
     pub listen_addr: SocketAddr,
     /// `DATA_DIR`: records, queue, photos, models.
     pub data_dir: PathBuf,
@@ -26,11 +26,11 @@ pub struct Config {
     pub temporary_dir: PathBuf,
     /// `INFERENCE_WORKERS`: photos worked at the same time.
     pub inference_workers: usize,
-    /// `MAX_QUEUED_MB`: photos that one caller may have waiting, in bytes.
+    /// `MAX_QUEUED_MB`: photos and prompts that one caller may have waiting, in bytes.
     pub max_queued_bytes: u64,
     /// `SWEEP_INTERVAL_SECONDS`.
     pub sweep_interval: Duration,
-    /// What callers may do in a minute; of no effect on a host without keys.
+    /// What callers may do in a minute; of no effect where no credentials are asked for.
     pub limits: Limits,
     pub policy: Policy,
 }

@@ -12,7 +12,7 @@ use shared::clock::Clock;
 use shared::config::Env;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// The skin-lesion pipeline in one process: nothing to deploy, nothing leaves this machine.
+/// The skin-lesion pipeline in one process: nothing to deploy, and as it comes nothing leaves this machine.
 ///
 /// Settings come from the environment; README.md has the table. Without any, the API is served on
 /// 127.0.0.1:8080 and descriptions come from a template.

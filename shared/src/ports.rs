@@ -64,7 +64,7 @@ pub struct Due<P> {
     pub next: Option<P>,
 }
 
-/// The records, and the change feed that every write to them appends to.
+/// The records. A write that marks a job for enrichment reaches it by the store's change feed.
 pub trait JobStore: Send + Sync + 'static {
     /// Where a page of due records ended.
     type Position: Clone + Send + Sync + 'static;

@@ -6,5 +6,5 @@ max_concurrent_inferences = 50
 log_retention_days        = 90
 
 # chat's address is public and nothing throttles it: as many answers at a time, and no more instances. The account
-# needs 100 instances besides (RUNBOOK.md, throttles).
+# needs 100 instances besides (RUNBOOK.md, The address of chat).
 reserved_concurrency = { chat = 50 }

@@ -1,7 +1,8 @@
 //! The ports of the embedded host: SQLite files and a directory, in one process.
 //!
 //! Records and queue lie in two files and commit apart, as DynamoDB and SQS do, so that the faults
-//! between them can be found here. Both survive `kill -9` (WAL, `synchronous=FULL`).
+//! between them can be found here. Both survive `kill -9` (WAL); what is flushed for a power cut besides is in
+//! `sqlite.rs`.
 
 mod blobs;
 mod callers;
