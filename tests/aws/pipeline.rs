@@ -250,6 +250,9 @@ async fn an_upload_takes_what_was_announced_and_becomes_a_job() {
     assert_eq!(result["status"], "completed", "{result}");
     let blobs = S3BlobStore::new(&sdk().await, of_stage("BUCKET"), true, Clock::System);
     assert_eq!(blobs.get(permit["image_key"].as_str().unwrap()).await.unwrap(), None, "the upload is erased");
+    // Longer than a key of the table may be.
+    let long = user.request(Method::POST, "/submit").json(&json!({"image_key": "x".repeat(3000)}));
+    assert_eq!(long.send().await.unwrap().status(), StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]

@@ -2,6 +2,8 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 use reqwest::Response;
 use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
@@ -178,6 +180,19 @@ async fn base64_comes_with_line_breaks_and_as_a_data_url() {
     }
     let query = host.http.post(format!("{}/submit?describe=false", host.url)).json(&json!({"image": text})).send();
     assert_error(query.await.unwrap(), 400, "invalid_request").await;
+}
+
+#[tokio::test]
+async fn the_largest_photo_fits_into_json_as_android_writes_it() {
+    let host = Running::start(&[]).await;
+    let mut photo = vec![0; 4 * 1024 * 1024];
+    SmallRng::seed_from_u64(6).fill(&mut photo[..]);
+    let text = STANDARD.encode(photo);
+    let lines: Vec<_> = text.as_bytes().chunks(76).map(|line| std::str::from_utf8(line).unwrap()).collect();
+    let body = format!(r#"{{"image":"{}"}}"#, lines.join("\\n").replace('/', "\\/"));
+    let request = host.http.post(format!("{}/submit", host.url)).header("content-type", "application/json");
+    // It is no photo, but not too large for one.
+    assert_error(request.body(body).send().await.unwrap(), 415, "unsupported_media_type").await;
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use chrono::TimeDelta;
+use serde_json::json;
 use shared::clock::Clock;
 use shared::http::Caller;
 use shared::job::{Upload, new_id};
@@ -90,6 +91,35 @@ async fn more_photos_than_one_run_compares_are_compared_by_the_next() {
     assert_eq!((run(&host).await.orphans, orphans(data)), (0, 1));
     clock.advance(TimeDelta::minutes(61));
     assert_eq!((run(&host).await.orphans, orphans(data)), (1, 0));
+}
+
+/// Makes a job's record one of a later build, perhaps.
+fn spoil(data: &Path, id: Uuid) {
+    let jobs = rusqlite::Connection::open(data.join("jobs.sqlite")).unwrap();
+    let sql = "UPDATE jobs SET record = replace(record, '\"pending\"', '\"dancing\"') WHERE id = ?1";
+    assert_eq!(jobs.execute(sql, [id.to_string()]).unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_photo_without_a_record_behind_a_record_that_cannot_be_read_is_deleted() {
+    let (folder, clock, host) = standing(&[]).await;
+    spoil(folder.path(), stuck_job(&host).await);
+    clock.advance(TimeDelta::milliseconds(2));
+    make_orphans(folder.path(), &clock, 1);
+    clock.advance(TimeDelta::minutes(61));
+    assert_eq!((run(&host).await.orphans, orphans(folder.path())), (1, 1));
+}
+
+#[tokio::test]
+async fn a_change_of_a_record_that_cannot_be_read_does_not_come_back() {
+    let (folder, _clock, host) = standing(&[]).await;
+    let id = stuck_job(&host).await;
+    spoil(folder.path(), id);
+    let change = json!({
+        "Keys": {"id": {"S": id}}, "NewImage": {"dispatch": {"S": "webhook"}}, "SequenceNumber": "1"
+    });
+    let event = serde_json::from_value(json!({"Records": [{"dynamodb": change}]})).unwrap();
+    assert_eq!(host.notify.handle(event).await.batch_item_failures, []);
 }
 
 #[tokio::test]

@@ -40,7 +40,10 @@ impl<J: JobStore, C: Connections, P: Push, Q: JobQueue> Notify<J, C, P, Q> {
             *ids.entry(id).or_default() |= record.dispatch() == Some(Dispatch::Webhook.as_str());
         }
         let worked = join_all(ids.into_iter().map(async |(id, marked)| (id, self.process(id, marked).await))).await;
-        let failed: BTreeSet<Uuid> = worked.into_iter().filter(|(_, told)| told.is_err()).map(|(id, _)| id).collect();
+        // What this build cannot read would come back in vain, and hold up what is behind it.
+        let comes_back = |told: &Result<(), Error>| told.as_ref().is_err_and(Error::is_retryable);
+        let failed: BTreeSet<Uuid> =
+            worked.into_iter().filter(|(_, told)| comes_back(told)).map(|(id, _)| id).collect();
         let mut response = DynamoDbEventResponse::default();
         for record in event.records.iter().filter(|record| record.id().is_some_and(|id| failed.contains(&id))) {
             let mut failure = DynamoDbBatchItemFailure::default();

@@ -19,8 +19,9 @@ use utoipa::ToSchema;
 
 /// A form's boundaries and part headers are small as well.
 pub(crate) const MAX_FORM_BYTES: usize = MAX_PHOTO_BYTES + 64 * 1024;
-/// Base64 takes four bytes for three; the rest of the JSON is small.
-const MAX_JSON_BYTES: usize = MAX_PHOTO_BYTES.div_ceil(3) * 4 + 64 * 1024;
+/// Base64 takes four bytes for three, a break of its lines two more of 76, and some write `\/` for its `/`. Escaped
+/// once more in Lambda's event all of it stays below the 6 MiB that one may have.
+const MAX_JSON_BYTES: usize = MAX_PHOTO_BYTES.div_ceil(3) * 4 + 256 * 1024;
 
 const ONE_OF: &str = "Give \"image\" or \"image_key\", and with it \"describe\"; or \"prompt\" or \"messages\", and with \
     it \"system\", \"max_tokens\", \"temperature\" and \"format\". \"callback_url\" goes with each.";

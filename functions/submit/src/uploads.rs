@@ -108,6 +108,8 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
     /// the errors of [`Submit::accept`].
     pub async fn accept_upload(&self, caller: &Caller, key: Option<String>, upload: ImageKey) -> Result<Uuid, Error> {
         let ImageKey { image_key, describe, callback_url } = upload;
+        // Before it is looked for: what else somebody sends may be longer than a store takes.
+        let upload_id = upload_id(caller, &image_key).ok_or_else(nothing_uploaded)?;
         let now = self.clock.now();
         let id = job::new_id(now);
         let key = key.unwrap_or_else(|| image_key.clone());
@@ -117,7 +119,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
         if let Some(earlier) = self.jobs.idempotency(&item.caller, &item.key, now).await? {
             return same_content(&item, &earlier);
         }
-        let (upload, image, _turn) = match self.uploaded(caller, &image_key).await {
+        let (upload, image, _turn) = match self.uploaded(caller, upload_id, &image_key).await {
             Ok(found) => found,
             // The same request, sent twice at once, may have used it up since the look above.
             Err(error) => {
@@ -141,16 +143,16 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Submit<J, Q, B> {
     async fn uploaded(
         &self,
         caller: &Caller,
+        id: Uuid,
         image_key: &str,
     ) -> Result<(Upload, Vec<u8>, SemaphorePermit<'_>), Error> {
-        let upload = self.own_upload(caller, image_key).await?;
+        let upload = self.own_upload(caller, id, image_key).await?;
         let turn = self.upload_turns.acquire().await.map_err(Error::internal)?;
         let image = self.blobs.get(image_key).await?.ok_or_else(nothing_uploaded)?;
         Ok((upload, image, turn))
     }
 
-    async fn own_upload(&self, caller: &Caller, image_key: &str) -> Result<Upload, Error> {
-        let id = image_key.rsplit('/').nth(1).and_then(|id| Uuid::parse_str(id).ok()).ok_or_else(nothing_uploaded)?;
+    async fn own_upload(&self, caller: &Caller, id: Uuid, image_key: &str) -> Result<Upload, Error> {
         match self.jobs.get(id).await? {
             Some(Record::Upload(upload)) if upload.caller == caller.0 && upload.image_key == image_key => {
                 if upload.used { Err(upload_used()) } else { Ok(upload) }
@@ -166,6 +168,12 @@ fn image_key(caller: &Caller, id: Uuid) -> String {
     let digest = Sha256::digest(caller.0.as_bytes());
     let folder: String = digest[..16].iter().map(|byte| format!("{byte:02x}")).collect();
     format!("incoming/{folder}/{id}/photo")
+}
+
+/// The upload that a key of this caller's names.
+fn upload_id(caller: &Caller, key: &str) -> Option<Uuid> {
+    let id = key.rsplit('/').nth(1).and_then(|id| Uuid::parse_str(id).ok())?;
+    (image_key(caller, id) == key).then_some(id)
 }
 
 fn digest(hex: &str) -> Result<Vec<u8>, Error> {

@@ -235,7 +235,15 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Sweep<J, Q, B> {
             if job::id_time(id).is_none_or(|made| made > end) {
                 return Ok(true);
             }
-            if self.jobs.get(id).await?.is_none() {
+            let has_record = match self.jobs.get(id).await {
+                Ok(record) => record.is_some(),
+                Err(error) if error.is_retryable() => return Err(error),
+                Err(error) => {
+                    tracing::error!(job.id = %id, error.chain = error.chain(), "record not read");
+                    true
+                }
+            };
+            if !has_record {
                 self.blobs.delete_prefix(&job::blob_prefix(id)).await?;
                 crash::here(Point::SweepOrphanErased);
                 report.orphans += 1;
