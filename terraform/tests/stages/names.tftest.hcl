@@ -40,4 +40,9 @@ run "the_stages_file_plans_and_its_name_is_in_every_name" {
     condition     = var.stage != "prod" || lookup(var.reserved_concurrency, "chat", 0) > 0
     error_message = "Nothing bounds what anybody can have run at chat's public address."
   }
+
+  assert {
+    condition     = var.stage != "prod" || alltrue([for name in ["inference", "result", "sweep"] : lookup(var.reserved_concurrency, name, 0) > 0])
+    error_message = "Those who wait for results could take the instances that photos and sweep need."
+  }
 }
