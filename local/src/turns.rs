@@ -18,7 +18,8 @@ use tokio::time::timeout;
 
 use crate::places::Places;
 
-/// Photos, prompts and announcements of uploads taken in at the same time; a photo as JSON holds some 25 MB for as long as it takes.
+/// Photos, prompts and announcements of uploads taken in at the same time; a photo as JSON holds some 25 MB for as long
+/// as it takes.
 const TURNS: usize = 16;
 /// Of them by one caller, who may be slow.
 const TURNS_OF_ONE: usize = 12;
