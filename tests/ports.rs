@@ -150,18 +150,22 @@ pub async fn job_store_suite(store: impl JobStore) {
 /// A delete takes the key of its own job alone.
 async fn a_key_that_was_used_again_stays_with_its_job(store: &impl JobStore) {
     let policy = Policy::default();
-    let make = async |now: Timestamp| {
-        let job = Job { idempotency_key: Some("twice".into()), ..new_job("dora", now) };
+    let make = async |key: &str, now: Timestamp| {
+        let job = Job { idempotency_key: Some(key.into()), ..new_job("dora", now) };
         let expires_at = now + TimeDelta::hours(24);
-        let [caller, key, fingerprint] = ["dora", "twice", "f"].map(String::from);
+        let [caller, key, fingerprint] = ["dora", key, "f"].map(String::from);
         let item = Idempotency { caller, key, fingerprint, id: job.id, expires_at };
         assert_eq!(store.create(creation(&job, Some(&item))).await.unwrap(), Created::New);
         (job, item)
     };
     let later = start() + TimeDelta::hours(25);
-    let ((first, _), (_, item)) = (make(start()).await, make(later).await);
+    let ((first, _), (_, item)) = (make("twice", start()).await, make("twice", later).await);
     assert!(store.bury(&first, &first.tombstone(later, &policy)).await.unwrap());
     assert_eq!(store.idempotency("dora", "twice", later).await.unwrap(), Some(item));
+    // Its own goes also when its time is over: it holds the photo's digest.
+    let (job, _) = make("once", start()).await;
+    assert!(store.bury(&job, &job.tombstone(later, &policy)).await.unwrap());
+    assert_eq!(store.idempotency("dora", "once", start()).await.unwrap(), None);
 }
 
 /// What is due, page by page, behind records that `spoil` makes unreadable.

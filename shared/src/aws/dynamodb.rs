@@ -15,6 +15,7 @@ use std::time::Duration;
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::SdkError;
+use aws_sdk_dynamodb::operation::delete_item::DeleteItemError;
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
 use aws_sdk_dynamodb::types::{
@@ -151,6 +152,24 @@ impl DynamoJobStore {
             Err(error) => Err(unavailable(error)),
         }
     }
+
+    /// Deletes the item of a key whose time is over, which TTL may leave for days, unless it is another job's by now.
+    async fn delete_key_of(&self, job: &Job, key: &str) {
+        let delete = self
+            .client
+            .delete_item()
+            .table_name(&self.table)
+            .key("id", text(key_id(&job.caller, key)))
+            .condition_expression("#job = :id")
+            .expression_attribute_names("#job", "job")
+            .expression_attribute_values(":id", text(job.id.to_string()));
+        if let Err(error) = delete.send().await
+            && !error.as_service_error().is_some_and(DeleteItemError::is_conditional_check_failed_exception)
+        {
+            let error = unavailable(error);
+            tracing::warn!(job.id = %job.id, error.chain = error.chain(), "key of a deleted job not deleted; it expires");
+        }
+    }
 }
 
 /// Between two tries of a transaction that met another one.
@@ -228,13 +247,17 @@ impl JobStore for DynamoJobStore {
 
     async fn bury(&self, job: &Job, tombstone: &Tombstone) -> Result<bool, Error> {
         let mut writes = self.replacement(job.fence(), &Record::Tombstone(tombstone.clone()))?;
-        // Later the item may be another job's. A condition would not do: it is no reason to bury nothing.
+        // Later the item may be another job's. A condition here would not do: it is no reason to bury nothing.
         let is_own = tombstone.erase_after < job.created_at + IDEMPOTENCY_TTL;
         if let Some(key) = job.idempotency_key.as_ref().filter(|_| is_own) {
             let delete = Delete::builder().table_name(&self.table).key("id", text(key_id(&job.caller, key)));
             writes.push(TransactWriteItem::builder().set_delete(delete.build().ok()).build());
         }
-        Ok(matches!(self.transact(writes).await?, Transacted::Written))
+        let is_written = matches!(self.transact(writes).await?, Transacted::Written);
+        if let Some(key) = job.idempotency_key.as_ref().filter(|_| is_written && !is_own) {
+            self.delete_key_of(job, key).await;
+        }
+        Ok(is_written)
     }
 
     async fn due(&self, now: Timestamp, after: Option<&DuePosition>, limit: u32) -> Result<Due<DuePosition>, Error> {
