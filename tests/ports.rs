@@ -124,14 +124,16 @@ pub async fn job_store_suite(store: impl JobStore) {
 
     // A list is its caller's, newest first, without tombstones.
     let ids = |jobs: Vec<Job>| jobs.into_iter().map(|job| job.id).collect::<Vec<Uuid>>();
-    assert_eq!(ids(store.list("alice", None, 10).await.unwrap()), [second.id, job.id]);
-    assert_eq!(ids(store.list("alice", Some(second.id), 10).await.unwrap()), [job.id]);
-    assert_eq!(ids(store.list("alice", None, 1).await.unwrap()), [second.id]);
-    assert_eq!(ids(store.list("bob", None, 10).await.unwrap()), [] as [Uuid; 0]);
+    assert_eq!(ids(store.list("alice", None, 10).await.unwrap().records), [second.id, job.id]);
+    assert_eq!(ids(store.list("alice", Some(second.id), 10).await.unwrap().records), [job.id]);
+    let page = store.list("alice", None, 1).await.unwrap();
+    assert_eq!((page.next, ids(page.records)), (Some(second.id), vec![second.id]));
+    assert_eq!(store.list("alice", None, 2).await.unwrap().next, None);
+    assert_eq!(ids(store.list("bob", None, 10).await.unwrap().records), [] as [Uuid; 0]);
     let tombstone = claimed.tombstone(now, &policy);
     assert!(!store.bury(&job, &tombstone).await.unwrap(), "buried by a stale record");
     assert!(store.bury(&claimed, &tombstone).await.unwrap());
-    assert_eq!(ids(store.list("alice", None, 10).await.unwrap()), [second.id]);
+    assert_eq!(ids(store.list("alice", None, 10).await.unwrap().records), [second.id]);
     let record = Record::Tombstone(tombstone.clone());
     assert_eq!(store.get(job.id).await.unwrap(), Some(record.clone()));
     assert!(!store.replace(claimed.fence(), &Record::Job(claimed)).await.unwrap());
@@ -232,7 +234,7 @@ pub async fn prompts_suite(store: impl JobStore) {
         ids.insert(0, job.id);
     }
     let listed = async |before, limit| -> Vec<Uuid> {
-        store.list("alice", before, limit).await.unwrap().into_iter().map(|job| job.id).collect()
+        store.list("alice", before, limit).await.unwrap().records.into_iter().map(|job| job.id).collect()
     };
     assert_eq!(listed(None, 10).await, ids, "more than a megabyte is listed whole");
     assert_eq!(listed(None, 5).await, ids[..5]);
@@ -309,7 +311,10 @@ pub async fn queued_bytes_suite(store: impl JobStore) {
     let fifth = job_of(1);
     assert_eq!(store.create(limited(&fifth, Some(&upload))).await.unwrap(), Created::UploadTaken);
     assert_eq!(store.get(fifth.id).await.unwrap(), None);
-    assert!(store.list("alice", None, 10).await.unwrap().iter().all(|job| job.id == fourth.id), "uploads are no jobs");
+    assert!(
+        store.list("alice", None, 10).await.unwrap().records.iter().all(|job| job.id == fourth.id),
+        "uploads are no jobs"
+    );
 }
 
 pub async fn blob_store_suite(store: &impl BlobStore) {

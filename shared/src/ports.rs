@@ -54,12 +54,12 @@ pub enum Created {
     QueueFull,
 }
 
-/// A page of what is due.
+/// A page of what a store holds. `T` is what it is of, `P` a place in the store's order.
 #[derive(Debug)]
-pub struct Due<P> {
-    /// Longest due first. One that this build cannot read is left out and logged.
-    pub records: Vec<Record>,
-    /// Where the page ends, behind what was left out too; `None` where nothing more is due. A page without a
+pub struct Page<T, P> {
+    /// In the store's order. One that this build cannot read is left out and logged.
+    pub records: Vec<T>,
+    /// Where the page ends, behind what was left out too; `None` where nothing follows. A page without a
     /// record need not be the last.
     pub next: Option<P>,
 }
@@ -100,11 +100,15 @@ pub trait JobStore: Send + Sync + 'static {
         now: Timestamp,
         after: Option<&Self::Position>,
         limit: u32,
-    ) -> impl Future<Output = Result<Due<Self::Position>>> + Send;
+    ) -> impl Future<Output = Result<Page<Record, Self::Position>>> + Send;
 
-    /// A caller's live jobs with ids below `before`, newest first, at most `limit`; unreadable ones
-    /// are left out and logged.
-    fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> impl Future<Output = Result<Vec<Job>>> + Send;
+    /// A caller's live jobs with ids below `before`, newest first, at most `limit`, which is 1 or more.
+    fn list(
+        &self,
+        caller: &str,
+        before: Option<Uuid>,
+        limit: u32,
+    ) -> impl Future<Output = Result<Page<Job, Uuid>>> + Send;
 }
 
 /// The queue in front of inference: at least once, in no promised order.

@@ -288,7 +288,7 @@ impl<'a> Scene<'a> {
     async fn pending(&self) -> Uuid {
         let submit = async || assert_eq!(self.submit().await, None);
         self.lambda.killed("submit", Point::SubmitRecordWritten, &[], submit).await;
-        self.jobs.list(&self.caller, None, 2).await.unwrap()[0].id
+        self.jobs.list(&self.caller, None, 2).await.unwrap().records[0].id
     }
 
     /// The result once the job has ended; sweep comes more often than by its schedule.
@@ -325,7 +325,7 @@ impl<'a> Scene<'a> {
         let open = (report.sent, report.marked, report.ended, report.erased, report.undelivered, report.failed);
         assert_eq!((open, report.orphans), ((0, 0, 0, 0, 0, 0), expected.orphans), "{}: {report:?}", self.caller);
 
-        let jobs = self.jobs.list(&self.caller, None, 100).await.unwrap();
+        let jobs = self.jobs.list(&self.caller, None, 100).await.unwrap().records;
         assert_eq!(jobs.iter().map(|job| job.id).collect::<Vec<_>>(), ids, "{}", self.caller);
         for job in &jobs {
             assert_eq!(job.status, Status::Completed, "{}: {job:?}", self.caller);

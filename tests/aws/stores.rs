@@ -140,10 +140,10 @@ async fn transactions_that_meet_are_tried_again() {
     let created = join_all((0..50).map(create)).await;
     let new = created.iter().filter(|created| **created == Created::New).count();
     assert_eq!(new, 30, "each counts one byte");
-    assert_eq!(store.list("alice", None, 100).await.unwrap().len(), 30);
+    assert_eq!(store.list("alice", None, 100).await.unwrap().records.len(), 30);
     // Twenty workers claim each job at the same moment: one wins.
     let policy = Policy::default();
-    for job in store.list("alice", None, 3).await.unwrap() {
+    for job in store.list("alice", None, 3).await.unwrap().records {
         let claimed = Record::Job(job.claim_inference(start(), start() + policy.lease, &policy).unwrap());
         let wins = join_all((0..20).map(|_| store.replace(job.fence(), &claimed))).await;
         assert_eq!(wins.into_iter().filter(|won| *won.as_ref().unwrap()).count(), 1);

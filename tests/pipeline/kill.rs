@@ -245,7 +245,7 @@ impl Scene {
             "{}: {report:?}",
             point.name()
         );
-        let jobs = host.store.list("local", None, 100).await.unwrap();
+        let jobs = host.store.list("local", None, 100).await.unwrap().records;
         let mut found: Vec<_> = jobs.iter().map(|job| job.id.to_string()).collect();
         found.sort();
         assert_eq!(found, ids, "{}", point.name());

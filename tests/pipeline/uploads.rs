@@ -347,7 +347,7 @@ async fn who_has_too_much_queued_waits_until_some_of_it_is_done() {
     let running = tokio::spawn(host.run(async { stopped.await.unwrap_or(()) }, |_| {}));
     eventually("all are done", async || {
         use shared::ports::JobStore;
-        store.list("local", None, 1_000).await.unwrap().iter().all(|job| !job.status.is_open())
+        store.list("local", None, 1_000).await.unwrap().records.iter().all(|job| !job.status.is_open())
     })
     .await;
     submitter.accept(&caller, None, Submission { image: mole(), describe: false, callback_url: None }).await.unwrap();

@@ -189,12 +189,9 @@ async fn list_results<J: JobStore, Q: JobQueue, B: BlobStore>(
     if !(1..=PAGE_MAX).contains(&limit) {
         return Err(Error::new(Code::InvalidRequest, format!("limit must lie between 1 and {PAGE_MAX}.")));
     }
-    // One more than asked for tells whether there is a next page.
-    let mut jobs = results.jobs.list(&caller.0, query.cursor, limit + 1).await?;
-    let more = jobs.len() > limit as usize;
-    jobs.truncate(limit as usize);
-    let next_cursor = jobs.last().filter(|_| more).map(|job| job.id.to_string());
-    let page = JobPage { results: jobs.iter().map(JobResult::from).collect(), next_cursor };
+    let listed = results.jobs.list(&caller.0, query.cursor, limit).await?;
+    let results = listed.records.iter().map(JobResult::from).collect();
+    let page = JobPage { results, next_cursor: listed.next.map(|id| id.to_string()) };
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(page)).into_response())
 }
 

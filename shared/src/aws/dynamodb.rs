@@ -28,7 +28,7 @@ use crate::clock::{Timestamp, from_millis};
 use crate::create::IDEMPOTENCY_TTL;
 use crate::error::Error;
 use crate::job::{Dispatch, Fence, Job, Record, Tombstone, Upload};
-use crate::ports::{Created, Creation, Due, Idempotency, JobStore};
+use crate::ports::{Created, Creation, Idempotency, JobStore, Page};
 
 pub(super) type Item = HashMap<String, AttributeValue>;
 
@@ -260,7 +260,12 @@ impl JobStore for DynamoJobStore {
         Ok(is_written)
     }
 
-    async fn due(&self, now: Timestamp, after: Option<&DuePosition>, limit: u32) -> Result<Due<DuePosition>, Error> {
+    async fn due(
+        &self,
+        now: Timestamp,
+        after: Option<&DuePosition>,
+        limit: u32,
+    ) -> Result<Page<Record, DuePosition>, Error> {
         let mut shards = match after {
             Some(DuePosition(shards)) => shards.clone(),
             None => (0..DUE_SHARDS).map(|shard| (shard, None)).collect(),
@@ -299,10 +304,10 @@ impl JobStore for DynamoJobStore {
         });
         let found: Vec<Item> = found.into_iter().map(|(_, item)| item).collect();
         let next = (!shards.is_empty()).then_some(DuePosition(shards));
-        Ok(Due { records: readable(&found), next })
+        Ok(Page { records: readable(&found), next })
     }
 
-    async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>, Error> {
+    async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Page<Job, Uuid>, Error> {
         let limit = limit as usize;
         let (mut found, mut start): (Vec<Item>, _) = (Vec::new(), None);
         loop {
@@ -316,16 +321,19 @@ impl JobStore for DynamoJobStore {
                 .expression_attribute_values(":before", text(before.unwrap_or(Uuid::max()).to_string()))
                 .scan_index_forward(false)
                 .set_exclusive_start_key(start)
-                .limit(i32::try_from(limit - found.len()).unwrap_or(i32::MAX));
+                .limit(i32::try_from(limit + 1 - found.len()).unwrap_or(i32::MAX));
             let page = query.send().await.map_err(unavailable)?;
             found.extend(page.items.unwrap_or_default());
             start = page.last_evaluated_key;
-            // A megabyte ends a page, and a few long answers are one.
-            if start.is_none() || found.len() >= limit {
+            // A megabyte ends a page, and a few long answers are one. One more than asked for tells whether more follow.
+            if start.is_none() || found.len() > limit {
                 break;
             }
         }
-        Ok(readable(&found).into_iter().filter_map(Record::into_job).collect())
+        let follow = found.len() > limit;
+        found.truncate(limit);
+        let next = found.last().filter(|_| follow).and_then(|item| item.get("id")?.as_s().ok()?.parse().ok());
+        Ok(Page { records: readable(&found).into_iter().filter_map(Record::into_job).collect(), next })
     }
 }
 

@@ -12,13 +12,13 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use self::rows::{
-    NewRow, change, decode, due_rows, find_idempotency, put_idempotency, queued_bytes, readable, records,
+    NewRow, change, decode, due_rows, find_idempotency, listed_rows, put_idempotency, queued_bytes, readable, records,
 };
 use super::sqlite::{Kept, Sqlite};
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::job::{Dispatch, Fence, Job, Record, Tombstone, Upload};
-use crate::ports::{Created, Creation, Due, Idempotency, JobStore};
+use crate::ports::{Created, Creation, Idempotency, JobStore, Page};
 
 const VERSION: u32 = 4;
 const SCHEMA: &str = "
@@ -334,20 +334,27 @@ impl JobStore for SqliteJobStore {
         Ok(written)
     }
 
-    async fn due(&self, now: Timestamp, after: Option<&DuePosition>, limit: u32) -> Result<Due<DuePosition>, Error> {
+    async fn due(
+        &self,
+        now: Timestamp,
+        after: Option<&DuePosition>,
+        limit: u32,
+    ) -> Result<Page<Record, DuePosition>, Error> {
         let found = self.sqlite.read(|db| due_rows(db, now.timestamp_millis(), after, limit))?;
         let is_full = found.len() == limit as usize;
         let (mut positions, records): (Vec<DuePosition>, Vec<String>) = found.into_iter().unzip();
         let next = if is_full { positions.pop() } else { None };
-        Ok(Due { records: readable(&records), next })
+        Ok(Page { records: readable(&records), next })
     }
 
-    async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>, Error> {
-        let sql =
-            "SELECT record FROM jobs WHERE caller = ?1 AND status IS NOT NULL AND id < ?2 ORDER BY id DESC LIMIT ?3";
-        let before = before.unwrap_or(Uuid::max()).to_string();
-        let found = self.sqlite.read(|db| records(db, sql, params![caller, before, limit]))?;
-        Ok(readable(&found).into_iter().filter_map(Record::into_job).collect())
+    async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Page<Job, Uuid>, Error> {
+        let before = before.unwrap_or(Uuid::max());
+        let mut found = self.sqlite.read(|db| listed_rows(db, caller, before, limit + 1))?;
+        let follow = found.len() > limit as usize;
+        found.truncate(limit as usize);
+        let (ids, records): (Vec<Uuid>, Vec<String>) = found.into_iter().unzip();
+        let next = ids.last().copied().filter(|_| follow);
+        Ok(Page { records: readable(&records).into_iter().filter_map(Record::into_job).collect(), next })
     }
 }
 

@@ -80,7 +80,7 @@ async fn a_clock_set_back_in_the_middle_of_500_jobs_ends_each_once() {
     }
     let later = ids[JOBS - 100..].to_vec();
     within(PATIENCE, "the later ones are completed", async || {
-        let jobs = store.list("local", None, 1000).await.unwrap();
+        let jobs = store.list("local", None, 1000).await.unwrap().records;
         jobs.iter().filter(|job| job.status == Status::Completed && later.contains(&job.id)).count() == later.len()
     })
     .await;

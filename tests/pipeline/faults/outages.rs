@@ -96,7 +96,7 @@ async fn work(host: &Host) {
 }
 
 async fn all(host: &Host) -> Vec<Job> {
-    host.store.list("local", None, 1000).await.unwrap()
+    host.store.list("local", None, 1000).await.unwrap().records
 }
 
 fn predictions(job: &Job) -> usize {

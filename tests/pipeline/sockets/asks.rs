@@ -197,7 +197,7 @@ async fn an_error_names_the_prompt_that_was_made_before_it_and_none_where_none_w
             }
         };
         assert_eq!((&frame["code"], &frame["tag"]), (&json!(code), &json!("7")), "{frame}");
-        let made: Vec<_> = host.store.list(caller, None, 10).await.unwrap().iter().map(|job| job.id).collect();
+        let made: Vec<_> = host.store.list(caller, None, 10).await.unwrap().records.iter().map(|job| job.id).collect();
         assert_eq!(made.len(), usize::from(has_llm), "{caller}");
         assert_eq!(frame["request_id"], json!(made.first()), "{caller}: who is not told of it asks the LLM again");
     }

@@ -174,7 +174,7 @@ pub fn lose_messages(data: &Path) {
 /// The folder's jobs.
 pub async fn jobs(data: &Path) -> Vec<Job> {
     let store = SqliteJobStore::open(&data.join("jobs.sqlite")).unwrap();
-    store.list("local", None, 10_000).await.unwrap()
+    store.list("local", None, 10_000).await.unwrap().records
 }
 
 /// State and claims of every job at one moment.
@@ -203,7 +203,7 @@ pub async fn ended_once(data: &Path, ids: impl IntoIterator<Item = Uuid>, what: 
         assert_eq!(left, [] as [&str; 0], "{what}: what was uploaded is erased");
     }
 
-    let jobs = store.list("local", None, 10_000).await.unwrap();
+    let jobs = store.list("local", None, 10_000).await.unwrap().records;
     let mut expected: Vec<_> = ids.into_iter().map(|id| id.to_string()).collect();
     expected.sort();
     let mut found: Vec<_> = jobs.iter().map(|job| job.id.to_string()).collect();

@@ -9,7 +9,7 @@ use shared::error::Error;
 use shared::job::{Fence, Job, Record, Tombstone, Upload};
 use shared::message::Message;
 use shared::ports::{
-    BlobStore, Created, Creation, DeadLetter, Due, GetTerms, Idempotency, JobQueue, JobStore, PresignedPut, PutTerms,
+    BlobStore, Created, Creation, DeadLetter, GetTerms, Idempotency, JobQueue, JobStore, Page, PresignedPut, PutTerms,
 };
 use uuid::Uuid;
 
@@ -86,11 +86,11 @@ impl<P: JobStore> JobStore for Interrupted<P> {
         self.1.around(self.0.bury(job, tombstone)).await
     }
 
-    async fn due(&self, now: Timestamp, after: Option<&P::Position>, limit: u32) -> Result<Due<P::Position>> {
+    async fn due(&self, now: Timestamp, after: Option<&P::Position>, limit: u32) -> Result<Page<Record, P::Position>> {
         self.1.around(self.0.due(now, after, limit)).await
     }
 
-    async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Vec<Job>> {
+    async fn list(&self, caller: &str, before: Option<Uuid>, limit: u32) -> Result<Page<Job, Uuid>> {
         self.1.around(self.0.list(caller, before, limit)).await
     }
 }

@@ -31,6 +31,21 @@ pub(super) fn due_rows(
     found.collect()
 }
 
+/// Ids and records of a caller's live jobs with ids below `before`, newest first.
+pub(super) fn listed_rows(
+    db: &Connection,
+    caller: &str,
+    before: Uuid,
+    limit: u32,
+) -> rusqlite::Result<Vec<(Uuid, String)>> {
+    let sql = "SELECT id, record FROM jobs WHERE caller = ?1 AND status IS NOT NULL AND id < ?2
+        ORDER BY id DESC LIMIT ?3";
+    let mut statement = db.prepare_cached(sql)?;
+    let found =
+        statement.query_map(params![caller, before.to_string(), limit], |row| Ok((uuid(row, 0)?, row.get(1)?)))?;
+    found.collect()
+}
+
 pub(super) fn change(row: &Row<'_>) -> rusqlite::Result<Change> {
     Ok(Change { seq: row.get(0)?, id: uuid(row, 1)? })
 }
