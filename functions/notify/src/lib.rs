@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use aws_lambda_events::event::streams::{DynamoDbBatchItemFailure, DynamoDbEventResponse};
 use futures_util::future::join_all;
+use futures_util::{StreamExt, stream};
 use shared::Error;
 use shared::crash::{self, Point};
 use shared::job::{Dispatch, Record};
@@ -19,6 +20,9 @@ use shared::ports::{Connections, JobQueue, JobStore, Push, Pushed};
 use shared::push::{self, Frame, Subscriber, Told};
 use shared::stream::Event;
 use uuid::Uuid;
+
+/// Of a job's subscribers, told at once. Nothing bounds how many connections subscribe to a job.
+const TOLD_AT_ONCE: usize = 32;
 
 /// What notify works with.
 pub struct Notify<J, C, P, Q> {
@@ -76,7 +80,9 @@ impl<J: JobStore, C: Connections, P: Push, Q: JobQueue> Notify<J, C, P, Q> {
             Told::Webhook(_) if due && marked => self.send(id).await,
             Told::Webhook(_) => Ok(()),
         });
-        join_all(told).await.into_iter().collect()
+        // All of them, whatever becomes of one.
+        let told: Vec<_> = stream::iter(told).buffer_unordered(TOLD_AT_ONCE).collect().await;
+        told.into_iter().collect()
     }
 
     async fn send(&self, id: Uuid) -> Result<(), Error> {
