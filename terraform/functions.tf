@@ -97,7 +97,7 @@ locals {
         CACHE        = var.cache
         REDIS_URL    = one(local.redis_urls)
       })
-      permissions = concat(local.may_infer, local.may_cache, local.may_join_network)
+      permissions = concat(local.may_infer, local.may_read_cache_key, local.may_cache, local.may_join_network)
     }
     enrichment = {
       memory_mb       = 256

@@ -40,8 +40,14 @@ locals {
     { actions = ["kms:Decrypt", "kms:GenerateDataKey"], resources = [aws_kms_key.data.arn] },
   ]
 
+  # Who reads keys writes none: counts of requests lie in the same table, under other names.
+  of_callers = {
+    for part in ["key", "requests", "account"] :
+    part => { "ForAllValues:StringLike" = { "dynamodb:LeadingKeys" = ["${part}#*"] } }
+  }
   may_check_callers = [
-    { actions = ["dynamodb:GetItem", "dynamodb:UpdateItem"], resources = local.callers },
+    { actions = ["dynamodb:GetItem"], resources = local.callers, condition = local.of_callers.key },
+    { actions = ["dynamodb:UpdateItem"], resources = local.callers, condition = local.of_callers.requests },
   ]
 
   may_submit = [
@@ -87,7 +93,6 @@ locals {
   may_infer = [
     local.may_write_jobs,
     local.may_list_blobs,
-    local.may_read_secret,
     { actions = ["s3:GetObject"], resources = ["${local.blobs}/jobs/*", "${local.blobs}/models/*"] },
     { actions = ["s3:PutObject"], resources = ["${local.blobs}/jobs/*/map-*"] },
     {
@@ -97,6 +102,9 @@ locals {
       resources = [aws_sqs_queue.jobs.arn]
     },
   ]
+
+  # The secret holds what makes the cache's keys.
+  may_read_cache_key = var.cache == "none" ? [] : [local.may_read_secret]
 
   may_cache = var.cache != "s3" ? [] : [
     {
@@ -173,8 +181,8 @@ locals {
 
   may_chat = [
     local.may_read_secret,
-    # The accounts of keys.
-    { actions = ["dynamodb:PutItem"], resources = local.callers },
+    # What keys have used of their tokens and dollars.
+    { actions = ["dynamodb:GetItem", "dynamodb:PutItem"], resources = local.callers, condition = local.of_callers.account },
   ]
 
   # One alias of one agent; what the agent itself may do is its own role's affair.

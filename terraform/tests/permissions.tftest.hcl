@@ -20,7 +20,7 @@ run "without_cache" {
   }
 
   assert {
-    condition     = !can(regex("cache/|ec2:", module.function["inference"].policy))
+    condition     = !can(regex("cache/|ec2:|secretsmanager", module.function["inference"].policy))
     error_message = "Inference may do what it has no use for."
   }
 }
@@ -35,6 +35,11 @@ run "with_the_cache_in_s3" {
   assert {
     condition     = [for key, it in module.function : key if can(regex("/cache/", it.policy))] == ["inference"]
     error_message = "The cache is inference's alone."
+  }
+
+  assert {
+    condition     = can(regex("GetSecretValue", module.function["inference"].policy))
+    error_message = "Inference cannot read the key of the cache."
   }
 }
 
@@ -89,8 +94,23 @@ run "each_function_writes_to_its_own_log_alone_and_reads_what_it_needs" {
   command = plan
 
   assert {
-    condition     = [for key, it in module.function : key if can(regex("GetSecretValue", it.policy))] == ["chat", "enrichment", "inference", "webhook"]
+    condition     = [for key, it in module.function : key if can(regex("GetSecretValue", it.policy))] == ["chat", "enrichment", "webhook"]
     error_message = "Those that need no secret cannot read it."
+  }
+
+  assert {
+    condition = alltrue([
+      for key, it in module.function : length([
+        for statement in jsondecode(it.policy).Statement : statement
+        if try(statement.Condition["ForAllValues:StringLike"]["dynamodb:LeadingKeys"], null) == ["key#*"] && contains(statement.Action, "dynamodb:GetItem") && length(statement.Action) == 1
+      ]) == (contains(["submit", "result", "socket", "chat"], key) ? 1 : 0)
+    ])
+    error_message = "Who checks keys may read them, and nothing else of them."
+  }
+
+  assert {
+    condition     = [for it in concat(local.may_check_callers, local.may_chat) : it.condition["ForAllValues:StringLike"]["dynamodb:LeadingKeys"] if try(it.resources, null) == local.callers] == [["key#*"], ["requests#*"], ["account#*"]]
+    error_message = "Only admin may write keys."
   }
 
   assert {
