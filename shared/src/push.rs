@@ -132,6 +132,8 @@ pub struct Event {
     pub kind: String,
     /// When the job ended.
     pub timestamp: Timestamp,
+    /// Whose job it was. One key signs what callers of one host send to any of its receivers.
+    pub caller: String,
     pub data: EventData,
 }
 
@@ -146,14 +148,16 @@ pub enum EventData {
 impl Event {
     fn of(job: &Job) -> Self {
         let (kind, timestamp) = (format!("job.{}", job.status.as_str()), job.updated_at);
+        let caller = job.caller.clone();
         if let Some(result) = result(job) {
-            let event = Self { kind: kind.clone(), timestamp, data: EventData::Result(result) };
+            let (kind, caller) = (kind.clone(), caller.clone());
+            let event = Self { kind, timestamp, caller, data: EventData::Result(result) };
             if event.to_json().is_ok_and(|json| json.len() <= MAX_EVENT_BYTES) {
                 return event;
             }
         }
         let data = EventData::Elsewhere { request_id: job.id, status: job.status, location: location(job) };
-        Self { kind, timestamp, data }
+        Self { kind, timestamp, caller, data }
     }
 
     /// As it goes over the wire, the same in every try.

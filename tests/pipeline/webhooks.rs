@@ -95,6 +95,7 @@ async fn a_receiver_is_told_of_every_end_and_what_get_says_of_it() {
         let event = received.event();
         assert_eq!((&event["type"], &event["data"]), (&json!(kind), &result));
         assert_eq!(event["timestamp"], result["updated_at"]);
+        assert_eq!(event["caller"], "local");
         assert!(received.id().starts_with(&format!("msg_{id}_")), "{}", received.id());
         assert_eq!(received.uri.to_string(), "/hook?token=mine");
         // Nothing of it shows, and nothing that a caller reads has changed.

@@ -88,7 +88,7 @@ fn courier(hosts: &str, names: impl Resolve + 'static) -> Courier {
 fn webhook(url: &str) -> Webhook {
     let data =
         EventData::Elsewhere { request_id: Uuid::nil(), status: Status::Completed, location: "/result/0".into() };
-    let event = Event { kind: "job.completed".into(), timestamp: from_millis(0), data };
+    let event = Event { kind: "job.completed".into(), timestamp: from_millis(0), caller: "alice".into(), data };
     Webhook { url: url.to_owned(), id: "msg_0_3".into(), seq: 3, event }
 }
 
