@@ -91,10 +91,8 @@ fn check(folder: &Path, library: &Path) -> anyhow::Result<()> {
     })?;
     let (digest, labels) = (bundle.digest.clone(), bundle.manifest.labels.len());
     row("bundle", &format!("ok      {} {}, {labels} labels", bundle.manifest.name, bundle.manifest.version));
-    row(
-        "network",
-        &format!("ok      {}, {} bytes, SHA-256 as said", bundle.manifest.network.file, bundle.network.len()),
-    );
+    let network = &bundle.manifest.network;
+    row("network", &format!("ok      {}, {} bytes, SHA-256 as said", network.file, network.size_bytes));
 
     let started = Instant::now();
     let model = Model::open(bundle, library, 1)

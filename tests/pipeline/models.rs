@@ -111,6 +111,19 @@ fn a_network_of_other_bytes_and_a_manifest_of_another_digest_are_refused() {
     assert!(wrong.contains("model.onnx has SHA-256"), "{wrong}");
 }
 
+#[test]
+fn what_takes_the_place_of_a_verified_network_is_not_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["manifest.json", "model.onnx"] {
+        std::fs::copy(root().join("model").join(name), folder.path().join(name)).unwrap();
+    }
+    let bundle = Bundle::from_directory(folder.path(), None).unwrap();
+    std::fs::write(folder.path().join("another"), b"no network").unwrap();
+    std::fs::rename(folder.path().join("another"), folder.path().join("model.onnx")).unwrap();
+    Model::load(bundle, &ort_library(), 2).unwrap();
+    assert!(Bundle::from_directory(folder.path(), None).is_err());
+}
+
 #[tokio::test]
 async fn a_bundle_is_fetched_once_and_a_spoilt_copy_is_replaced() {
     let folder = tempfile::tempdir().unwrap();

@@ -8,12 +8,12 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ort::environment::Environment;
 use ort::session::Session;
-use ort::session::builder::GraphOptimizationLevel;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{TensorElementType, TensorRef, ValueType};
 use serde::{Deserialize, Serialize};
 use shared::job::{self, AbstainReason, Prediction, Reading};
 
-use crate::bundle::{Bundle, Refused};
+use crate::bundle::{Bundle, Refused, Verified};
 use crate::manifest::{Element, GoldenPicture, Manifest, ScoreKind};
 use crate::picture::{self, Tensor};
 
@@ -324,7 +324,8 @@ pub struct Graph {
 /// # Errors
 /// [`Refused`] where the library is missing or the bytes are no network.
 pub fn graph(network: &[u8], library: &Path) -> Result<Graph, Refused> {
-    let session = build_session(environment(library)?, network).map_err(|error| Refused::new(error.to_string()))?;
+    let built = builder(environment(library)?).and_then(|mut builder| builder.commit_from_memory(network));
+    let session = built.map_err(|error| Refused::new(error.to_string()))?;
     let outlet = |outlet: &ort::value::Outlet| {
         let (element, shape) = match outlet.dtype() {
             ValueType::Tensor { ty: TensorElementType::Float32, shape, .. } => ("float32".to_owned(), shape.to_vec()),
@@ -338,16 +339,23 @@ pub fn graph(network: &[u8], library: &Path) -> Result<Graph, Refused> {
     Ok(Graph { inputs, outputs })
 }
 
-fn build_session(environment: &Environment, network: &[u8]) -> Result<Session, ort::Error> {
-    let session = Session::builder(environment)?
+fn build_session(environment: &Environment, network: &Verified) -> Result<Session, ort::Error> {
+    let mut builder = builder(environment)?;
+    match network {
+        Verified::File(file) => builder.commit_from_file(file.path()),
+        Verified::Bytes(bytes) => builder.commit_from_memory(bytes),
+    }
+}
+
+fn builder(environment: &Environment) -> Result<SessionBuilder, ort::Error> {
+    let builder = Session::builder(environment)?
         .with_optimization_level(GraphOptimizationLevel::Level3)?
         // Two threads spin against each other where cores are shared (docs: ONNX Runtime, threading).
         .with_intra_threads(1)?
         // A plan of all of a run's memory comes beside what the first run took: two sessions hold 17 MB less without,
         // and a run takes as long (12.3 ms).
-        .with_memory_pattern(false)?
-        .commit_from_memory(network)?;
-    Ok(session)
+        .with_memory_pattern(false)?;
+    Ok(builder)
 }
 
 /// Compares the network's inputs and outputs with the manifest, so that a mismatch is told in
