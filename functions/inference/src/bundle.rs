@@ -43,7 +43,6 @@ pub enum Verified {
 /// A file, held open from before it was verified: what is put in its place later is another.
 #[derive(Debug)]
 pub struct OpenFile {
-    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "a path names the file"))]
     file: File,
     path: PathBuf,
 }
@@ -152,7 +151,7 @@ impl Bundle {
         if let Err(error) = keep(&directory, [(MANIFEST, &manifest_bytes), (file, &network)]) {
             // The next start downloads again; this one has what it needs.
             tracing::warn!(error.chain = %error, "model bundle not kept in the temporary directory");
-            return Ok(Self { digest, manifest, network: Verified::Bytes(network) });
+            return Self::verify(&manifest_bytes, network, Some(&digest));
         }
         drop(network);
         Self::from_directory(&directory, Some(&digest))
