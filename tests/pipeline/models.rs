@@ -111,6 +111,7 @@ fn a_network_of_other_bytes_and_a_manifest_of_another_digest_are_refused() {
     assert!(wrong.contains("model.onnx has SHA-256"), "{wrong}");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn what_takes_the_place_of_a_verified_network_is_not_loaded() {
     let folder = tempfile::tempdir().unwrap();
@@ -122,6 +123,24 @@ fn what_takes_the_place_of_a_verified_network_is_not_loaded() {
     std::fs::rename(folder.path().join("another"), folder.path().join("model.onnx")).unwrap();
     Model::load(bundle, &ort_library(), 2).unwrap();
     assert!(Bundle::from_directory(folder.path(), None).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 8)]
+async fn many_that_start_at_once_all_have_the_bundle() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = DirBlobStore::open(&folder.path().join("blobs"), b"secret").unwrap();
+    let digest = Bundle::publish(&root().join("model"), None, &store).await.unwrap();
+    for round in 0..10 {
+        let cache = folder.path().join(round.to_string());
+        let fetches = (0..8).map(|_| {
+            let (store, digest, cache) = (store.clone(), digest.clone(), cache.clone());
+            tokio::spawn(async move { Bundle::fetch(&store, &digest, &cache).await.map(drop) })
+        });
+        for fetched in futures_util::future::join_all(fetches).await {
+            fetched.unwrap().unwrap();
+        }
+        assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 1, "nothing is left beside it");
+    }
 }
 
 #[tokio::test]

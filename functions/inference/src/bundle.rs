@@ -40,7 +40,7 @@ pub enum Verified {
     Bytes(Vec<u8>),
 }
 
-/// A file, held open from before it was verified: what is put in its place later is another.
+/// A file, held open from before it was verified: on Linux what is put in its place later is another.
 #[derive(Debug)]
 pub struct OpenFile {
     file: File,
@@ -151,10 +151,10 @@ impl Bundle {
         if let Err(error) = keep(&directory, [(MANIFEST, &manifest_bytes), (file, &network)]) {
             // The next start downloads again; this one has what it needs.
             tracing::warn!(error.chain = %error, "model bundle not kept in the temporary directory");
-            return Self::verify(&manifest_bytes, network, Some(&digest));
         }
-        drop(network);
+        // Another that starts at this moment may have taken the folder away, to put its own there.
         Self::from_directory(&directory, Some(&digest))
+            .or_else(|_| Self::verify(&manifest_bytes, network, Some(&digest)))
     }
 }
 
@@ -193,9 +193,9 @@ async fn download(blobs: &impl BlobStore, key: &str) -> Result<Vec<u8>, Refused>
     found.ok_or_else(|| Refused::new(format!("{key} is not in the blob store")))
 }
 
-/// Writes beside the place and renames, so that another process never reads half a bundle.
+/// Writes beside the place and renames, so that nobody else reads half a bundle, or one that is written over.
 fn keep(directory: &Path, files: [(&str, &[u8]); 2]) -> std::io::Result<()> {
-    let scratch = directory.with_extension(std::process::id().to_string());
+    let scratch = directory.with_extension(uuid::Uuid::new_v4().to_string());
     std::fs::create_dir_all(&scratch)?;
     for (name, bytes) in files {
         std::fs::write(scratch.join(name), bytes)?;
