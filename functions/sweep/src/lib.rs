@@ -33,8 +33,9 @@ use uuid::Uuid;
 /// Records read at once.
 const PAGE: u32 = 100;
 /// Records worked at once. Each is a few calls of some milliseconds on AWS, one after another: of records that one
-/// caller can make in a minute a run would not get through without.
-const AT_ONCE: usize = 16;
+/// caller can make in a minute a run would not get through without. Those of one caller meet in the item that counts
+/// what it has queued, so there are few.
+const AT_ONCE: usize = 4;
 /// Records worked in one run; the next run is a minute away.
 const MAX_RECORDS: u32 = 10_000;
 /// Names of blobs compared with the records in one run. Each is one read, of some milliseconds on AWS: 2,000 take
