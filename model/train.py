@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from augment import augment
-from network import LesionNet, normalise
+from network import SHORT, LesionNet, normalise
 from prepare import CODES, HEIGHT, SEED, WIDTH, Photos
 
 WORKERS = 2
@@ -76,7 +76,7 @@ def follow(mean: LesionNet, network: LesionNet, step: int) -> None:
 
 def logits_of(network: LesionNet, views: torch.Tensor, resting: int) -> torch.Tensor:
     views = normalise(views).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=SHORT):
         maps = network.maps(views, resting)
     return network.head(F.dropout(network.means(maps), DROPOUT))
 
