@@ -317,6 +317,8 @@ impl Job {
             return Err(Refused::NotDue);
         }
         let wait = policy.doubled(policy.redispatch, self.redispatches);
+        // What nobody claims ends at its deadline, not when a doubled wait is over.
+        let again_at = (now + wait).min(self.deadline_at);
         let mut next = self.next(now);
         next.redispatches += 1;
         match self.status {
@@ -324,7 +326,7 @@ impl Job {
                 if self.is_exhausted(self.attempts.inference, now, policy) {
                     return Ok((next.fail(Stage::Inference, self.given_up(now), true, policy), SweepAction::Ended));
                 }
-                Ok((next.open(Status::Pending, now + wait), SweepAction::SendInfer))
+                Ok((next.open(Status::Pending, again_at), SweepAction::SendInfer))
             }
             Status::AwaitingDescription => {
                 let exhausted = self.is_exhausted(self.attempts.enrichment, now, policy);
@@ -337,7 +339,7 @@ impl Job {
                         Ok((next.fail(Stage::Enrichment, self.given_up(now), true, policy), SweepAction::Ended))
                     }
                     (_, false) => {
-                        let mut next = next.open(Status::AwaitingDescription, now + wait);
+                        let mut next = next.open(Status::AwaitingDescription, again_at);
                         next.dispatch = Some(Dispatch::Enrichment);
                         Ok((next, SweepAction::Marked))
                     }

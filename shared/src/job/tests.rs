@@ -237,6 +237,19 @@ fn the_deadline_fails_a_photo_and_completes_a_description() {
 }
 
 #[test]
+fn a_job_that_nobody_claims_ends_at_its_deadline() {
+    let deadline = at(0) + policy().deadline;
+    for (mut job, ends_as) in [(pending(true), Status::Failed), (awaiting(), Status::Completed)] {
+        while job.status.is_open() {
+            let due = job.due_at.unwrap();
+            assert!(due <= deadline, "due at {due}, the deadline is {deadline}");
+            job = job.sweep(due, &policy(), |_| description()).unwrap().0;
+        }
+        assert_eq!((job.status, job.updated_at), (ends_as, deadline));
+    }
+}
+
+#[test]
 fn a_redrive_starts_afresh_unless_the_photo_has_expired() {
     let failed = pending(true).sweep(at(0) + policy().deadline, &policy(), |_| description()).unwrap().0;
     let later = at(0) + TimeDelta::days(2);
