@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from calibrate import load_network
-from network import MEAN, STD, Bundle, Strangeness
+from network import MEAN, STD, Bundle, Strangeness, Texture
 from prepare import CODES, HEIGHT, MALIGNANT, WIDTH, Photos, resize
 from score import Runner, abstained, figures, score_non_lesions
 from simplify import simplify
@@ -39,10 +39,12 @@ def export_network(work: Path, path: Path) -> dict:
     saved, network = torch.load(work / "calibration.pt"), load_network(work, "all")
     strangeness = Strangeness(saved["strangeness"]["shift"].numel())
     strangeness.load_state_dict(saved["strangeness"])
+    texture = Texture(saved["texture"]["shift"].numel(), len(CODES))
+    texture.load_state_dict(saved["texture"])
     raw = io.BytesIO()
     # The newer exporter writes stack traces with this machine's paths into the file.
     torch.onnx.export(
-        Bundle(network, strangeness).eval(), (torch.zeros(1, 3, HEIGHT, WIDTH),), raw, dynamo=False, opset_version=17,
+        Bundle(network, texture, strangeness).eval(), (torch.zeros(1, 3, HEIGHT, WIDTH),), raw, dynamo=False, opset_version=17,
         input_names=["input"], output_names=["logits", "ood", "map"],
     )
     model = simplify(onnx.load_from_string(raw.getvalue()))
@@ -93,7 +95,7 @@ def main(work: Path) -> None:
     manifest = {
         "format": 1,
         "name": "lesion-demo",
-        "version": "0.4.2",
+        "version": "0.5.0",
         "licence": "CC-BY-NC-4.0",
         "network": {
             "file": network.name,

@@ -2,8 +2,7 @@
 
 usage: train.py WORK_DIR [JOB ...]      a job is `all` or the number of the fold that is left out
 
-Writes weights-JOB.pt. How much more often than it occurs each class was drawn goes into it, since it shifts the logits.
-state-JOB.pt is written on the way; a run that was cut off goes on from there.
+Writes weights-JOB.pt. state-JOB.pt is written on the way; a run that was cut off goes on from there.
 """
 
 import copy
@@ -18,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from augment import augment
-from network import SHORT, LesionNet, normalise
+from network import SHORT, TRUNK, LesionNet, normalise
 from prepare import CODES, HEIGHT, SEED, WIDTH, Photos
 
 WORKERS = 2
@@ -27,11 +26,11 @@ BATCH = 32
 # nothing.
 STEPS, WARM_UP = 1900, 100
 SMALL, FULL = (HEIGHT * 3 // 4, WIDTH * 3 // 4), (HEIGHT, WIDTH)
-# Up to which share of the steps the pictures have which size, and how many of the first blocks rest. Every layer
-# learns first, on small pictures, which cost less than half. The first blocks hold half of the work and a hundredth
-# of the weights: what they have learned by then has to do.
-PHASES = [(0.25, SMALL, 0), (0.63, SMALL, 3), (1.0, FULL, 4)]
-# The stem learns at EARLY_SHARE of the rate, the blocks behind it at more and more.
+# Up to which share of the steps the pictures have which size.
+PHASES = [(0.4, SMALL), (1.0, FULL)]
+# Share of the views whose light, colour or sharpness is changed too: how a lesion is coloured says most about it.
+ROUGH = 0.5
+# A block learns at EARLY_SHARE of the rate if it were the first, and at more and more the further behind it lies.
 RATE, EARLY_SHARE, HEAD_RATE = 8e-4, 0.25, 3e-3
 WEIGHT_DECAY, HEAD_DECAY = 0.05, 0.3
 # A class is drawn by its count to this power: 1 as frequent as it is, 0 all alike.
@@ -46,7 +45,7 @@ CALIBRATION_FOLDS = [0]
 def parameter_groups(network: LesionNet) -> list[dict]:
     groups = [{"params": network.head.parameters(), "lr": HEAD_RATE, "weight_decay": HEAD_DECAY}]
     last = len(network.blocks) - 1
-    for i, block in enumerate(network.blocks):
+    for i, block in enumerate(network.blocks[TRUNK:], TRUNK):
         rate = RATE * EARLY_SHARE ** (1 - i / last)
         for filters in (True, False):
             chosen = [parameter for parameter in block.parameters() if (parameter.ndim > 1) == filters]
@@ -54,11 +53,11 @@ def parameter_groups(network: LesionNet) -> list[dict]:
     return groups
 
 
-def sampling(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Chance of each photo, and for each class how much more often it is drawn than it occurs."""
+def sampling(labels: np.ndarray) -> torch.Tensor:
+    """Chance of each photo."""
     counts = np.bincount(labels, minlength=len(CODES))
     drawn = counts**BALANCE / (counts**BALANCE).sum()
-    return (drawn / counts)[labels], drawn / (counts / counts.sum())
+    return torch.from_numpy((drawn / counts)[labels])
 
 
 def rate(step: int, steps: int) -> float:
@@ -74,11 +73,11 @@ def follow(mean: LesionNet, network: LesionNet, step: int) -> None:
                 kept.lerp_(now, share)
 
 
-def logits_of(network: LesionNet, views: torch.Tensor, resting: int) -> torch.Tensor:
+def logits_of(network: LesionNet, views: torch.Tensor) -> torch.Tensor:
     views = normalise(views).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16, enabled=SHORT):
-        maps = network.maps(views, resting)
-    return network.head(F.dropout(network.means(maps), DROPOUT))
+        stages = network.maps(views).stages
+    return network.head(F.dropout(network.means(stages), DROPOUT))
 
 
 def fit(work: Path, job: str) -> None:
@@ -86,8 +85,7 @@ def fit(work: Path, job: str) -> None:
     photos, start = Photos(work), time.monotonic()
     labels, fold = photos.labels[photos.train], photos.fold[photos.train]
     chosen = np.flatnonzero(fold != int(job)) if job != "all" else np.arange(len(labels))
-    chance, excess = sampling(labels[chosen])
-    chance = torch.from_numpy(chance)
+    chance = sampling(labels[chosen])
     steps = round(STEPS * len(chosen) / len(labels))
 
     network = LesionNet(len(CODES))
@@ -112,18 +110,14 @@ def fit(work: Path, job: str) -> None:
         first = saved["step"] + 1
 
     network.train()
-    total, resting = 0.0, 0
+    total = 0.0
     for step in range(first, steps + 1):
-        size, rest = next((size, rest) for end, size, rest in PHASES if step <= end * steps)
-        if rest > resting:
-            resting = rest
-            network.load_state_dict(mean.state_dict())
-            network.blocks[:resting].eval().requires_grad_(False)
+        size = next(size for end, size in PHASES if step <= end * steps)
         for group, full in zip(optimizer.param_groups, rates):
             group["lr"] = full * rate(step, steps)
         picked = chosen[torch.multinomial(chance, BATCH).numpy()]
-        views = augment(photos.pixels[photos.train[picked]], *size)
-        logits = logits_of(network, views, resting)
+        views = augment(photos.pixels[photos.train[picked]], *size, ROUGH)
+        logits = logits_of(network, views)
         loss = F.cross_entropy(logits, torch.from_numpy(labels[picked]), label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
@@ -140,7 +134,7 @@ def fit(work: Path, job: str) -> None:
             now = {"network": network.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(now | {"random": torch.get_rng_state(), "step": step}, state.with_suffix(".part"))
             state.with_suffix(".part").rename(state)
-    torch.save({"network": mean.state_dict(), "excess": torch.from_numpy(excess).float()}, work / f"weights-{job}.pt")
+    torch.save(mean.state_dict(), work / f"weights-{job}.pt")
     state.unlink(missing_ok=True)
 
 
