@@ -103,12 +103,12 @@ def grain(photos: torch.Tensor) -> torch.Tensor:
 
 
 def augment(photos: np.ndarray, height: int = HEIGHT, width: int = WIDTH, rough: float = 1.0) -> torch.Tensor:
-    """A changed view of each photo: uint8 [N, H, W, 3] to 0..1, [N, 3, height, width]. Of a share `rough` more than
-    the place and the turn may be changed."""
+    """A changed view of each photo: uint8 [N, H, W, 3] to 0..1, [N, 3, height, width]. Of a share `rough` light,
+    colour and sharpness may be changed too."""
     views = turn(as_input(photos), height, width)
-    open_to_more = torch.rand(len(views)) < rough
+    roughened = torch.rand(len(views)) < rough
     for change, share in ((recolour, 0.9), (corners, 0.35), (blur, 0.2), (coarsen, 0.15), (compress, 0.2), (grain, 0.2)):
-        chosen = open_to_more & (torch.rand(len(views)) < share)
+        chosen = roughened & (torch.rand(len(views)) < share)
         if chosen.any():
             views[chosen] = change(views[chosen])
     return views.clamp(0, 1)

@@ -44,8 +44,8 @@ def export_network(work: Path, path: Path) -> dict:
     raw = io.BytesIO()
     # The newer exporter writes stack traces with this machine's paths into the file.
     torch.onnx.export(
-        Bundle(network, texture, strangeness).eval(), (torch.zeros(1, 3, HEIGHT, WIDTH),), raw, dynamo=False, opset_version=17,
-        input_names=["input"], output_names=["logits", "ood", "map"],
+        Bundle(network, texture, strangeness).eval(), (torch.zeros(1, 3, HEIGHT, WIDTH),), raw, dynamo=False,
+        opset_version=17, input_names=["input"], output_names=["logits", "ood", "map"],
     )
     model = simplify(onnx.load_from_string(raw.getvalue()))
     # Nothing of the machine that exported it, in either exporter's fields.

@@ -30,7 +30,7 @@ SMALL, FULL = (HEIGHT * 3 // 4, WIDTH * 3 // 4), (HEIGHT, WIDTH)
 PHASES = [(0.4, SMALL), (1.0, FULL)]
 # Share of the views whose light, colour or sharpness is changed too: how a lesion is coloured says most about it.
 ROUGH = 0.5
-# A block learns at EARLY_SHARE of the rate if it were the first, and at more and more the further behind it lies.
+# The stem would learn at EARLY_SHARE of the rate; the blocks behind the trunk learn at more, the last one at all of it.
 RATE, EARLY_SHARE, HEAD_RATE = 8e-4, 0.25, 3e-3
 WEIGHT_DECAY, HEAD_DECAY = 0.05, 0.3
 # A class is drawn by its count to this power: 1 as frequent as it is, 0 all alike.
