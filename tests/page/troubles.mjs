@@ -6,7 +6,7 @@ import { says, status } from "./visit.mjs";
 export async function offline_and_back(visit) {
   const page = await visit.page();
   const context = visit.contexts[0];
-  await choose(page, sample("red-spot-drawn"));
+  await choose(page, sample("mole-drawn"));
   await context.setOffline(true);
   await page.locator("#send").click();
   await says(status(page), "no connection");
