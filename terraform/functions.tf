@@ -4,7 +4,7 @@ locals {
   names = jsondecode(file("${path.module}/names.json"))
 
   # No claim outlives the longest invocation of a function that claims. One of enrichment's may be as
-  # long as a prompt takes; the claim on a description in it ends with LEASE_SECONDS.
+  # long as a prompt takes; the claim on a description ends with LEASE_SECONDS.
   lease_seconds              = max(var.function_timeout_seconds, var.enrichment_timeout_seconds)
   enrichment_timeout_seconds = max(var.enrichment_timeout_seconds, local.has_llm ? var.prompt_timeout_seconds : 0)
 
@@ -102,8 +102,11 @@ locals {
     enrichment = {
       memory_mb       = 256
       timeout_seconds = local.enrichment_timeout_seconds
-      environment     = merge(local.blob_environment, local.secret_environment, local.llm_environment, local.push_environment)
-      permissions     = concat(local.may_enrich, local.may_push, local.may_invoke_agent)
+      environment = merge(
+        local.blob_environment, local.secret_environment, local.llm_environment, local.push_environment,
+        local.prompt_queue_environment,
+      )
+      permissions = concat(local.may_enrich, local.may_push, local.may_invoke_agent)
     }
     socket = {
       memory_mb       = 256

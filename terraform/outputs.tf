@@ -13,6 +13,11 @@ output "dead_letter_queue_url" {
   value       = aws_sqs_queue.dead_letters.url
 }
 
+output "prompt_queue_url" {
+  description = "SQS queue of prompts in front of enrichment."
+  value       = aws_sqs_queue.prompts.url
+}
+
 output "webhook_queue_url" {
   description = "SQS queue in front of webhook."
   value       = aws_sqs_queue.webhooks.url

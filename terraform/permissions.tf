@@ -137,7 +137,11 @@ locals {
     },
     # Takes no name of a stream.
     { actions = ["dynamodb:ListStreams"], resources = ["${aws_dynamodb_table.jobs.arn}/stream/*"] },
-    { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.enrichment_failures.arn] },
+    { actions = ["sqs:SendMessage"], resources = [aws_sqs_queue.enrichment_failures.arn, aws_sqs_queue.prompts.arn] },
+    {
+      actions   = ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"]
+      resources = [aws_sqs_queue.prompts.arn]
+    },
   ]
 
   may_connect = [

@@ -19,7 +19,8 @@ resource "aws_sqs_queue" "dead_letters" {
   kms_master_key_id         = aws_kms_key.data.arn
 }
 
-# What the stream gave up: which records, by their place in the stream. Nothing is put back from here.
+# What the stream gave up: which records, by their place in the stream; and messages of prompts. Nothing is put back
+# from here.
 resource "aws_sqs_queue" "enrichment_failures" {
   name                      = "${local.name}-enrichment-failures"
   message_retention_seconds = 14 * 24 * 3600

@@ -16,8 +16,8 @@ resource "aws_lambda_event_source_mapping" "enrichment" {
   function_name     = module.function["enrichment"].arn
   starting_position = "TRIM_HORIZON"
 
-  # A shard's LLM calls at a time are at most the product of these two. A batch lasts as long as its
-  # slowest prompt, and holds up what comes behind it in one of ten lanes.
+  # A shard's descriptions at a time are at most the product of these two. A batch lasts as long as its
+  # slowest one, and holds up what comes behind it in one of ten lanes; prompts are only sent on (prompts.tf).
   batch_size             = 10
   parallelization_factor = 10
 

@@ -227,7 +227,7 @@ variable "function_timeout_seconds" {
 }
 
 variable "enrichment_timeout_seconds" {
-  description = "How long one claim on a description may last; its batch may hold prompts, and last as long as one."
+  description = "How long one claim on a description may last."
   type        = number
   default     = 120
 
@@ -259,6 +259,17 @@ variable "max_concurrent_inferences" {
   }
 }
 
+variable "max_concurrent_prompts" {
+  description = "Prompts being answered at a time, each by an instance of enrichment."
+  type        = number
+  default     = 20
+
+  validation {
+    condition     = var.max_concurrent_prompts >= 2 && var.max_concurrent_prompts <= 1000
+    error_message = "SQS takes 2 to 1000."
+  }
+}
+
 variable "reserved_concurrency" {
   description = "Instances reserved for functions, by their name; the account must have 100 more than all of these."
   type        = map(number)
@@ -267,6 +278,11 @@ variable "reserved_concurrency" {
   validation {
     condition     = lookup(var.reserved_concurrency, "inference", var.max_concurrent_inferences) >= var.max_concurrent_inferences
     error_message = "The queue hands out more than inference may take: reserve at least max_concurrent_inferences."
+  }
+
+  validation {
+    condition     = lookup(var.reserved_concurrency, "enrichment", var.max_concurrent_prompts + 10) >= var.max_concurrent_prompts + 10
+    error_message = "Prompts could take all instances of enrichment: reserve at least 10 more than max_concurrent_prompts."
   }
 }
 

@@ -80,7 +80,7 @@ pub struct Host {
     pub blobs: Blobs,
     pub submit: Arc<Submit<Store, Queue, Blobs>>,
     pub inference: Inference<Store, Queue, Blobs>,
-    pub enrichment: Enrichment<Store, Blobs, Hub>,
+    pub enrichment: Enrichment<Store, Blobs, Hub, Queue>,
     pub results: Arc<Results<Store, Queue, Blobs>>,
     pub sweep: Sweep<Store, Queue, Blobs>,
     pub admin: Arc<Admin<Store, Queue, Keys>>,
@@ -160,6 +160,8 @@ impl Host {
             jobs: store.clone(),
             blobs: blobs.clone(),
             llm: Arc::clone(&llm),
+            // They have a feed of their own.
+            prompts: None,
             clock: clock.clone(),
             policy,
         };

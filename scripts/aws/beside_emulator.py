@@ -26,6 +26,7 @@ NAMES = {
     "CONNECTIONS_TABLE_NAME": "connections_table_name",
     "QUEUE_URL": "queue_url",
     "DEAD_LETTER_QUEUE_URL": "dead_letter_queue_url",
+    "PROMPT_QUEUE_URL": "prompt_queue_url",
     "WEBHOOK_QUEUE_URL": "webhook_queue_url",
     "WEBHOOK_DEAD_LETTER_QUEUE_URL": "webhook_dead_letter_queue_url",
     "BUCKET": "bucket_name",

@@ -47,6 +47,7 @@ points! {
     InferenceHidden = "inference.hidden",
     InferenceForgotten = "inference.forgotten",
     QueueBeforeAck = "queue.before_ack",
+    EnrichmentQueued = "enrichment.queued",
     EnrichmentClaimed = "enrichment.claimed",
     EnrichmentTextPushed = "enrichment.text_pushed",
     EnrichmentAnswered = "enrichment.answered",

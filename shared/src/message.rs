@@ -7,7 +7,7 @@ use uuid::Uuid;
 /// The version that this build writes and reads.
 const VERSION: u8 = 1;
 
-/// A request to the function behind a queue: to inference, and the last to webhook.
+/// A request to the function behind a queue: the first two to inference, then one each to webhook and enrichment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Message {
@@ -17,6 +17,8 @@ pub enum Message {
     Forget { id: Uuid },
     /// Tell who asked for it that this job has ended.
     Deliver { id: Uuid },
+    /// Have the LLM answer this prompt.
+    Answer { id: Uuid },
 }
 
 #[derive(Serialize, Deserialize)]

@@ -111,7 +111,7 @@ pub trait JobStore: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Page<Job, Uuid>>> + Send;
 }
 
-/// The queue in front of inference: at least once, in no promised order.
+/// A queue in front of a function: at least once, in no promised order.
 pub trait JobQueue: Send + Sync + 'static {
     fn send(&self, message: Message) -> impl Future<Output = Result<()>> + Send;
 

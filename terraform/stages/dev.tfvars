@@ -11,6 +11,8 @@ log_retention_days = 7
 cache              = "s3"
 throttle           = { requests_per_second = 20, burst = 40 }
 
-# chat's address is public and nothing throttles it. A new account may have 10 instances in all, of which none can be
-# reserved; where yours has more than 100:
+# A new account may have 10 instances in all, of which none can be reserved: prompts hold theirs for minutes.
+max_concurrent_prompts = 4
+
+# chat's address is public and nothing throttles it. Where your account may have more than 100 instances:
 # reserved_concurrency = { chat = 10 }

@@ -70,13 +70,22 @@ run "a_prompt_has_minutes_where_there_is_an_llm_and_a_description_does_not" {
   }
 
   assert {
-    condition     = aws_cloudwatch_metric_alarm.this["iterator-age"].threshold > local.functions["enrichment"].timeout_seconds * 1000
-    error_message = "One slow answer would raise an alarm."
+    condition     = aws_cloudwatch_metric_alarm.this["prompt-age"].threshold > aws_sqs_queue.prompts.visibility_timeout_seconds
+    error_message = "One slow answer would raise an alarm, or one death of the function."
   }
 
   assert {
-    condition     = aws_lambda_event_source_mapping.enrichment.maximum_record_age_in_seconds > 3 * local.functions["enrichment"].timeout_seconds
-    error_message = "Changes behind slow answers would be given up."
+    condition = (
+      aws_sqs_queue.prompts.visibility_timeout_seconds > local.functions["enrichment"].timeout_seconds
+      && aws_lambda_event_source_mapping.prompts.batch_size == 1
+      && aws_lambda_event_source_mapping.prompts.scaling_config[0].maximum_concurrency == var.max_concurrent_prompts
+    )
+    error_message = "A prompt would be handed out twice while it is answered, or wait for another."
+  }
+
+  assert {
+    condition     = jsondecode(aws_sqs_queue.prompts.redrive_policy).deadLetterTargetArn == aws_sqs_queue.enrichment_failures.arn
+    error_message = "What is given up would leave no trace."
   }
 }
 
@@ -183,7 +192,7 @@ run "each_mapping_reports_single_items" {
 
   assert {
     condition = alltrue([
-      for mapping in [aws_lambda_event_source_mapping.inference, aws_lambda_event_source_mapping.enrichment, aws_lambda_event_source_mapping.notify, aws_lambda_event_source_mapping.webhook] :
+      for mapping in [aws_lambda_event_source_mapping.inference, aws_lambda_event_source_mapping.enrichment, aws_lambda_event_source_mapping.prompts, aws_lambda_event_source_mapping.notify, aws_lambda_event_source_mapping.webhook] :
       contains(mapping.function_response_types, "ReportBatchItemFailures")
     ])
     error_message = "One failure would repeat its whole batch."
@@ -474,6 +483,17 @@ run "reserving_less_than_the_queue_hands_out_is_refused" {
 
   variables {
     reserved_concurrency = { inference = 5 }
+  }
+
+  expect_failures = [var.reserved_concurrency]
+}
+
+run "fewer_instances_than_prompts_and_descriptions_take_are_refused" {
+  command = plan
+
+  variables {
+    max_concurrent_prompts = 30
+    reserved_concurrency   = { enrichment = 39 }
   }
 
   expect_failures = [var.reserved_concurrency]

@@ -326,7 +326,7 @@ async fn prompts_and_conversations_are_answered_from_their_packages_by_the_agent
     let whole = || Behaviour::Frames(vec![usage("orchestrationTrace", 100, 10), chunk(b"A mole.")]);
     let (agent, mut functions, mut chat) = packaged("berta", [whole(), whole()]).await;
     let id = functions.ask(&json!({"prompt": "A naevus?", "system": "Be short."})).await;
-    let job = functions.enrich(id).await;
+    let job = functions.answer(id).await;
     assert_eq!((job.status, job.attempts.enrichment), (Status::Completed, 1), "{:?}", job.failure);
     let answer = job.answer.unwrap();
     assert_eq!(answer.content, AnswerContent::Text("A mole.".to_owned()));
@@ -361,7 +361,7 @@ async fn an_agent_that_the_packages_may_not_invoke_is_asked_once_for_each_and_sh
     let denied = || Behaviour::Exception(403, "AccessDeniedException");
     let (agent, mut functions, mut chat) = packaged("bruno", [denied(), denied()]).await;
     let id = functions.ask(&json!({"prompt": "A naevus?"})).await;
-    let job = functions.enrich(id).await;
+    let job = functions.answer(id).await;
     let failure = job.failure.as_ref().unwrap();
     assert_eq!((job.status, failure.code, failure.retryable), (Status::Failed, FailureCode::LlmRefused, false));
     let (status, answer) = converse(&mut chat, &functions, "A naevus?").await;

@@ -14,6 +14,7 @@ use shared::message::Message;
 use shared::ports::{Callers, JobStore};
 use uuid::Uuid;
 
+use crate::llm_server::LlmServer;
 use crate::ports::{creation, new_job, start};
 use crate::runtime::Function;
 use crate::support::{fresh_table, of_stage, sample, sdk};
@@ -187,8 +188,8 @@ impl Functions {
         let id = submitted(self.submit.invoke(&request).await.unwrap());
         assert_eq!(self.job(id).await.status, Status::Pending, "{variant:?}");
         let answer = self.inference.invoke(&variant.messages(Message::Infer { id })).await.unwrap();
-        let failures = json!([{"itemIdentifier": "2e1424d4-f796-459a-8184-9c92662be6da"}]);
-        assert_eq!(answer["batchItemFailures"], failures, "{variant:?}: what is no message is named, and nothing else");
+        let reported = &answer["batchItemFailures"];
+        assert_eq!(*reported, not_a_message(), "{variant:?}: what is no message is named, and nothing else");
         if self.job(id).await.status == Status::AwaitingDescription {
             let answer = self.enrichment.invoke(&variant.changes(id)).await.unwrap();
             assert_eq!(answer["batchItemFailures"], json!([]), "{variant:?}");
@@ -209,10 +210,16 @@ impl Functions {
         id
     }
 
-    /// Tells enrichment of a job's change; the job then.
-    pub async fn enrich(&mut self, id: Uuid) -> Job {
-        let answer = self.enrichment.invoke(&change(id)).await.unwrap();
-        assert_eq!(answer["batchItemFailures"], json!([]));
+    /// Tells enrichment of a prompt's change, which sends it on, and then hands it the message; the job then.
+    pub async fn answer(&mut self, id: Uuid) -> Job {
+        self.answer_as(Variant::Documented, id).await
+    }
+
+    async fn answer_as(&mut self, variant: Variant, id: Uuid) -> Job {
+        let (before, answer) = (self.job(id).await, self.enrichment.invoke(&variant.changes(id)).await.unwrap());
+        assert_eq!((&answer["batchItemFailures"], self.job(id).await), (&json!([]), before), "{variant:?}");
+        let answer = self.enrichment.invoke(&variant.messages(Message::Answer { id })).await.unwrap();
+        assert_eq!(answer["batchItemFailures"], not_a_message(), "{variant:?}");
         self.job(id).await
     }
 
@@ -229,9 +236,14 @@ impl Functions {
     }
 }
 
-/// The change of a job, as the stream tells it.
-pub fn change(id: Uuid) -> Value {
-    Variant::Documented.changes(id)
+/// A prompt's message, as its queue hands it over, and the documented one behind it.
+pub fn message(id: Uuid) -> Value {
+    Variant::Documented.messages(Message::Answer { id })
+}
+
+/// What is answered to the documented message, whose body is no message.
+fn not_a_message() -> Value {
+    json!([{"itemIdentifier": "2e1424d4-f796-459a-8184-9c92662be6da"}])
 }
 
 /// The id in the answer of submit, in API Gateway's response format 2.0.
@@ -249,6 +261,19 @@ fn follows(job: &Job, log: &str) {
     assert!(!lines.is_empty() && job.trace_id.len() > 16, "{log}");
     for line in lines {
         assert_eq!((&line["span"]["trace.id"], &line["span"]["job.id"]), (&json!(job.trace_id), &json!(id)), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_prompts_change_and_message_are_taken_as_documented_with_more_fields_and_with_fewer() {
+    let llm = LlmServer::start([]).await;
+    let base_url = llm.base_url();
+    let mut functions = Functions::start("lars", &[("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")]).await;
+    for (calls, variant) in (1..).zip([Variant::Documented, Variant::Extended, Variant::Reduced]) {
+        let id = functions.ask(&json!({"prompt": "What is a naevus?"})).await;
+        let job = functions.answer_as(variant, id).await;
+        assert_eq!((job.status, llm.calls()), (Status::Completed, calls), "{variant:?}");
+        follows(&job, &functions.enrichment.printed("stderr"));
     }
 }
 

@@ -88,6 +88,7 @@ const SCENES: &[(Kind, &[Point])] = &[
     (
         Kind::Prompt,
         &[
+            Point::EnrichmentQueued,
             Point::EnrichmentClaimed,
             Point::EnrichmentAnswered,
             Point::EnrichmentAnswerStored,
@@ -362,8 +363,14 @@ async fn id_of(answer: reqwest::Response) -> Option<String> {
 async fn empty_queues() {
     let sqs = aws_sdk_sqs::Client::new(&sdk().await);
     let failures = sqs.get_queue_url().queue_name("lesion-local-enrichment-failures").send().await.unwrap();
-    let queues =
-        ["QUEUE_URL", "DEAD_LETTER_QUEUE_URL", "WEBHOOK_QUEUE_URL", "WEBHOOK_DEAD_LETTER_QUEUE_URL"].map(of_stage);
+    let queues = [
+        "QUEUE_URL",
+        "DEAD_LETTER_QUEUE_URL",
+        "PROMPT_QUEUE_URL",
+        "WEBHOOK_QUEUE_URL",
+        "WEBHOOK_DEAD_LETTER_QUEUE_URL",
+    ]
+    .map(of_stage);
     for url in queues.into_iter().chain(failures.queue_url) {
         within(&format!("{url} is empty"), async || {
             let asked = sqs.get_queue_attributes().queue_url(&url);

@@ -6,7 +6,7 @@ use shared::job::{AnswerContent, Attempts, DescriptionSource, Job, Record, Statu
 use shared::ports::JobStore;
 use uuid::Uuid;
 
-use crate::events::{Functions, change};
+use crate::events::{Functions, message};
 use crate::llm_server::{Behaviour, HONEST, LlmServer, explanation};
 use crate::runtime::Function;
 use crate::support::sdk;
@@ -93,14 +93,14 @@ async fn a_kill_while_the_llm_answers_a_prompt_costs_one_more_call_once_its_leas
     let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
     let mut functions = Functions::start("piers", &settings).await;
     let id = functions.ask(&json!({"prompt": "What is a naevus?"})).await;
-    functions.enrichment.killed_over(&change(id), "the LLM is asked", async || llm.calls() == 1).await;
+    functions.enrichment.killed_over(&message(id), "the LLM is asked", async || llm.calls() == 1).await;
     let claimed = functions.job(id).await;
     let state = (claimed.status, claimed.attempts.enrichment, claimed.answer.is_some());
     assert_eq!(state, (Status::AwaitingDescription, 1, false));
 
     let own = [("TABLE_NAME", functions.table.as_str())];
     functions.enrichment = Function::start("enrichment", &[&own[..], &settings[..]].concat()).await;
-    assert_eq!(functions.enrich(id).await, claimed, "it may still be at work");
+    assert_eq!(functions.answer(id).await, claimed, "it may still be at work");
     // As when its lease has run out.
     let past = Some(claimed.updated_at);
     let lapsed = Job { version: claimed.version + 1, lease_until: past, due_at: past, ..claimed.clone() };
@@ -108,9 +108,9 @@ async fn a_kill_while_the_llm_answers_a_prompt_costs_one_more_call_once_its_leas
     assert_eq!(functions.sweep().await["marked"], 1);
     assert_eq!(llm.calls(), 1);
 
-    let ended = functions.enrich(id).await;
+    let ended = functions.answer(id).await;
     assert_eq!((ended.status, ended.attempts.enrichment, llm.calls()), (Status::Completed, 2, 2));
     assert_eq!(ended.answer.as_ref().unwrap().content, AnswerContent::Text(text.to_owned()));
-    assert_eq!(functions.enrich(id).await, ended);
+    assert_eq!(functions.answer(id).await, ended);
     assert_eq!(llm.calls(), 2, "a third delivery has asked");
 }

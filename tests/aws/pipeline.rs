@@ -273,23 +273,33 @@ async fn anybody_may_read_the_description_of_the_api() {
 async fn a_client_that_polls_for_five_minutes_gets_an_answer_of_a_megabyte_that_takes_four() {
     let (_alone, user) = (LLM_TURN.write().await, User::new("rupert").await);
     let answer = "A growth of \"pigment cells\".\n".repeat(1_000_000 / 29);
-    llm().behave(Behaviour::Late(Duration::from_secs(240), answer.clone()));
+    llm().script([Behaviour::Late(Duration::from_secs(240), answer.clone())]);
     let calls = llm().calls();
     let id = user.ask(&json!({"prompt": "What is a naevus?", "max_tokens": 90_000})).await;
-    let (started, mut pause) = (Instant::now(), 2);
-    let result = loop {
-        assert!(started.elapsed() < Duration::from_secs(300), "no answer within five minutes");
-        tokio::time::sleep(Duration::from_secs(pause)).await;
-        pause = (pause + 1).min(10);
-        let answer = user.request(Method::GET, &format!("/result/{id}")).send().await.unwrap();
-        assert_eq!(answer.status(), StatusCode::OK);
-        let result: Value = answer.json().await.unwrap();
-        if result["status"] != "awaiting_description" {
-            break result;
+    let polled = async {
+        let (started, mut pause) = (Instant::now(), 2);
+        loop {
+            assert!(started.elapsed() < Duration::from_secs(300), "no answer within five minutes");
+            tokio::time::sleep(Duration::from_secs(pause)).await;
+            pause = (pause + 1).min(10);
+            let answer = user.request(Method::GET, &format!("/result/{id}")).send().await.unwrap();
+            assert_eq!(answer.status(), StatusCode::OK);
+            let result: Value = answer.json().await.unwrap();
+            if result["status"] != "awaiting_description" {
+                break result;
+            }
+            assert!(result["content"].is_null());
         }
-        assert!(result["content"].is_null());
     };
-    llm().behave(Behaviour::Answer(explanation(HONEST)));
+    // The prompt holds up no description.
+    let described = async {
+        within("the LLM is asked", async || llm().calls() > calls).await;
+        let photo = user.ended(&user.submit("", sample("mole-drawn.png")).await).await;
+        assert_eq!((&photo["status"], &photo["description"]["source"]), (&json!("completed"), &json!("llm")), "{photo}");
+        user.request(Method::GET, &format!("/result/{id}")).send().await.unwrap().json::<Value>().await.unwrap()
+    };
+    let (result, meanwhile) = tokio::join!(polled, described);
+    assert_eq!(meanwhile["status"], "awaiting_description");
     assert_eq!((&result["status"], &result["kind"]), (&json!("completed"), &json!("prompt")), "{}", result["error"]);
     assert!(result["content"] == answer, "not the answer");
     let took = (&result["finish_reason"], &result["token_usage"], result["cost_usd"].as_f64());
@@ -297,7 +307,7 @@ async fn a_client_that_polls_for_five_minutes_gets_an_answer_of_a_megabyte_that_
     assert_eq!(took, (&json!("stop"), &usage, Some(59e-6)));
     assert!(result.get("predictions").is_none() && result["latency_ms"].as_u64().unwrap() >= 240_000);
     let record = job(&id).await;
-    assert_eq!((record.attempts.inference, record.attempts.enrichment, llm().calls() - calls), (0, 1, 1));
+    assert_eq!((record.attempts.inference, record.attempts.enrichment, llm().calls() - calls), (0, 1, 2));
     let blobs = S3BlobStore::new(&sdk().await, of_stage("BUCKET"), true, Clock::System);
     let keys = [shared::job::prompt_key(record.id), shared::job::answer_key(record.id, 1)];
     let stored = async || {

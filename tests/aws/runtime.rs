@@ -66,6 +66,7 @@ impl Process {
             "CONNECTIONS_TABLE_NAME",
             "QUEUE_URL",
             "DEAD_LETTER_QUEUE_URL",
+            "PROMPT_QUEUE_URL",
             "WEBHOOK_QUEUE_URL",
             "WEBHOOK_DEAD_LETTER_QUEUE_URL",
             "BUCKET",

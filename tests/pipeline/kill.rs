@@ -103,9 +103,10 @@ pub(super) const WEBHOOK_LAST: &[Point] =
 pub(super) const WEBHOOK_UNREADABLE: &[Point] = &[Point::WebhookUnreadableBuried];
 /// By sweep, days later, where no try was left.
 pub(super) const WEBHOOK_SWEPT: &[Point] = &[Point::SweepBuried];
-/// Between two requests to SQS, where an embedded queue has one transaction: `tests/aws/kill.rs`. Who is gone
-/// here is forgotten in one step.
-pub(super) const AWS_ALONE: &[Point] = &[Point::AdminLettersReceived, Point::AdminLetterSent, Point::NotifyClosed];
+/// Between two requests to SQS, where an embedded queue has one transaction, and before a queue where there is a feed:
+/// `tests/aws/kill.rs`. Who is gone here is forgotten in one step.
+pub(super) const AWS_ALONE: &[Point] =
+    &[Point::AdminLettersReceived, Point::AdminLetterSent, Point::EnrichmentQueued, Point::NotifyClosed];
 
 #[test]
 fn every_crash_point_is_in_a_scenario() {

@@ -31,6 +31,7 @@ mod page;
 mod photos;
 #[path = "../ports.rs"]
 mod ports;
+mod prompt_queue;
 mod prompts;
 mod proxy;
 mod proxy_cache;

@@ -59,7 +59,7 @@ async fn job(data: &Path, id: &str) -> Job {
 }
 
 /// Makes a job on a host that is not running.
-async fn accept(host: &local::Host, question: &str) -> Uuid {
+pub async fn accept(host: &local::Host, question: &str) -> Uuid {
     let request = serde_json::from_value(json!({
         "messages": [{"role": "user", "content": question}], "max_tokens": null, "temperature": null, "format": "text",
     }));
@@ -370,10 +370,10 @@ async fn a_second_delivery_of_a_prompts_change_finds_nothing_to_do() {
     let id = accept(&host, QUESTION).await;
     let until = || host.clock.now() + chrono::TimeDelta::minutes(10);
     // At the same time, and once more when it has ended.
-    let deliveries = (0..3).map(|_| host.enrichment.process(id, until()));
+    let deliveries = (0..3).map(|_| host.enrichment.process(id, until(), None));
     futures_util::future::join_all(deliveries).await.into_iter().for_each(Result::unwrap);
     let ended = job(folder.path(), &id.to_string()).await;
-    host.enrichment.process(id, until()).await.unwrap();
+    host.enrichment.process(id, until(), None).await.unwrap();
     assert_eq!(job(folder.path(), &id.to_string()).await, ended);
     assert_eq!((ended.status, ended.attempts.enrichment, llm.calls()), (Status::Completed, 1, 1));
 }
@@ -392,10 +392,10 @@ async fn the_answer_of_a_worker_whose_lease_ran_out_takes_nobodys_place() {
         eventually("the first worker asks", async || llm.calls() == 1).await;
         clock.advance(chrono::TimeDelta::minutes(10));
         host.sweep.handle(EventBridgeEvent::default()).await.unwrap();
-        host.enrichment.process(id, until()).await.unwrap();
+        host.enrichment.process(id, until(), None).await.unwrap();
         job(folder.path(), &id.to_string()).await
     };
-    let (stale, ended) = tokio::join!(host.enrichment.process(id, until()), overtaken);
+    let (stale, ended) = tokio::join!(host.enrichment.process(id, until(), None), overtaken);
     stale.unwrap();
     assert_eq!((ended.status, ended.attempts.enrichment, llm.calls()), (Status::Completed, 2, 2));
     assert_eq!(job(folder.path(), &id.to_string()).await, ended, "the stale worker wrote");
@@ -497,7 +497,7 @@ async fn a_prompt_and_its_answer_expire_and_nothing_of_them_is_left() {
         let (base_url, folder) = (llm.base_url(), tempfile::tempdir().unwrap());
         let host = open(folder.path(), clock.clone(), &[("LLM_BASE_URL", &base_url), ("LLM_MODEL", "m")]).await;
         let (id, start) = (accept(&host, "a qvortolambrisk?").await, clock.now());
-        host.enrichment.process(id, start + TimeDelta::minutes(10)).await.unwrap();
+        host.enrichment.process(id, start + TimeDelta::minutes(10), None).await.unwrap();
         let ended = host.store.get(id).await.unwrap().and_then(Record::into_job).unwrap();
         assert_eq!((ended.status, ended.expires_at), (Status::Completed, start + TimeDelta::days(days)));
         assert_eq!(usize::from(matches!(ended.answer.unwrap().content, AnswerContent::Blob { .. })), blobs);

@@ -210,10 +210,10 @@ async fn a_second_delivery_and_a_late_worker_change_nothing() {
     let after_first = job(&host, id).await;
     host.inference.process(Message::Infer { id }, deadline, None).await;
     assert_eq!(job(&host, id).await, after_first);
-    host.enrichment.process(id, deadline).await.unwrap();
+    host.enrichment.process(id, deadline, None).await.unwrap();
     let completed = job(&host, id).await;
     assert_eq!(completed.status, Status::Completed);
-    host.enrichment.process(id, deadline).await.unwrap();
+    host.enrichment.process(id, deadline, None).await.unwrap();
     host.inference.process(Message::Infer { id }, deadline, None).await;
     assert_eq!(job(&host, id).await, completed);
 }
@@ -356,7 +356,7 @@ async fn photos_expire_before_results_and_results_expire() {
     let id = make_job(&host, mole()).await;
     let deadline = clock.now() + TimeDelta::seconds(60);
     host.inference.process(Message::Infer { id }, deadline, None).await;
-    host.enrichment.process(id, deadline).await.unwrap();
+    host.enrichment.process(id, deadline, None).await.unwrap();
     let in_a_moment = std::time::SystemTime::now() + Duration::from_secs(1);
     assert_eq!(host.blobs.remove_older("jobs/", in_a_moment - Duration::from_secs(3600)).await.unwrap(), 0);
     // The photo and its map.

@@ -54,6 +54,7 @@ fn shown(letter: DeadLetter) -> DeadLetterInfo {
         Ok(Message::Infer { id }) => (Some("infer"), Some(id)),
         Ok(Message::Forget { id }) => (Some("forget"), Some(id)),
         Ok(Message::Deliver { id }) => (Some("deliver"), Some(id)),
+        Ok(Message::Answer { id }) => (Some("answer"), Some(id)),
         Err(_) => (None, None),
     };
     DeadLetterInfo {

@@ -13,7 +13,7 @@ use shared::crash::{self, Point};
 use shared::job::{AnswerContent, FailureCode, Job, LlmAnswer, LlmCall, LlmTrouble, prompt_key};
 use shared::lease::put_leased;
 use shared::llm::{Answer, Format, LlmError, Message, Prompt, session_of};
-use shared::ports::{BlobStore, JobStore, Push};
+use shared::ports::{BlobStore, JobQueue, JobStore, Push};
 use shared::transition::transition;
 
 use crate::{Enrichment, json_of, settled, told};
@@ -27,7 +27,7 @@ const NO_PROMPT: LlmTrouble = LlmTrouble { code: FailureCode::PromptMissing, pas
 const NO_JSON: LlmTrouble = LlmTrouble { code: FailureCode::LlmInvalidJson, passing: false, redrivable: true };
 const NO_STORE: LlmTrouble = LlmTrouble { code: FailureCode::AttemptsExhausted, passing: true, redrivable: true };
 
-impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
+impl<J: JobStore, B: BlobStore, P: Push, Q: JobQueue> Enrichment<J, B, P, Q> {
     /// Works a claimed prompt.
     pub(crate) async fn answer(&self, job: &Job) -> Result<(), Error> {
         if self.llm.is_offline() {

@@ -1,10 +1,11 @@
 //! Writes the description of a finished prediction and completes the job; or the answer to a prompt
 //! (`answer.rs`).
 //!
-//! Triggered by the change feed where a record carries the marker `dispatch = "enrichment"`. Reads
-//! the record. Writes, in this order: the claim, which takes the marker off; then the completed
-//! record, or the record with a later `due_at`. An LLM failure is never a batch failure: sweep
-//! marks the job again. Where no LLM is set inference describes; a photo that was read for one that is gone is
+//! Triggered by the change feed where a record carries the marker `dispatch = "enrichment"`, and on AWS by
+//! a queue of prompts, which it fills from the feed itself. Reads the record. Writes, in this order: the
+//! claim, which takes the marker off; then the completed record, or the record with a later `due_at`; or,
+//! for a prompt in the feed on AWS, its message. An LLM failure is never a batch failure: sweep marks the
+//! job again. Where no LLM is set inference describes; a photo that was read for one that is gone is
 //! described here, by the completed record at once.
 
 mod answer;
@@ -14,6 +15,7 @@ mod live;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use aws_lambda_events::event::streams::{DynamoDbBatchItemFailure, DynamoDbEventResponse};
 use futures_util::future::join_all;
 use serde::Deserialize;
@@ -22,10 +24,11 @@ use shared::Error;
 use shared::api::chat::Role;
 use shared::clock::{Clock, Timestamp};
 use shared::crash::{self, Point};
-use shared::job::{Description, DescriptionSource, Input, Job, LlmCall, Policy, Reading, Record, Refused};
-use shared::llm::{Answer, Format, Llm, LlmError, Message, Prompt, template};
+use shared::job::{Description, DescriptionSource, Dispatch, Input, Job, LlmCall, Policy, Reading, Record, Refused};
+use shared::llm::{self, Answer, Format, Llm, LlmError, Prompt, template};
+use shared::message::Message;
 use shared::metrics;
-use shared::ports::{BlobStore, JobStore, Push};
+use shared::ports::{BlobStore, JobQueue, JobStore, Push};
 use shared::stream::{Event, EventRecord};
 use shared::telemetry;
 use shared::transition::{NotMoved, transition};
@@ -38,12 +41,15 @@ const PROMPT_VERSION: &str = "describe-v1";
 const MARGIN: Duration = Duration::from_secs(3);
 
 /// What enrichment works with.
-pub struct Enrichment<J, B, P> {
+pub struct Enrichment<J, B, P, Q> {
     pub jobs: J,
     pub blobs: B,
     pub llm: Arc<Llm>,
     /// To who has asked over a connection.
     pub push: P,
+    /// Where prompts wait, so that none holds up what is behind it in the feed. Without it a prompt is answered
+    /// as the feed hands it over: that is for a feed in which only prompts wait for prompts.
+    pub prompts: Option<Q>,
     pub clock: Clock,
     pub policy: Policy,
 }
@@ -55,8 +61,8 @@ struct Explanation {
     explanation: String,
 }
 
-impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
-    /// Works a batch, all records at once. `deadline` is the invocation's end; no lease taken here is
+impl<J: JobStore, B: BlobStore, P: Push, Q: JobQueue> Enrichment<J, B, P, Q> {
+    /// Works a batch of the feed, all records at once. `deadline` is the invocation's end; no lease taken here is
     /// longer. Only a store that cannot be reached fails a record.
     pub async fn handle(&self, event: Event, deadline: Timestamp) -> DynamoDbEventResponse {
         let worked = join_all(event.records.iter().map(|record| self.settle(record, deadline))).await;
@@ -78,22 +84,60 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
             tracing::error!(error.code = "unreadable_change", event.id = record.event_id, "change without a job's key");
             return true;
         };
-        match self.process(id, deadline).await {
+        match self.process(id, deadline, self.prompts.as_ref()).await {
             Ok(()) => true,
             // A record that this build cannot read would hold the feed up for ever.
             Err(error) => !error.is_retryable(),
         }
     }
 
-    /// The rule for one job.
+    /// Works a batch of the queue of prompts, all messages at once, otherwise as [`Enrichment::handle`]. What
+    /// is no message of its own is reported as well, and ends as a dead letter.
+    pub async fn handle_prompts(&self, event: SqsEvent, deadline: Timestamp) -> SqsBatchResponse {
+        let worked = join_all(event.records.iter().map(|message| self.settle_prompt(message, deadline))).await;
+        let mut response = SqsBatchResponse::default();
+        for (message, worked) in event.records.into_iter().zip(worked) {
+            if !worked {
+                let mut failure = BatchItemFailure::default();
+                failure.item_identifier = message.message_id.unwrap_or_default();
+                response.batch_item_failures.push(failure);
+            }
+        }
+        response
+    }
+
+    /// Works one message; `false` where it must come back.
+    async fn settle_prompt(&self, message: &SqsMessage, deadline: Timestamp) -> bool {
+        let why = match Message::decode(message.body.as_deref().unwrap_or("")) {
+            Ok(Message::Answer { id }) => return self.process(id, deadline, None).await.is_ok(),
+            Ok(_) => "a message of another queue".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let message_id = message.message_id.as_deref().unwrap_or("");
+        tracing::error!(
+            message.id = message_id,
+            error.code = "unreadable_message",
+            error.chain = why,
+            "message not read"
+        );
+        false
+    }
+
+    /// The rule for one job. A prompt is sent to `prompts`, where there are such.
     ///
     /// # Errors
-    /// Where the store cannot be reached.
-    pub async fn process(&self, id: Uuid, lease_until: Timestamp) -> Result<(), Error> {
+    /// Where the store or the queue cannot be reached.
+    pub async fn process(&self, id: Uuid, lease_until: Timestamp, prompts: Option<&Q>) -> Result<(), Error> {
         let found = self.jobs.get(id).await.inspect_err(not_described)?;
         let Some(Record::Job(job)) = found else { return Ok(()) };
         let span = telemetry::job_span(job.id, &job.trace_id);
-        let work = async { self.work(&job, lease_until).await.inspect_err(not_described) };
+        let work = async {
+            let worked = match prompts {
+                Some(prompts) if job.is_prompt() => send_on(&job, prompts).await,
+                _ => self.work(&job, lease_until).await,
+            };
+            worked.inspect_err(not_described)
+        };
         work.instrument(span).await
     }
 
@@ -240,6 +284,15 @@ impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
     }
 }
 
+/// Sends a prompt that still awaits its claim to its queue; a late change adds no message.
+async fn send_on(job: &Job, prompts: &impl JobQueue) -> Result<(), Error> {
+    if job.dispatch == Some(Dispatch::Enrichment) {
+        prompts.send(Message::Answer { id: job.id }).await?;
+        crash::here(Point::EnrichmentQueued);
+    }
+    Ok(())
+}
+
 /// One line and the metrics of a call; `failed` where it gave no answer.
 fn told(call: &LlmCall, failed: bool) {
     tracing::info!(
@@ -289,7 +342,10 @@ fn prompt(reading: &Reading) -> Prompt {
     });
     let (system, user) = (PROMPT.to_owned(), json!({"classes": classes}).to_string());
     Prompt {
-        messages: vec![Message { role: Role::System, content: system }, Message { role: Role::User, content: user }],
+        messages: vec![
+            llm::Message { role: Role::System, content: system },
+            llm::Message { role: Role::User, content: user },
+        ],
         max_tokens: None,
         temperature: None,
         format: Format::Schema { name: "explanation", schema },

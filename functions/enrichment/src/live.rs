@@ -11,7 +11,7 @@ use futures_util::future::{Either, select};
 use shared::crash::{self, Point};
 use shared::job::{Input, Job, Record};
 use shared::llm::{Answer, Format, Live, LlmError, Prompt};
-use shared::ports::{BlobStore, JobStore, Push, Pushed};
+use shared::ports::{BlobStore, JobQueue, JobStore, Push, Pushed};
 use shared::push::{text_frames, utf16_len};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -25,7 +25,7 @@ const LAST_FRAMES: Duration = Duration::from_secs(1);
 /// What comes at once and is longer is not told, or it alone would fill a client's outbox.
 const MAX_AT_ONCE: usize = 96 * 1024;
 
-impl<J: JobStore, B: BlobStore, P: Push> Enrichment<J, B, P> {
+impl<J: JobStore, B: BlobStore, P: Push, Q: JobQueue> Enrichment<J, B, P, Q> {
     /// Asks for a prompt's answer, and tells it as it comes where a connection has asked for text.
     /// JSON is told when it is whole: a part of it parses as nothing.
     pub(crate) async fn complete(

@@ -139,7 +139,7 @@ impl<J: JobStore, Q: JobQueue, B: BlobStore> Inference<J, Q, B> {
             Message::Infer { id } => self.infer(id, lease_until, turn).await,
             Message::Forget { id } => self.forget(id).await,
             // Another queue's: here it becomes a dead letter, and somebody looks.
-            Message::Deliver { .. } => Err(Error::internal("a message of another queue")),
+            Message::Deliver { .. } | Message::Answer { .. } => Err(Error::internal("a message of another queue")),
         };
         result.unwrap_or_else(not_worked)
     }

@@ -85,7 +85,7 @@ impl<J: JobStore, Q: JobQueue> Webhook<J, Q> {
             Ok(Message::Deliver { id }) => {
                 self.process(message.message_id.as_deref().unwrap_or(""), id, receives(message)).await
             }
-            Ok(Message::Infer { .. } | Message::Forget { .. }) => {
+            Ok(Message::Infer { .. } | Message::Forget { .. } | Message::Answer { .. }) => {
                 self.unreadable(message, "a message of another queue").await
             }
             Err(error) => self.unreadable(message, &error.to_string()).await,

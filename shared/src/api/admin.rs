@@ -185,7 +185,7 @@ pub struct DeadLetterInfo {
     #[schema(value_type = Option<String>, format = DateTime)]
     pub given_up_at: Option<Timestamp>,
     pub receive_count: u32,
-    /// `infer`, `forget` or `deliver`; absent where the message cannot be read.
+    /// `infer`, `forget`, `deliver` or `answer`; absent where the message cannot be read.
     #[serde(rename = "type")]
     pub kind: Option<String>,
     /// The job that the message is about; absent where it cannot be read.

@@ -69,6 +69,14 @@ impl Stage {
         Ok(SqsJobQueue::new(&self.sdk, self.needed("WEBHOOK_QUEUE_URL")?, dead_letters))
     }
 
+    /// `PROMPT_QUEUE_URL`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where it is missing.
+    pub fn prompts(&self) -> Result<SqsJobQueue, ConfigError> {
+        Ok(SqsJobQueue::new(&self.sdk, self.needed("PROMPT_QUEUE_URL")?, None))
+    }
+
     /// `BUCKET`; `S3_PATH_STYLE` for an emulator whose buckets have no names of their own.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ run "the_stages_file_plans_and_its_name_is_in_every_name" {
           aws_dynamodb_table.jobs.name, aws_dynamodb_table.callers.name, aws_dynamodb_table.connections.name,
           aws_apigatewayv2_api.socket.name, aws_sqs_queue.jobs.name,
           aws_sqs_queue.dead_letters.name, aws_sqs_queue.enrichment_failures.name,
-          aws_sqs_queue.webhooks.name, aws_sqs_queue.webhook_dead_letters.name,
+          aws_sqs_queue.webhooks.name, aws_sqs_queue.webhook_dead_letters.name, aws_sqs_queue.prompts.name,
           aws_s3_bucket.blobs.bucket_prefix, aws_secretsmanager_secret.functions.name,
           aws_apigatewayv2_api.http.name, aws_cloudwatch_event_rule.sweep.name, aws_sns_topic.alarms.name,
         ],

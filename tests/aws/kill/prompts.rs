@@ -33,7 +33,12 @@ impl Scene<'_> {
             _ => Behaviour::Answer(answer.clone()),
         });
         let submitting = self.kind == Kind::SubmitPrompt;
-        self.kill(async || assert_eq!(self.ask().await.is_none(), submitting)).await;
+        let ask = async || assert_eq!(self.ask().await.is_none(), submitting);
+        match self.point {
+            // The stream calls again until it has an answer.
+            Point::EnrichmentQueued => self.lambda.killed_at_least_once("enrichment", self.point, ask).await,
+            _ => self.kill(ask).await,
+        }
         self.llm.behave(Behaviour::Answer(answer.clone()));
         let id = self.ask().await.expect("the function goes on");
         let result = self.ended(&id).await;
@@ -41,7 +46,7 @@ impl Scene<'_> {
         // Only an answer whose commit was cut off is asked for again, and one that never came.
         let asked_again = [Point::EnrichmentAnswered, Point::EnrichmentAnswerStored, Point::EnrichmentDeferred];
         let calls = if asked_again.contains(&self.point) { 2 } else { 1 };
-        let once = submitting || self.point == Point::EnrichmentFinished;
+        let once = submitting || [Point::EnrichmentQueued, Point::EnrichmentFinished].contains(&self.point);
         let orphans = u32::from(self.point == Point::SubmitPromptStored);
         (vec![id.parse().unwrap()], Expected { claims: (0, if once { 1 } else { 2 }), calls, orphans })
     }

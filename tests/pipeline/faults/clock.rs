@@ -47,7 +47,7 @@ async fn a_clock_set_back_an_hour_delays_and_loses_nothing() {
             host.queue.acknowledge(&delivery.receipt).await.unwrap();
         }
         for id in [lost, abandoned, later] {
-            host.enrichment.process(id, clock.now() + host.config.policy.lease).await.unwrap();
+            host.enrichment.process(id, clock.now() + host.config.policy.lease, None).await.unwrap();
         }
     }
     for (name, id) in [("lost", lost), ("abandoned", abandoned), ("later", later)] {

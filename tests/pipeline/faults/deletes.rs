@@ -50,9 +50,9 @@ struct Bench {
     queue: Queue,
     blobs: Blobs,
     inference: Arc<Inference<Jobs, Queue, Blobs>>,
-    enrichment: Enrichment<Jobs, Blobs, Hub>,
+    enrichment: Enrichment<Jobs, Blobs, Hub, Queue>,
     /// Where no LLM is set.
-    offline: Enrichment<Jobs, Blobs, Hub>,
+    offline: Enrichment<Jobs, Blobs, Hub, Queue>,
     sweep: Sweep<Jobs, Queue, Blobs>,
     photos: usize,
 }
@@ -124,6 +124,7 @@ impl Bench {
             blobs: blobs.clone(),
             llm: Arc::new(Llm::from_env(&Env::of(variables.iter().copied())).unwrap()),
             push: Hub::default(),
+            prompts: None,
             clock: clock.clone(),
             policy,
         };
@@ -166,7 +167,7 @@ impl Bench {
 
     async fn describe(&self, id: Uuid) {
         let until = self.host.clock.now() + self.host.config.policy.lease;
-        self.enrichment.process(id, until).await.unwrap();
+        self.enrichment.process(id, until, None).await.unwrap();
     }
 
     /// A job that `stage` is about to work.
@@ -198,7 +199,7 @@ impl Bench {
             Stage::Enrichment | Stage::Defer | Stage::Answer | Stage::Refuse => self.describe(id).await,
             Stage::Offline => {
                 let until = self.host.clock.now() + self.host.config.policy.lease;
-                self.offline.process(id, until).await.unwrap();
+                self.offline.process(id, until, None).await.unwrap();
             }
             Stage::SweepPending | Stage::SweepAwaiting => {
                 self.sweep.handle(EventBridgeEvent::default()).await.unwrap();

@@ -13,6 +13,7 @@ use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 use shared::clock::Clock;
 use shared::config::Env;
+use shared::embedded::SqliteJobQueue;
 use shared::http::Caller;
 use shared::job::{Attempts, Record, Tombstone};
 use shared::llm::Llm;
@@ -37,6 +38,7 @@ fn deliver_again(host: &Host, ids: &[Uuid], variables: &[(&str, &str)]) -> JoinS
         blobs: host.blobs.clone(),
         llm,
         push: host.hub.clone(),
+        prompts: None::<SqliteJobQueue>,
         clock: clock.clone(),
         policy,
     };
@@ -48,7 +50,7 @@ fn deliver_again(host: &Host, ids: &[Uuid], variables: &[(&str, &str)]) -> JoinS
             twice.shuffle(&mut random);
             for some in twice.chunks(100) {
                 let until = clock.now() + policy.lease;
-                let deliveries = some.iter().map(|&id| enrichment.process(id, until));
+                let deliveries = some.iter().map(|&id| enrichment.process(id, until, None));
                 for delivered in futures_util::future::join_all(deliveries).await {
                     delivered.unwrap();
                 }

@@ -88,7 +88,7 @@ async fn work(host: &Host) {
         host.queue.acknowledge(&delivery.receipt).await.unwrap();
     }
     let changes = host.store.changes_behind(Work::Description, 0, 1000).await.unwrap();
-    let described = changes.iter().map(|change| host.enrichment.process(change.id, until()));
+    let described = changes.iter().map(|change| host.enrichment.process(change.id, until(), None));
     for done in futures_util::future::join_all(described).await {
         done.unwrap();
     }

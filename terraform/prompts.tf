@@ -1,0 +1,33 @@
+# The queue of prompts before enrichment, which fills it from the stream: in a batch of the stream a prompt of minutes
+# would hold up every description behind it in its lane.
+locals {
+  prompt_queue_environment = { PROMPT_QUEUE_URL = aws_sqs_queue.prompts.url }
+}
+
+resource "aws_sqs_queue" "prompts" {
+  name = "${local.name}-prompts"
+
+  # Not six times, as AWS advises where a function may be throttled behind its queue: nothing takes more messages than
+  # the mapping lets through. The message of a function that died finds its prompt answered, before prompt-age says
+  # that one waits.
+  visibility_timeout_seconds = 2 * local.enrichment_timeout_seconds
+  message_retention_seconds  = 4 * 24 * 3600
+  kms_master_key_id          = aws_kms_key.data.arn
+
+  redrive_policy = jsonencode({
+    deadLetterTargetArn = aws_sqs_queue.enrichment_failures.arn
+    # The record counts the attempts; what is given up here could not be worked at all, and sweep sends it again.
+    maxReceiveCount = 5
+  })
+}
+
+resource "aws_lambda_event_source_mapping" "prompts" {
+  event_source_arn        = aws_sqs_queue.prompts.arn
+  function_name           = module.function["enrichment"].arn
+  batch_size              = 1
+  function_response_types = ["ReportBatchItemFailures"]
+
+  scaling_config {
+    maximum_concurrency = var.max_concurrent_prompts
+  }
+}
