@@ -295,7 +295,11 @@ async fn a_client_that_polls_for_five_minutes_gets_an_answer_of_a_megabyte_that_
     let described = async {
         within("the LLM is asked", async || llm().calls() > calls).await;
         let photo = user.ended(&user.submit("", sample("mole-drawn.png")).await).await;
-        assert_eq!((&photo["status"], &photo["description"]["source"]), (&json!("completed"), &json!("llm")), "{photo}");
+        assert_eq!(
+            (&photo["status"], &photo["description"]["source"]),
+            (&json!("completed"), &json!("llm")),
+            "{photo}"
+        );
         user.request(Method::GET, &format!("/result/{id}")).send().await.unwrap().json::<Value>().await.unwrap()
     };
     let (result, meanwhile) = tokio::join!(polled, described);

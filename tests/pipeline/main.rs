@@ -31,7 +31,6 @@ mod page;
 mod photos;
 #[path = "../ports.rs"]
 mod ports;
-mod prompt_queue;
 mod prompts;
 mod proxy;
 mod proxy_cache;

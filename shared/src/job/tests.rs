@@ -1,3 +1,6 @@
+mod deliveries;
+mod prompts;
+
 use chrono::TimeDelta;
 
 use super::*;
@@ -71,6 +74,20 @@ fn awaiting() -> Job {
 
 fn describing() -> Job {
     awaiting().claim_enrichment(at(3), lease(3), &policy()).unwrap()
+}
+
+fn asked() -> Job {
+    let stored = StoredPrompt { size_bytes: 7, expires_at: at(0) + policy().photo_ttl, connection: None };
+    Job::new(NewJob { input: Input::Prompt(stored), ..new(false) }, at(0), &policy())
+}
+
+fn answering() -> Job {
+    asked().claim_enrichment(at(1), at(3600), &policy()).unwrap()
+}
+
+fn answer(content: AnswerContent) -> LlmAnswer {
+    let (finish_reason, prompt_tokens, completion_tokens) = (Some("stop".into()), Some(1), None);
+    LlmAnswer { content, finish_reason, prompt_tokens, completion_tokens, latency_ms: 1, cost_usd: None }
 }
 
 /// What holds of every record that is ever written.
@@ -320,251 +337,4 @@ fn a_tombstone_is_due_until_the_cache_entry_is_erased_after_the_last_lease() {
     let forgotten = swept.forgotten(at(241)).unwrap();
     assert_eq!((forgotten.cache_key.as_deref(), forgotten.due_at), (None, Some(at(241))));
     assert_eq!(forgotten.swept(at(242), &policy()).due_at, None);
-}
-
-fn asked() -> Job {
-    let stored = StoredPrompt { size_bytes: 7, expires_at: at(0) + policy().photo_ttl, connection: None };
-    Job::new(NewJob { input: Input::Prompt(stored), ..new(false) }, at(0), &policy())
-}
-
-fn answering() -> Job {
-    asked().claim_enrichment(at(1), at(3600), &policy()).unwrap()
-}
-
-fn answer(content: AnswerContent) -> LlmAnswer {
-    let (finish_reason, prompt_tokens, completion_tokens) = (Some("stop".into()), Some(1), None);
-    LlmAnswer { content, finish_reason, prompt_tokens, completion_tokens, latency_ms: 1, cost_usd: None }
-}
-
-fn trouble(passing: bool) -> LlmTrouble {
-    LlmTrouble { code: FailureCode::LlmUnavailable, passing, redrivable: passing }
-}
-
-#[test]
-fn a_prompt_starts_with_its_marker_and_is_completed_by_its_answer() {
-    let job = asked();
-    assert_eq!((job.status, job.dispatch), (Status::AwaitingDescription, Some(Dispatch::Enrichment)));
-    assert_eq!(job.queued_bytes(), 7);
-    assert_eq!(job.claim_inference(at(1), lease(1), &policy()), Err(Refused::WrongState));
-    let job = answering();
-    let done = job.finish_answer(1, answer(AnswerContent::Text("a".into())), at(200), &policy()).unwrap();
-    assert_eq!((done.status, done.queued_bytes(), done.expires_at), (Status::Completed, 0, job.expires_at));
-    assert_eq!((done.timings_ms.queued, done.timings_ms.total), (Some(1000.0), Some(200_000.0)));
-    for job in [asked(), job, done] {
-        assert_invariants(&job);
-    }
-}
-
-#[test]
-fn a_claim_lasts_as_long_as_its_work_may_and_no_longer_than_the_invocation() {
-    let description = awaiting().claim_enrichment(at(3), at(3600), &policy()).unwrap();
-    assert_eq!(description.lease_until, Some(at(3 + 120)));
-    assert_eq!(answering().lease_until, Some(at(1 + 600)));
-    let cut = asked().claim_enrichment(at(1), at(20), &policy()).unwrap();
-    assert_eq!(cut.lease_until, Some(at(20)));
-    // Until then its worker may still write.
-    assert_eq!(answering().tombstone(at(5), &policy()).erase_after, at(5 + 600));
-    assert_eq!(awaiting().tombstone(at(5), &policy()).erase_after, at(5 + 120));
-}
-
-#[test]
-fn a_record_whose_answer_is_a_blob_goes_when_the_blob_may_go() {
-    let content = AnswerContent::of(&"x".repeat(300_000), answering().id, 1);
-    let done = answering().finish_answer(1, answer(content), at(2), &policy()).unwrap();
-    assert_eq!(done.expires_at, at(2) + policy().photo_ttl);
-}
-
-#[test]
-fn passing_trouble_defers_a_prompt_and_the_last_attempt_fails_it_until_it_is_redriven() {
-    let mut job = answering();
-    for second in [10, 1010] {
-        job =
-            job.release_answer(job.claim, trouble(true), Some(TimeDelta::seconds(30)), at(second), &policy()).unwrap();
-        assert_eq!((job.status, job.due_at), (Status::AwaitingDescription, Some(at(second + 30))));
-        assert_invariants(&job);
-        job = job.sweep(at(second + 30), &policy(), |_| description()).unwrap().0;
-        job = job.claim_enrichment(at(second + 31), at(9000), &policy()).unwrap();
-    }
-    let failed = job.release_answer(job.claim, trouble(true), None, at(2010), &policy()).unwrap();
-    let failure = Failure { stage: Stage::Enrichment, code: FailureCode::LlmUnavailable, retryable: true };
-    assert_eq!((failed.status, &failed.failure), (Status::Failed, &Some(failure)));
-    assert_invariants(&failed);
-    let again = failed.redrive(at(3000), &policy()).unwrap();
-    let waits = (again.status, again.dispatch, again.due_at, again.attempts.enrichment);
-    assert_eq!(waits, (Status::AwaitingDescription, Some(Dispatch::Enrichment), Some(at(3000)), 0));
-    assert_invariants(&again);
-    assert_eq!(failed.redrive(failed.input.expires_at(), &policy()), Err(Refused::InputExpired));
-}
-
-#[test]
-fn what_does_not_pass_fails_a_prompt_at_once() {
-    let failed = answering().release_answer(1, trouble(false), None, at(2), &policy()).unwrap();
-    assert_eq!(failed.failure.as_ref().map(|failure| failure.retryable), Some(false));
-    assert_eq!(failed.redrive(at(3), &policy()), Err(Refused::WrongState));
-}
-
-#[test]
-fn sweep_gives_a_prompt_up_without_a_template_and_says_why() {
-    let (failed, action) = asked().sweep(at(0) + policy().deadline, &policy(), |_| description()).unwrap();
-    assert_eq!(action, SweepAction::Ended);
-    let failure = Failure { stage: Stage::Enrichment, code: FailureCode::DeadlineExceeded, retryable: true };
-    assert_eq!((&failed.failure, &failed.description), (&Some(failure), &None));
-    let worn = Job { attempts: Attempts { inference: 0, enrichment: 3 }, ..answering() };
-    let failed = worn.sweep(at(601), &policy(), |_| description()).unwrap().0;
-    assert_eq!(failed.failure.unwrap().code, FailureCode::AttemptsExhausted);
-}
-
-#[test]
-fn a_description_is_no_answer_and_an_answer_no_description() {
-    let text = answer(AnswerContent::Text("a".into()));
-    assert_eq!(describing().finish_answer(2, text, at(4), &policy()), Err(Refused::WrongState));
-    assert_eq!(describing().release_answer(2, trouble(true), None, at(4), &policy()), Err(Refused::WrongState));
-    assert_eq!(answering().finish_description(1, description(), at(4), &policy()), Err(Refused::WrongState));
-    assert_eq!(answering().defer_description(1, None, at(4), &policy()), Err(Refused::WrongState));
-}
-
-/// As a build wrote it that knew photos alone.
-#[test]
-fn a_record_from_before_there_were_prompts_is_read_and_written_as_it_was() {
-    let text = r#"{"record":"job","id":"01a1fd23-16e4-7867-8ba2-ef5c50a78321","caller":"local","status":"processing",
-        "version":2,"claim":1,"attempts":{"inference":1,"enrichment":0},"redispatches":0,
-        "created_at":"2026-11-20T10:00:00Z","updated_at":"2026-11-20T10:00:01Z","deadline_at":"2026-11-21T10:00:00Z",
-        "due_at":"2026-11-20T10:02:01Z","lease_until":"2026-11-20T10:02:01Z","dispatch":null,
-        "expires_at":"2026-12-20T10:00:00Z","trace_id":"t","describe":true,"idempotency_key":null,
-        "photo":{"content_type":"image/jpeg","width":200,"height":150,"orientation":6,"size_bytes":3900,
-        "expires_at":"2026-11-27T10:00:00Z"},"quality":null,"reading":null,"cache_key":null,"description":null,
-        "llm_calls":[],"failure":null,"timings_ms":{"queued":1000.0}}"#;
-    let Ok(Record::Job(job)) = serde_json::from_str(text) else { panic!("not read") };
-    let Input::Photo(photo) = &job.input else { panic!("{job:?}") };
-    assert_eq!((photo.orientation, photo.size_bytes, &job.answer), (6, 3900, &None));
-    let before: serde_json::Value = serde_json::from_str(text).unwrap();
-    assert_eq!(serde_json::to_value(Record::Job(job)).unwrap(), before);
-}
-
-fn to_be_told() -> Job {
-    let new = NewJob { callback_url: Some("https://hooks.example/a".into()), ..new(false) };
-    let job = Job::new(new, at(0), &policy()).claim_inference(at(1), lease(1), &policy()).unwrap();
-    assert_invariants(&job);
-    let ended = job.finish_inference(1, read(false), at(2), &policy()).unwrap();
-    assert_invariants(&ended);
-    ended
-}
-
-fn swept(job: &Job, seconds: i64) -> Result<(Job, SweepAction), Refused> {
-    let swept = job.sweep(at(seconds), &policy(), |_| panic!("no description is due"));
-    swept.inspect(|(job, _)| assert_invariants(job))
-}
-
-#[test]
-fn the_write_that_ends_a_job_marks_its_delivery_due() {
-    let job = to_be_told();
-    assert_eq!((job.status, job.dispatch), (Status::Completed, Some(Dispatch::Webhook)));
-    assert_eq!(job.due_at, Some(at(2) + policy().redispatch));
-    let delivery = job.delivery().unwrap();
-    assert_eq!((delivery.seq, delivery.not_before, delivery.outcome), (job.version, at(2), None));
-    // Whoever asked for nothing is told nothing.
-    let silent = pending(false).claim_inference(at(1), lease(1), &policy()).unwrap();
-    let silent = silent.finish_inference(1, read(false), at(2), &policy()).unwrap();
-    assert_eq!((silent.dispatch, silent.due_at, silent.delivery()), (None, None, None));
-}
-
-#[test]
-fn a_lost_delivery_is_marked_again_later_each_time_and_given_up_after_days() {
-    let mut job = to_be_told();
-    for seconds in [122, 242, 482, 962] {
-        assert_eq!(swept(&job, seconds - 1).unwrap_err(), Refused::NotDue);
-        let (next, action) = swept(&job, seconds).unwrap();
-        assert_eq!((action, next.dispatch), (SweepAction::Marked, Some(Dispatch::Webhook)));
-        assert_eq!((next.seq(), next.updated_at), (job.seq(), job.updated_at), "nothing that a caller reads changes");
-        job = next;
-    }
-    let days = policy().delivery_ttl.num_seconds() + 2;
-    assert_eq!(swept(&job, days - 1).unwrap().1, SweepAction::Marked);
-    let (gone, action) = swept(&job, days).unwrap();
-    assert_eq!((action, gone.due_at, gone.dispatch), (SweepAction::Undelivered, None, None));
-    assert_eq!(gone.delivery().unwrap().outcome, Some(DeliveryOutcome::GivenUp));
-    assert_eq!(swept(&gone, 2 * days).unwrap_err(), Refused::NotDue);
-}
-
-#[test]
-fn a_delivery_that_failed_waits_for_its_message_and_one_that_was_made_for_nothing() {
-    let job = to_be_told();
-    let seq = job.seq();
-    let waits = job.postpone_delivery(seq, FIRST, at(303), &policy()).unwrap();
-    assert_invariants(&waits);
-    assert_eq!((waits.delivery().unwrap().not_before, waits.due_at), (at(303), Some(at(303) + policy().redispatch)));
-    assert_eq!(waits.dispatch, None);
-    assert_eq!(swept(&waits, 303).unwrap_err(), Refused::NotDue, "its message is on its way");
-    let made = waits.settle_delivery(seq).unwrap();
-    assert_invariants(&made);
-    assert_eq!((made.due_at, made.seq()), (None, seq));
-    assert_eq!(made.settle_delivery(seq), Err(Refused::Ended));
-    assert_eq!(made.give_up_delivery(seq, FIRST), Err(Refused::Ended));
-    assert_eq!(made.postpone_delivery(seq, FIRST, at(4), &policy()), Err(Refused::Ended));
-}
-
-const FIRST: FailedTry<'static> = FailedTry { failed_before: 0, message: "a" };
-
-#[test]
-fn the_message_that_failed_carries_the_next_try_and_its_twin_does_nothing() {
-    let job = to_be_told();
-    let turn = |job: &Job, message, seconds| job.delivery().unwrap().turn(message, at(seconds));
-    assert_eq!((turn(&job, "a", 2), turn(&job, "b", 2)), (Turn::Try, Turn::Try));
-    let waits = job.postpone_delivery(job.seq(), FIRST, at(303), &policy()).unwrap();
-    assert_eq!((waits.delivery().unwrap().tries, turn(&waits, "b", 4)), (1, Turn::Nothing));
-    assert_eq!(turn(&waits, "a", 4), Turn::Wait(TimeDelta::seconds(299)), "by whatever clock it comes early");
-    // Whichever comes when it is time.
-    assert_eq!((turn(&waits, "a", 303), turn(&waits, "b", 303)), (Turn::Try, Turn::Try));
-    // Of two that failed at once one is counted.
-    let twin = FailedTry { message: "b", ..FIRST };
-    assert_eq!(waits.postpone_delivery(job.seq(), twin, at(900), &policy()), Err(Refused::Stale));
-    assert_eq!(waits.give_up_delivery(job.seq(), twin), Err(Refused::Stale));
-    // A record of an earlier build names no message.
-    let mut earlier = waits.clone();
-    earlier.callback.as_mut().unwrap().delivery.as_mut().unwrap().carrier = None;
-    assert_eq!(turn(&earlier, "b", 302), Turn::Wait(TimeDelta::seconds(1)));
-}
-
-#[test]
-fn an_operator_may_have_a_delivery_tried_again_that_was_given_up() {
-    let job = to_be_told();
-    let given_up = job.give_up_delivery(job.seq(), FIRST).unwrap();
-    assert_invariants(&given_up);
-    let turn = |message| given_up.delivery().unwrap().turn(message, at(9));
-    assert_eq!((turn("a"), turn("b")), (Turn::Nothing, Turn::Try), "what was given up comes with another message");
-    assert_eq!(
-        given_up.settle_delivery(job.seq()).unwrap().delivery().unwrap().outcome,
-        Some(DeliveryOutcome::Delivered)
-    );
-    let again = FailedTry { failed_before: given_up.delivery().unwrap().failed_tries(), message: "b" };
-    let waits = given_up.postpone_delivery(job.seq(), again, at(14), &policy()).unwrap();
-    assert_invariants(&waits);
-    let delivery = waits.delivery().unwrap();
-    assert_eq!((delivery.outcome, delivery.tries), (None, 1), "it is tried as often as at first");
-}
-
-#[test]
-fn a_redrive_takes_the_delivery_of_the_failure_back_and_the_next_end_is_another() {
-    let new = NewJob { callback_url: Some("https://hooks.example/a".into()), ..new(true) };
-    let failed = Job::new(new, at(0), &policy()).sweep(at(90_000), &policy(), |_| description()).unwrap().0;
-    assert_eq!((failed.status, failed.dispatch), (Status::Failed, Some(Dispatch::Webhook)));
-    let seq = failed.seq();
-    let again = failed.redrive(at(90_001), &policy()).unwrap();
-    assert_invariants(&again);
-    assert_eq!(again.delivery(), None);
-    assert_eq!(again.settle_delivery(seq), Err(Refused::Stale), "a request that was under way");
-    let again = again.claim_inference(at(90_002), lease(90_002), &policy()).unwrap();
-    let ended = again.finish_inference(again.claim, read(true), at(90_003), &policy()).unwrap();
-    assert!(ended.seq() > seq);
-    assert_eq!(ended.give_up_delivery(seq, FIRST), Err(Refused::Stale));
-    assert!(ended.settle_delivery(ended.seq()).is_ok());
-}
-
-#[test]
-fn nobody_is_told_longer_than_the_result_lives() {
-    let short = Policy { result_ttl: TimeDelta::days(1), ..policy() };
-    let new = NewJob { callback_url: Some("https://hooks.example/a".into()), ..new(false) };
-    let job = Job::new(new, at(0), &short).claim_inference(at(1), lease(1), &short).unwrap();
-    let ended = job.finish_inference(1, read(false), at(2), &short).unwrap();
-    assert_eq!(ended.delivery().unwrap().until, ended.expires_at);
 }

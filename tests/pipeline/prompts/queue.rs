@@ -17,7 +17,7 @@ use submit::Submission;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::prompts::accept;
+use super::accept;
 use crate::support::llm_server::{Behaviour, HONEST, LlmServer, explanation};
 use crate::support::{mole, open};
 use crate::webhooks::event;
