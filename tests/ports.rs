@@ -170,18 +170,18 @@ async fn a_key_that_was_used_again_stays_with_its_job(store: &impl JobStore) {
     assert_eq!(store.idempotency("dora", "once", start()).await.unwrap(), None);
 }
 
-/// What is due, page by page, behind records that `spoil` makes unreadable.
-pub async fn due_suite(store: impl JobStore, spoil: impl AsyncFn(Uuid)) {
+/// What is due and what is listed, page by page, around records that `spoil` makes unreadable.
+pub async fn unreadable_suite(store: impl JobStore, spoil: impl AsyncFn(Uuid)) {
     let (now, policy) = (start(), Policy::default());
     let make = async |now: Timestamp| {
         let job = new_job("alice", now);
         assert_eq!(store.create(creation(&job, None)).await.unwrap(), Created::New);
         job.id
     };
+    let mut ids = vec![make(now - TimeDelta::seconds(1)).await];
     for _ in 0..120 {
         spoil(make(now).await).await;
     }
-    let mut ids = Vec::new();
     for second in 1..=25 {
         ids.push(make(now + TimeDelta::seconds(second)).await);
     }
@@ -205,9 +205,23 @@ pub async fn due_suite(store: impl JobStore, spoil: impl AsyncFn(Uuid)) {
         }
     }
     assert_eq!(found, ids, "each once, in their order");
-    assert!(pages >= 14, "145 were due, and {pages} pages of ten were read");
+    assert!(pages >= 14, "146 were due, and {pages} pages of ten were read");
     // From the start again: those that cannot be read, and nothing else.
     assert!(store.due(later, None, 1000).await.unwrap().records.is_empty());
+
+    let (mut listed, mut before, mut pages) = (Vec::new(), None, 0);
+    loop {
+        let page = store.list("alice", before, 10).await.unwrap();
+        listed.extend(page.records.into_iter().map(|job| job.id));
+        pages += 1;
+        assert!(pages < 100, "it goes round in circles");
+        before = page.next;
+        if before.is_none() {
+            break;
+        }
+    }
+    listed.reverse();
+    assert_eq!((listed, pages), (ids, 15), "each once, in their order");
 }
 
 /// Prompts and their answers, some of which are as large as a record may be.

@@ -17,8 +17,8 @@ use shared::ports::{BlobStore, Callers, Created, Creation, GetTerms, JobQueue, J
 use uuid::Uuid;
 
 use crate::ports::{
-    accounts_suite, blob_store_suite, callers_suite, creation, due_suite, job_store_suite, new_job, new_prompt,
-    presigned_get_suite, prompts_suite, queued_bytes_suite, start,
+    accounts_suite, blob_store_suite, callers_suite, creation, job_store_suite, new_job, new_prompt,
+    presigned_get_suite, prompts_suite, queued_bytes_suite, start, unreadable_suite,
 };
 use crate::support::{fresh_table, of_stage, sdk};
 
@@ -30,7 +30,7 @@ async fn the_job_store_keeps_its_contract() {
 }
 
 #[tokio::test]
-async fn records_that_cannot_be_read_hide_nothing_that_is_due() {
+async fn records_that_cannot_be_read_hide_no_others() {
     let sdk = sdk().await;
     let table = fresh_table(&sdk, "TABLE_NAME").await;
     let client = aws_sdk_dynamodb::Client::new(&sdk);
@@ -40,7 +40,7 @@ async fn records_that_cannot_be_read_hide_nothing_that_is_due() {
         let update = update.update_expression("SET #record = :record").expression_attribute_names("#record", "record");
         update.expression_attribute_values(":record", text("{}")).send().await.unwrap();
     };
-    due_suite(DynamoJobStore::new(&sdk, table.clone()), spoil).await;
+    unreadable_suite(DynamoJobStore::new(&sdk, table.clone()), spoil).await;
 }
 
 #[tokio::test]

@@ -9,8 +9,8 @@ use shared::ports::{BlobStore, GetTerms, JobQueue, JobStore};
 use uuid::Uuid;
 
 use crate::ports::{
-    accounts_suite, blob_store_suite, callers_suite, connections_suite, creation, due_suite, job_store_suite, new_job,
-    presigned_get_suite, prompts_suite, queued_bytes_suite, start, tickets_suite,
+    accounts_suite, blob_store_suite, callers_suite, connections_suite, creation, job_store_suite, new_job,
+    presigned_get_suite, prompts_suite, queued_bytes_suite, start, tickets_suite, unreadable_suite,
 };
 use crate::support::client;
 
@@ -23,7 +23,7 @@ async fn the_job_store_keeps_its_contract() {
 }
 
 #[tokio::test]
-async fn records_that_cannot_be_read_hide_nothing_that_is_due() {
+async fn records_that_cannot_be_read_hide_no_others() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("jobs.sqlite");
     let store = SqliteJobStore::open(&path).unwrap();
@@ -31,7 +31,7 @@ async fn records_that_cannot_be_read_hide_nothing_that_is_due() {
     let spoil = async |id: Uuid| {
         assert_eq!(file.execute("UPDATE jobs SET record = '{}' WHERE id = ?1", [id.to_string()]).unwrap(), 1);
     };
-    due_suite(store, spoil).await;
+    unreadable_suite(store, spoil).await;
 }
 
 #[tokio::test]
