@@ -28,16 +28,16 @@ locals {
         dimensions = { QueueName = aws_sqs_queue.jobs.name }
         above      = 15 * 60
       })
-      # The same of the oldest prompt, on top of what others may take.
+      # The same of the oldest prompt, while it is answered and hidden behind a death included.
       prompt-age = merge(local.of_queue, {
         metric     = "ApproximateAgeOfOldestMessage"
         dimensions = { QueueName = aws_sqs_queue.prompts.name }
-        above      = 3 * local.enrichment_timeout_seconds
+        above      = 4 * local.enrichment_timeout_seconds
       })
       # Milliseconds that the oldest change waits, longer than behind one description.
       iterator-age = {
         namespace  = "AWS/Lambda", metric = "IteratorAge", statistic = "Maximum"
-        dimensions = local.lambdas["enrichment"], above = (5 * 60 + var.enrichment_timeout_seconds) * 1000
+        dimensions = local.lambdas["enrichment"], above = (5 * 60 + min(local.lease_seconds, local.enrichment_timeout_seconds)) * 1000
       }
       # The same before those are told who have subscribed.
       notify-age = {

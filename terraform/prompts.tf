@@ -7,17 +7,17 @@ locals {
 resource "aws_sqs_queue" "prompts" {
   name = "${local.name}-prompts"
 
-  # Not six times, as AWS advises where a function may be throttled behind its queue: nothing takes more messages than
-  # the mapping lets through. The message of a function that died finds its prompt answered, before prompt-age says
-  # that one waits.
+  # Not six times, as AWS advises: the message of a function that died finds its prompt answered by then, and is to be
+  # gone before prompt-age takes it for one that waits.
   visibility_timeout_seconds = 2 * local.enrichment_timeout_seconds
   message_retention_seconds  = 4 * 24 * 3600
   kms_master_key_id          = aws_kms_key.data.arn
 
   redrive_policy = jsonencode({
     deadLetterTargetArn = aws_sqs_queue.enrichment_failures.arn
-    # The record counts the attempts; what is given up here could not be worked at all, and sweep sends it again.
-    maxReceiveCount = 5
+    # The record counts the attempts. What is given up here could not be worked at all, or was throttled for hours; sweep
+    # sends it again.
+    maxReceiveCount = 20
   })
 }
 

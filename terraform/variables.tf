@@ -233,7 +233,7 @@ variable "enrichment_timeout_seconds" {
 
   validation {
     condition     = var.enrichment_timeout_seconds > var.llm_timeout_seconds && var.enrichment_timeout_seconds <= 900
-    error_message = "The batch needs time for at least one try of the LLM, and Lambda ends after 900 seconds."
+    error_message = "A description needs time for at least one try of the LLM, and Lambda ends after 900 seconds."
   }
 }
 
@@ -260,9 +260,10 @@ variable "max_concurrent_inferences" {
 }
 
 variable "max_concurrent_prompts" {
-  description = "Prompts being answered at a time, each by an instance of enrichment."
+  description = "Prompts being answered at a time, each by an instance of enrichment, for minutes."
   type        = number
-  default     = 20
+  # A new account may have 10 instances in all.
+  default = 4
 
   validation {
     condition     = var.max_concurrent_prompts >= 2 && var.max_concurrent_prompts <= 1000

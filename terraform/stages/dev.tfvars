@@ -11,8 +11,6 @@ log_retention_days = 7
 cache              = "s3"
 throttle           = { requests_per_second = 20, burst = 40 }
 
-# A new account may have 10 instances in all, of which none can be reserved: prompts hold theirs for minutes.
-max_concurrent_prompts = 4
-
-# chat's address is public and nothing throttles it. Where your account may have more than 100 instances:
+# chat's address is public and nothing throttles it. A new account may have 10 instances in all, of which none can be
+# reserved; where yours has more than 100:
 # reserved_concurrency = { chat = 10 }

@@ -3,6 +3,7 @@
 stage                     = "prod"
 cache                     = "s3"
 max_concurrent_inferences = 50
+max_concurrent_prompts    = 20
 log_retention_days        = 90
 
 # chat's address is public and nothing throttles it: as many answers at a time, and no more instances. Callers who

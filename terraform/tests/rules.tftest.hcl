@@ -76,6 +76,14 @@ run "a_prompt_has_minutes_where_there_is_an_llm_and_a_description_does_not" {
 
   assert {
     condition = (
+      aws_cloudwatch_metric_alarm.this["iterator-age"].threshold > 1000 * min(local.environment.LEASE_SECONDS, local.functions["enrichment"].timeout_seconds)
+      && aws_cloudwatch_metric_alarm.this["iterator-age"].threshold < 1000 * local.functions["enrichment"].timeout_seconds
+    )
+    error_message = "One slow description would raise an alarm, or none would while prompts are worked in the stream again."
+  }
+
+  assert {
+    condition = (
       aws_sqs_queue.prompts.visibility_timeout_seconds > local.functions["enrichment"].timeout_seconds
       && aws_lambda_event_source_mapping.prompts.batch_size == 1
       && aws_lambda_event_source_mapping.prompts.scaling_config[0].maximum_concurrency == var.max_concurrent_prompts
@@ -486,6 +494,21 @@ run "reserving_less_than_the_queue_hands_out_is_refused" {
   }
 
   expect_failures = [var.reserved_concurrency]
+}
+
+run "as_many_instances_as_prompts_and_descriptions_take_are_enough" {
+  command = plan
+
+  variables {
+    max_concurrent_prompts   = 30
+    function_timeout_seconds = 900
+    reserved_concurrency     = { enrichment = 40 }
+  }
+
+  assert {
+    condition     = aws_cloudwatch_metric_alarm.this["iterator-age"].threshold > 1000 * min(local.environment.LEASE_SECONDS, local.functions["enrichment"].timeout_seconds)
+    error_message = "One slow description would raise an alarm."
+  }
 }
 
 run "fewer_instances_than_prompts_and_descriptions_take_are_refused" {

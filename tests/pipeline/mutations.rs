@@ -229,7 +229,8 @@ async fn no_damaged_message_stops_the_queue_or_touches_a_job() {
         .accept(&caller, None, Submission { image: mole(), describe: true, callback_url: None })
         .await
         .unwrap();
-    let seeds = [Message::Infer { id }, Message::Forget { id }, Message::Deliver { id }].map(Message::encode);
+    let seeds = [Message::Infer { id }, Message::Forget { id }, Message::Deliver { id }, Message::Answer { id }];
+    let seeds = seeds.map(Message::encode);
     let version = async || match host.store.get(id).await.unwrap() {
         Some(record) => record.fence().version,
         None => panic!("the job is gone"),

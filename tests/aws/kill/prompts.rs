@@ -35,8 +35,12 @@ impl Scene<'_> {
         let submitting = self.kind == Kind::SubmitPrompt;
         let ask = async || assert_eq!(self.ask().await.is_none(), submitting);
         match self.point {
-            // The stream calls again until it has an answer.
-            Point::EnrichmentQueued => self.lambda.killed_at_least_once("enrichment", self.point, ask).await,
+            // The stream calls again until it has an answer. Another process has the message at once, and is not to be
+            // ended in the middle of it by what lets the function go on.
+            Point::EnrichmentQueued => {
+                let ask = async || drop(self.ended(&self.ask().await.unwrap()).await);
+                self.lambda.killed_at_least_once("enrichment", self.point, ask).await;
+            }
             _ => self.kill(ask).await,
         }
         self.llm.behave(Behaviour::Answer(answer.clone()));
