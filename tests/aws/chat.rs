@@ -123,7 +123,7 @@ fn complete(user: &User, key: &str, body: &Value) -> RequestBuilder {
 }
 
 /// The id and the text of a key with limits.
-pub async fn limited(user: &User, caller: &str, limits: Value) -> (String, String) {
+async fn limited(user: &User, caller: &str, limits: Value) -> (String, String) {
     let mut new = limits;
     new["caller"] = json!(caller);
     let made: Value = user.request(Method::POST, "/admin/keys").json(&new).send().await.unwrap().json().await.unwrap();
@@ -147,7 +147,7 @@ fn refilled(limit: u64, started: Instant) -> u64 {
     (started.elapsed().as_secs_f64() * limit as f64 / 60.0).ceil() as u64
 }
 
-pub fn assert_within_limit(limit: u64, requests: u64, started: Instant) {
+fn assert_within_limit(limit: u64, requests: u64, started: Instant) {
     let refilled = refilled(limit, started);
     assert!((limit..=limit + 1 + refilled).contains(&requests), "{requests} of {limit}, {refilled} refilled");
 }

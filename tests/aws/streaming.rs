@@ -10,7 +10,7 @@ use reqwest::{Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 
-use crate::chat::{assert_within_limit, ledger, limited};
+use crate::chat::ledger;
 use crate::llm_server::{Behaviour, LlmServer};
 use crate::metrics::read;
 use crate::pipeline::User;
@@ -21,22 +21,17 @@ use crate::support::{root, within};
 const ANSWER: &str = "A growth made of many pigment cells.";
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// The function, in some processes, and somebody with a key of their own.
+/// The function, and somebody with a key of their own.
 struct Streaming {
     user: User,
     address: SocketAddr,
     llm: LlmServer,
-    processes: Vec<Process>,
+    process: Process,
     _watch: Child,
 }
 
 impl Streaming {
     async fn start(caller: &str) -> Self {
-        Self::start_some(caller, 1).await
-    }
-
-    /// Each process works one request at a time, as each instance of a function does.
-    async fn start_some(caller: &str, processes: usize) -> Self {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let port = address.port().to_string();
         let options = ["--only-lambda-apis", "--invoke-address", "127.0.0.1", "--invoke-port", &port];
@@ -55,27 +50,18 @@ impl Streaming {
         // The one model of a stage that names no others.
         let base_url = llm.base_url();
         let settings = [("LLM_BASE_URL", base_url.as_str()), ("LLM_MODEL", "m")];
-        let runtime_api = format!("http://{address}/.rt");
-        let processes = (0..processes).map(|_| Process::start("chat", &runtime_api, &settings)).collect();
-        Self { user: User::new(caller).await, address, llm, processes, _watch: watch }
-    }
-
-    async fn put(&self, key: &str) -> Response {
-        let body = json!({"model": "m", "messages": [{"role": "user", "content": "?"}], "stream": true});
-        let request = self.user.http.post(format!("http://{}/v1/chat/completions", self.address));
-        request.bearer_auth(key).json(&body).send().await.unwrap()
+        let process = Process::start("chat", &format!("http://{address}/.rt"), &settings);
+        Self { user: User::new(caller).await, address, llm, process, _watch: watch }
     }
 
     async fn ask(&self) -> Response {
-        let answer = self.put(&self.user.key).await;
-        assert_eq!(answer.status(), StatusCode::OK, "{}{}", self.printed("stdout"), self.printed("stderr"));
+        let body = json!({"model": "m", "messages": [{"role": "user", "content": "?"}], "stream": true});
+        let request = self.user.http.post(format!("http://{}/v1/chat/completions", self.address));
+        let answer = request.bearer_auth(&self.user.key).json(&body).send().await.unwrap();
+        let printed = || self.process.printed("stdout") + &self.process.printed("stderr");
+        assert_eq!(answer.status(), StatusCode::OK, "{}", printed());
         assert_eq!(answer.headers()["content-type"], "text/event-stream; charset=utf-8");
         answer
-    }
-
-    /// What the first process has printed.
-    fn printed(&self, stream: &str) -> String {
-        self.processes[0].printed(stream)
     }
 
     /// The ledger once nothing is under way.
@@ -139,53 +125,11 @@ async fn a_function_whose_client_leaves_in_the_middle_reads_the_answer_to_its_en
     let month = scene.ledger().await;
     let took = (&month["requests"], &month["prompt_tokens"], &month["completion_tokens"], &month["estimated_requests"]);
     assert_eq!(took, (&json!(1), &json!(19), &json!(10), &json!(0)), "{month}");
-    let log = scene.printed("stderr");
+    let log = scene.process.printed("stderr");
     assert!(log.contains(r#""llm.client_left":true"#), "{log}");
     // And goes on with the next.
     let whole = pieces(scene.ask().await, usize::MAX).await;
     assert!(whole.last().unwrap().1.ends_with("data: [DONE]\n\n"), "{whole:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn of_twenty_clients_of_four_functions_some_leave_in_the_middle_and_the_ledger_is_the_servers_own_count() {
-    let scene = Streaming::start_some("wanda", 4).await;
-    let (id, key) = limited(&scene.user, "wanda", json!({"requests_per_minute": 30, "budget_usd_per_month": 1})).await;
-    scene.llm.behave(Behaviour::Slow(PAUSE / 5, ANSWER.into()));
-    let started = Instant::now();
-    let clients = (0..20).map(async |number| {
-        let (mut whole, mut left) = (0, 0);
-        for round in 0..2 {
-            let answer = scene.put(&key).await;
-            match answer.status() {
-                StatusCode::TOO_MANY_REQUESTS => {}
-                StatusCode::OK if (number + round) % 3 == 0 => {
-                    let begun = pieces(answer, 2).await;
-                    left += usize::from(begun.iter().all(|(_, piece)| !piece.contains("[DONE]")));
-                }
-                StatusCode::OK => {
-                    assert!(answer.text().await.unwrap().ends_with("data: [DONE]\n\n"));
-                    whole += 1;
-                }
-                status => panic!("{status}"),
-            }
-        }
-        (whole, left)
-    });
-    let ended = futures_util::future::join_all(clients).await;
-    let (whole, left) = ended.iter().fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-    assert!(left >= 5, "{left} have left in the middle");
-    let month = ledger(&scene.user, &id).await;
-    let calls = scene.llm.calls() as u64;
-    assert_within_limit(30, calls, started);
-    assert!(calls >= whole + left as u64);
-    let number = |name: &str| month[name].as_u64().unwrap();
-    let tokens = (number("prompt_tokens"), number("completion_tokens"));
-    assert_eq!((number("requests"), tokens), (calls, (19 * calls, 10 * calls)), "{month}");
-    assert_eq!(number("estimated_requests"), 0, "{month}");
-    let logs: Vec<_> = scene.processes.iter().map(|process| process.printed("stderr")).collect();
-    assert!(logs.iter().all(|log| log.contains("completion relayed")), "a function had nothing to do");
-    let told: usize = logs.iter().map(|log| log.matches(r#""llm.client_left":true"#).count()).sum();
-    assert!(told >= left, "{told} of {left} who have left");
 }
 
 #[tokio::test]
@@ -193,7 +137,7 @@ async fn a_functions_metrics_of_a_stream_are_printed_at_its_end_and_not_with_the
     let scene = Streaming::start("xenia").await;
     let whole = pieces(scene.ask().await, usize::MAX).await;
     assert!(whole.last().unwrap().1.ends_with("data: [DONE]\n\n"), "{whole:?}");
-    let printed = || read(&scene.printed("stdout"), "events");
+    let printed = || read(&scene.process.printed("stdout"), "events");
     within("its metrics are printed", async || printed().contains_key("LlmPromptTokens")).await;
     let printed = printed();
     assert_eq!(printed["LlmPromptTokens"], [19.0]);
